@@ -1,0 +1,21 @@
+"""The warnings stabkit issues, one class per cause, so that a user can silence exactly one of them."""
+
+
+class StabkitWarning(UserWarning):
+    """Base of every warning that stabkit issues."""
+
+
+class TrainModeWarning(StabkitWarning):
+    """A BatchNorm or Dropout layer was in train mode; the message says how it is treated."""
+
+
+class UntrainedModelWarning(StabkitWarning):
+    """The model already does no better than a constant on the retain set."""
+
+
+class LowConfidenceWarning(StabkitWarning):
+    """A number was computed but should not be trusted far; the message says why."""
+
+
+class ExponentWarning(StabkitWarning):
+    """A layer's heavy-tailed exponent is missing or not trustworthy, so its gate is neutral."""
