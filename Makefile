@@ -14,6 +14,9 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	# backpack (a test oracle's dependency) names torchvision but does not import it; its CUDA build cannot load
+	# beside a CPU torch and then breaks transformers, so it goes.
+	$(BIN)/python -m pip uninstall -q -y torchvision
 	touch $(READY)
 
 demo: $(READY)  ## Predict, explain, run and check on real data; leaves demo/report.html

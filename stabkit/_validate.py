@@ -10,8 +10,8 @@ import numbers
 from collections.abc import Iterable
 
 
-def _fail(kind: type[Exception], name: str, owner: str, expected: str, got: object, remedy: str) -> Exception:
-    return kind(f"`{name}` of `{owner}` must be {expected}; got {got!r}. {remedy}".rstrip())
+def _message(name: str, owner: str, expected: str, got: object, remedy: str) -> str:
+    return f"`{name}` of `{owner}` must be {expected}; got {got!r}. {remedy}".rstrip()
 
 
 def check_real(
@@ -48,18 +48,16 @@ def check_real(
     right = ")" if high_open or high == math.inf else "]"
     expected = f"a finite number in {left}{low:g}, {high:g}{right}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _fail(TypeError, name, owner, expected, value, remedy)
+        raise TypeError(_message(name, owner, expected, value, remedy))
     number = float(value)
     below = number <= low if low_open else number < low
     above = number >= high if high_open else number > high
     if not math.isfinite(number) or below or above:
-        raise _fail(ValueError, name, owner, expected, value, remedy)
+        raise ValueError(_message(name, owner, expected, value, remedy))
     return number
 
 
-def check_int(
-    value: object, *, name: str, owner: str, low: int, high: int | None = None, remedy: str = ""
-) -> int:
+def check_int(value: object, *, name: str, owner: str, low: int, high: int | None = None, remedy: str = "") -> int:
     """Return `value` as an int if it is a whole number in [low, high].
 
     Args:
@@ -79,10 +77,10 @@ def check_int(
     """
     expected = f"a whole number >= {low}" if high is None else f"a whole number in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise _fail(TypeError, name, owner, expected, value, remedy)
+        raise TypeError(_message(name, owner, expected, value, remedy))
     number = int(value)
     if number < low or (high is not None and number > high):
-        raise _fail(ValueError, name, owner, expected, value, remedy)
+        raise ValueError(_message(name, owner, expected, value, remedy))
     return number
 
 
@@ -105,8 +103,8 @@ def check_choice(value: object, *, name: str, owner: str, choices: Iterable[str]
     options = sorted(choices)
     expected = "one of " + ", ".join(repr(option) for option in options)
     if not isinstance(value, str):
-        raise _fail(TypeError, name, owner, expected, value, "")
+        raise TypeError(_message(name, owner, expected, value, ""))
     if value not in options:
         near = difflib.get_close_matches(value.lower(), options, n=1, cutoff=0.4)
-        raise _fail(ValueError, name, owner, expected, value, f"Did you mean {near[0]!r}?" if near else "")
+        raise ValueError(_message(name, owner, expected, value, f"Did you mean {near[0]!r}?" if near else ""))
     return value

@@ -1,0 +1,211 @@
+"""The network linearised at θ* and compressed: outputs f(θ) ≈ f(θ*) + Φ c in r coordinates c.
+
+With V (d, r) the leading right singular directions of J P^{1/2} over sampled retain and forget examples, a displacement
+θ - θ* = P^{1/2} V c moves the outputs of sample i by Φ_i c, Φ_i = J_i P^{1/2} V. In these coordinates a preconditioned
+step is a plain gradient step, so one compression serves every step size, mix and batch size (theory §§5-6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabkit._validate import check_int
+from stabkit.curvature.factors import SampleFactors
+from stabkit.curvature.jacobian import ScaledJacobian
+from stabkit.losses import Loss
+from stabkit.preconditioner import Preconditioner
+from stabkit.problem import UnlearningProblem
+from stabkit.samples import Samples
+
+OVERSAMPLING = 10
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearisedSet:
+    """One set's outputs at θ* and their derivatives in the compressed coordinates.
+
+    Attributes:
+        outputs: f_i(θ*), shape (m, ...), O numbers a sample.
+        features: Φ_i, shape (m, O, r).
+        targets: Targets of the m samples.
+        indices: Which samples of the set these are, shape (m,).
+        population: Number n of samples in the whole set.
+    """
+
+    outputs: Tensor
+    features: Tensor
+    targets: Tensor
+    indices: Tensor
+    population: int
+
+    @property
+    def samples(self) -> int:
+        """Number m of samples held."""
+        return self.outputs.shape[0]
+
+    def factors(self, loss: Loss) -> SampleFactors:
+        """Per-sample Gauss-Newton factors and gradients in the compressed coordinates.
+
+        Args:
+            loss: The per-sample loss.
+
+        Returns:
+            Factors V_i = L_i^T Φ_i of shape (m, O, r) and gradients Φ_i^T s_i of shape (m, r), float64.
+        """
+        outputs, features = self.outputs.double(), self.features.double()
+        targets = self.targets.double() if self.targets.is_floating_point() else self.targets
+        residual = loss.residual(outputs, targets).flatten(1)
+        return SampleFactors(
+            factors=loss.factor_transpose(outputs, targets, features).detach(),
+            gradients=torch.einsum("mor,mo->mr", features, residual),
+            population=self.population,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearisedNetwork:
+    """Both sets in the same compressed coordinates, and the way back to parameters.
+
+    Attributes:
+        retain: The retain samples.
+        forget: The forget samples.
+        basis: V, orthonormal, shape (d, r).
+        preconditioner: P.
+        loss: The per-sample loss.
+        divergence_level: Retain loss at which a run counts as diverged.
+        metric: V^T P V, shape (r, r): ‖θ - θ*‖² = c^T metric c.
+        anchor: V^T P^{1/2} θ*, shape (r,): <θ - θ*, θ*> = anchor · c.
+        anchor_norm: ‖θ*‖.
+        singular_values: Of the (weighted) J P^{1/2}, the r kept, descending.
+        captured: Share of its squared Frobenius norm that the r directions carry, estimated for retain and forget alike.
+        gradient_equivalents: Per-sample gradient evaluations spent.
+    """
+
+    retain: LinearisedSet
+    forget: LinearisedSet
+    basis: Tensor
+    preconditioner: Preconditioner
+    loss: Loss
+    divergence_level: float
+    metric: Tensor
+    anchor: Tensor
+    anchor_norm: float
+    singular_values: Tensor
+    captured: float
+    gradient_equivalents: int
+
+    @property
+    def rank(self) -> int:
+        """Number r of coordinates."""
+        return self.basis.shape[1]
+
+    def displacement(self, coordinates: Tensor) -> Tensor:
+        """θ - θ* = P^{1/2} V c.
+
+        Args:
+            coordinates: c, shape (r,).
+
+        Returns:
+            Vector of shape (d,).
+        """
+        return self.preconditioner.sqrt(self.basis @ coordinates.to(self.basis.dtype))
+
+
+def linearise(
+    problem: UnlearningProblem,
+    preconditioner: Preconditioner,
+    *,
+    rank: int = 100,
+    retain_samples: int | None = 512,
+    forget_samples: int | None = 256,
+    seed: int = 0,
+) -> LinearisedNetwork:
+    """Compress J P^{1/2} of sampled examples by a randomised singular value decomposition (Halko et al. 2011).
+
+    The mean gradients of both sets are put into the sketch, so the first step of any mix is represented. Rows of both
+    sets are scaled to equal total weight, so a small forget set keeps its directions.
+
+    Args:
+        problem: The unlearning problem.
+        preconditioner: P of the algorithm.
+        rank: Number r of directions to keep; fewer when the samples give fewer.
+        retain_samples: Retain examples to sample; all when None.
+        forget_samples: Forget examples to sample; all when None.
+        seed: Seed of the sample and of the sketch.
+
+    Returns:
+        The compressed network. Cost: about 2·min(O, r)·m per-sample gradients; memory d·r for the basis and m·O·r for the
+        features.
+    """
+    check_int(rank, name="rank", owner="linearise", low=1)
+    generator = torch.Generator().manual_seed(seed)
+    sets: list[Samples] = [problem.retain, problem.forget]
+    indices = [problem.retain.subset(retain_samples, seed), problem.forget.subset(forget_samples, seed + 1)]
+    jacobians = [ScaledJacobian(problem, s, i, preconditioner) for s, i in zip(sets, indices, strict=True)]
+    evaluated = [problem.evaluate(s, indices=i) for s, i in zip(sets, indices, strict=True)]
+    outputs_per_sample = jacobians[0].outputs_per_sample
+    rows = sum(i.numel() for i in indices) * outputs_per_sample
+    width = min(rank + OVERSAMPLING, rows, problem.size)
+
+    sketch = torch.zeros(problem.size, width, dtype=problem.dtype, device=problem.device)
+    for jacobian, chosen, (outputs, targets, _) in zip(jacobians, indices, evaluated, strict=True):
+        m = chosen.numel()
+        noise = torch.randn(m, outputs_per_sample, width, generator=generator).to(problem.device, problem.dtype)
+        noise[:, :, 0] = problem.loss.residual(outputs, targets).flatten(1)
+        sketch += jacobian.transpose_matmul(noise) / m**0.5
+    basis = torch.linalg.qr(sketch).Q
+    features = [jacobian @ basis for jacobian in jacobians]
+
+    # Weighted features: their right singular vectors rotate the sketch's basis to the leading directions.
+    weighted = torch.cat([f.flatten(0, 1) / f.shape[0] ** 0.5 for f in features]).double()
+    energies, rotation = torch.linalg.eigh(weighted.T @ weighted)
+    kept = energies.flip(0)[:rank].clamp_min(0)
+    keep = max(1, int((kept > kept[0] * torch.finfo(problem.dtype).eps ** 2).sum()))
+    rotation = rotation.flip(1)[:, :keep]
+    basis = (basis.double() @ rotation).to(problem.dtype)
+    theta = problem.vector()
+    root = preconditioner.sqrt(basis)
+    linearised = [
+        LinearisedSet(
+            outputs=outputs,
+            features=(f.double() @ rotation).to(problem.dtype),
+            targets=targets,
+            indices=chosen,
+            population=samples.size,
+        )
+        for samples, chosen, f, (outputs, targets, _) in zip(sets, indices, features, evaluated, strict=True)
+    ]
+    return LinearisedNetwork(
+        retain=linearised[0],
+        forget=linearised[1],
+        basis=basis,
+        preconditioner=preconditioner,
+        loss=problem.loss,
+        divergence_level=problem.divergence_level,
+        metric=(root.T @ root).double(),
+        anchor=(root.T @ theta).double(),
+        anchor_norm=float(theta.double().norm()),
+        singular_values=kept[:keep].sqrt(),
+        captured=_captured(jacobians, basis, linearised, generator),
+        gradient_equivalents=2 * min(outputs_per_sample, width) * sum(i.numel() for i in indices),
+    )
+
+
+def _captured(
+    jacobians: list[ScaledJacobian], basis: Tensor, sets: list[LinearisedSet], generator: torch.Generator
+) -> float:
+    """Share of ‖J P^{1/2}‖_F² inside the basis, the smaller of the two sets', by Hutchinson probes on the outputs' side.
+
+    For u with random signs, E‖P^{1/2}J^T u‖² is the squared norm, and E‖V^T P^{1/2} J^T u‖² the part inside.
+    """
+    probes = 8
+    shares = []
+    for jacobian, part in zip(jacobians, sets, strict=True):
+        signs = torch.randint(0, 2, (part.samples, jacobian.outputs_per_sample, probes), generator=generator)
+        cotangents = (2.0 * signs - 1.0).to(basis.device, basis.dtype)
+        full = jacobian.transpose_matmul(cotangents)
+        shares.append(float((basis.T @ full).square().sum() / full.square().sum().clamp_min(torch.finfo(full.dtype).tiny)))
+    return min(min(shares), 1.0)

@@ -1,0 +1,389 @@
+"""One form for every way of handing over data: n samples that can be fetched by index.
+
+A `DataLoader`, a `Dataset`, an `(x, y)` pair of tensors, a dictionary of tensors or an iterable of batches all become
+`Samples`. Small sets are held as stacked tensors; larger map-style data sets are read as needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from stabkit._rng import preserved_rng
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+Data = DataLoader | Dataset | tuple[Any, Any] | Mapping[str, Tensor] | Iterable[Any]
+
+IN_MEMORY_BYTES = 4 * 2**30
+LABEL_KEYS = ("labels", "label", "targets", "target")
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to every tensor of nested tuples, lists and dictionaries.
+
+    Args:
+        function: Maps a tensor to a tensor.
+        tree: Nested structure of tensors.
+
+    Returns:
+        The same structure with mapped tensors.
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return tuple(map_tensors(function, value) for value in tree)
+    return tree
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """Every tensor of a nested structure.
+
+    Args:
+        tree: Nested tuples, lists and dictionaries of tensors.
+
+    Yields:
+        The tensors, in order.
+    """
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_of(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from tensors_of(value)
+
+
+class Samples:
+    """n samples of inputs and targets, fetched by index.
+
+    Attributes:
+        name: "forget", "retain" or "test"; used in messages.
+        size: Number n of samples.
+        device: Where fetched batches are placed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        fetch: Callable[[Tensor], tuple[Inputs, Tensor]],
+        identity: tuple[Any, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name = name
+        self.size = size
+        self.device = device
+        self._fetch = fetch
+        self._identity = identity
+        self._dtype = dtype
+        self._targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def batch(self, indices: Tensor) -> tuple[Inputs, Tensor]:
+        """Inputs and targets of some samples, on the problem's device and in its dtype.
+
+        Args:
+            indices: Sample indices, shape (b,), int64.
+
+        Returns:
+            Inputs with leading dimension b, and targets with leading dimension b.
+        """
+        inputs, targets = self._fetch(indices.cpu())
+        return map_tensors(self._place, inputs), self._place(targets)
+
+    def batches(self, batch_size: int, indices: Tensor | None = None) -> Iterator[tuple[Inputs, Tensor]]:
+        """All samples, or the indexed ones, in order and in batches; the last may be smaller.
+
+        Args:
+            batch_size: Samples a batch.
+            indices: Which samples, shape (m,); all of them when None.
+
+        Yields:
+            Inputs and targets of each batch.
+        """
+        order = torch.arange(self.size) if indices is None else indices
+        for chunk in order.split(batch_size):
+            yield self.batch(chunk)
+
+    def targets(self) -> Tensor:
+        """Targets of the whole set, read once and kept.
+
+        Returns:
+            Tensor with leading dimension n.
+        """
+        if self._targets is None:
+            parts = [targets for _, targets in self.batches(4096)]
+            self._targets = torch.cat(parts)
+        return self._targets
+
+    def subset(self, count: int | None, seed: int) -> Tensor:
+        """Indices of a uniform sample without replacement, sorted; all indices when `count` covers the set.
+
+        Args:
+            count: Number of samples wanted, or None for all.
+            seed: Seed of the draw.
+
+        Returns:
+            Indices of shape (min(count, n),), int64.
+        """
+        if count is None or count >= self.size:
+            return torch.arange(self.size)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(self.size, generator=generator)[:count].sort().values
+
+    def overlap(self, other: Samples) -> int:
+        """How many samples two sets provably share.
+
+        Sets are compared by the data sets and indices they were built from and by the memory of their tensors, never
+        by value: equal rows at different places may be legitimate duplicates.
+
+        Args:
+            other: The other set.
+
+        Returns:
+            Number of shared samples; 0 when nothing can be told.
+        """
+        kind, *mine = self._identity
+        other_kind, *theirs = other._identity
+        if kind != other_kind:
+            return 0
+        if kind == "index":
+            shared: int = 0
+            for key, indices in mine[0].items():
+                if key in theirs[0]:
+                    shared += int(np.intersect1d(indices, theirs[0][key]).size)
+            return shared
+        if kind == "memory":
+            (start, stop, row), (other_start, other_stop, other_row) = mine, theirs
+            if row != other_row or row == 0:
+                return 0
+            return max(0, min(stop, other_stop) - max(start, other_start)) // row
+        return 0
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        if dtype in {torch.int32, torch.int16, torch.int8, torch.uint8} and tensor.dtype == dtype:
+            dtype = torch.int64
+        return tensor.to(self.device, dtype)
+
+
+def as_samples(data: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    """Read any accepted form of data as `Samples`.
+
+    The global random state is left as it was, also where a shuffling loader has to be iterated.
+
+    Args:
+        data: A DataLoader, map-style or iterable Dataset, (x, y) tensors, dictionary of tensors, or iterable of batches.
+        name: "forget", "retain" or "test".
+        device: Where batches go.
+        dtype: Floating dtype of batches.
+
+    Returns:
+        The samples.
+
+    Raises:
+        TypeError: If the data has none of the accepted forms.
+        ValueError: If the set is empty, or its parts differ in length.
+    """
+    with preserved_rng():
+        samples = _read(data, name, device, dtype)
+    if samples.size == 0:
+        raise ValueError(f"`{name}` must hold at least one sample; got an empty set. Check how it was selected.")
+    return samples
+
+
+def _read(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    if isinstance(data, Tensor):
+        raise TypeError(f"`{name}` must come with targets; got a single tensor. Pass a pair (x, y).")
+    if isinstance(data, DataLoader):
+        return _read_loader(data, name, device, dtype)
+    if isinstance(data, IterableDataset):
+        return _read_batches(DataLoader(data, batch_size=256), name, device, dtype)
+    if isinstance(data, Mapping) or _is_pair(data):
+        return _in_memory(*_split(data, name), name=name, device=device, dtype=dtype)
+    if isinstance(data, Dataset) or (
+        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data)
+    ):
+        return _read_dataset(data, default_collate, name, device, dtype)
+    if isinstance(data, Iterable):
+        return _read_batches(data, name, device, dtype)
+    raise TypeError(
+        f"`{name}` must be a DataLoader, a Dataset, an (x, y) pair of tensors, a dict of tensors or an iterable of "
+        f"batches; got {type(data).__name__}."
+    )
+
+
+def _is_pair(data: Any) -> bool:
+    """A 2-tuple (inputs, targets); a list is an iterable of batches."""
+    if not isinstance(data, tuple) or len(data) != 2:
+        return False
+    inputs, targets = data
+    return isinstance(targets, Tensor | np.ndarray) and isinstance(inputs, Tensor | np.ndarray | tuple | Mapping)
+
+
+def _is_batches(data: Any) -> bool:
+    """Whether a sequence's items are batches rather than single samples: their targets have a leading axis."""
+    if not isinstance(data, Sequence) or len(data) == 0:
+        return isinstance(data, Sequence)
+    first = data[0]
+    if isinstance(first, Mapping):
+        return all(value.dim() >= 2 or key in LABEL_KEYS for key, value in first.items() if isinstance(value, Tensor))
+    return _is_pair(tuple(first) if isinstance(first, list) else first) and first[1].ndim >= 1
+
+
+def _split(batch: Any, name: str) -> tuple[Any, Tensor]:
+    """Inputs and targets of one batch in any of its forms."""
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS:
+            if key in batch:
+                inputs = {k: torch.as_tensor(v) for k, v in batch.items() if k != key}
+                return inputs, torch.as_tensor(batch[key])
+        raise TypeError(
+            f"`{name}` holds dict batches without targets: expected a key among {', '.join(LABEL_KEYS)}; got "
+            f"{', '.join(map(str, batch))}."
+        )
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        *leading, targets = batch
+        first = leading[0] if len(leading) == 1 else tuple(leading)
+        if isinstance(first, Mapping):
+            return {key: torch.as_tensor(value) for key, value in first.items()}, torch.as_tensor(targets)
+        as_tensors = tuple(map(torch.as_tensor, first)) if isinstance(first, tuple | list) else torch.as_tensor(first)
+        return as_tensors, torch.as_tensor(targets)
+    raise TypeError(
+        f"`{name}` must give (inputs, targets) pairs or dicts with labels; got a batch of type {type(batch).__name__}."
+    )
+
+
+def _in_memory(
+    inputs: Any,
+    targets: Tensor,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    identity: tuple[Any, ...] | None = None,
+) -> Samples:
+    lengths = {t.shape[0] if t.dim() else 0 for t in (*tensors_of(inputs), targets)}
+    if len(lengths) != 1:
+        raise ValueError(f"`{name}` must have as many inputs as targets; got leading sizes {sorted(lengths)}.")
+    size = lengths.pop()
+
+    def fetch(indices: Tensor) -> tuple[Inputs, Tensor]:
+        whole = indices.numel() == size and bool((indices == torch.arange(size)).all())
+        if whole:
+            return inputs, targets
+        return map_tensors(lambda t: t[indices.to(t.device)], inputs), targets[indices.to(targets.device)]
+
+    return Samples(name, size, fetch, identity or _memory_span(inputs), device, dtype)
+
+
+def _memory_span(inputs: Any) -> tuple[Any, ...]:
+    """The addresses a contiguous first input tensor covers, and the bytes of one sample."""
+    first = next(tensors_of(inputs), None)
+    if first is None or first.numel() == 0 or not first.is_contiguous():
+        return ("none",)
+    start = first.data_ptr()
+    return (
+        "memory",
+        start,
+        start + first.numel() * first.element_size(),
+        first[0].numel() * first.element_size(),
+    )
+
+
+def _root_indices(dataset: Any, indices: np.ndarray) -> dict[int, np.ndarray]:
+    """Follow nested Subset, ConcatDataset and TensorDataset down to the underlying storage and its row numbers."""
+    if isinstance(dataset, Subset):
+        return _root_indices(dataset.dataset, np.asarray(dataset.indices, dtype=np.int64)[indices])
+    if isinstance(dataset, ConcatDataset):
+        found: dict[int, np.ndarray] = {}
+        start = 0
+        for part, stop in zip(dataset.datasets, dataset.cumulative_sizes, strict=True):
+            inside = indices[(indices >= start) & (indices < stop)] - start
+            for key, rows in _root_indices(part, inside).items():
+                found[key] = np.concatenate([found[key], rows]) if key in found else rows
+            start = stop
+        return found
+    if isinstance(dataset, TensorDataset):
+        first = dataset.tensors[0]
+        return {first.untyped_storage().data_ptr(): indices + first.storage_offset() // max(1, first[:1].numel())}
+    return {id(dataset): indices}
+
+
+def _read_loader(loader: DataLoader, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
+        return _read_batches(loader, name, device, dtype)
+    if isinstance(loader.sampler, SequentialSampler | RandomSampler):
+        return _read_dataset(dataset, loader.collate_fn, name, device, dtype)
+    chosen = torch.tensor(sorted(set(loader.sampler)), dtype=torch.int64)
+    return _read_dataset(Subset(dataset, chosen.tolist()), loader.collate_fn, name, device, dtype)
+
+
+def _read_dataset(
+    dataset: Any, collate: Callable[[list[Any]], Any], name: str, device: torch.device, dtype: torch.dtype
+) -> Samples:
+    size = len(dataset)
+    identity = ("index", _root_indices(dataset, np.arange(size)))
+    if size == 0:
+        return Samples(name, 0, lambda _: (torch.empty(0), torch.empty(0)), identity, device, dtype)
+
+    def fetch(indices: Tensor) -> tuple[Inputs, Tensor]:
+        return _split(collate([dataset[i] for i in indices.tolist()]), name)
+
+    inputs, targets = fetch(torch.zeros(1, dtype=torch.int64))
+    again, _ = fetch(torch.zeros(1, dtype=torch.int64))
+    for first, second in zip(tensors_of(inputs), tensors_of(again), strict=True):
+        if first.shape != second.shape or not torch.equal(first.nan_to_num(), second.nan_to_num()):
+            raise ValueError(
+                f"`{name}` must give the same sample each time; sample 0 read twice differs. Random augmentation makes "
+                "the loss surface random: pass the set without it."
+            )
+    one = sum(t.numel() * t.element_size() for t in (*tensors_of(inputs), targets))
+    if one * size > IN_MEMORY_BYTES:
+        return Samples(name, size, fetch, identity, device, dtype)
+    parts = [fetch(chunk) for chunk in torch.arange(size).split(1024)]
+    stacked = _concatenate(parts, name)
+    return _in_memory(*stacked, name=name, device=device, dtype=dtype, identity=identity)
+
+
+def _read_batches(batches: Iterable[Any], name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    parts = [_split(batch, name) for batch in batches]
+    if not parts:
+        return Samples(name, 0, lambda _: (torch.empty(0), torch.empty(0)), ("none",), device, dtype)
+    return _in_memory(*_concatenate(parts, name), name=name, device=device, dtype=dtype)
+
+
+def _concatenate(parts: list[tuple[Any, Tensor]], name: str) -> tuple[Any, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    columns = [list(tensors_of(inputs)) for inputs, _ in parts]
+    if len({tuple(t.shape[1:] for t in column) for column in columns}) != 1:
+        shapes = sorted({tuple(column[0].shape[1:]) for column in columns})
+        raise ValueError(
+            f"`{name}` must have samples of one shape; got {shapes[:4]}. Pad or crop them to one size (for text, pad to "
+            "the longest and pass an attention mask)."
+        )
+    stacked = iter([torch.cat(tensors) for tensors in zip(*columns, strict=True)])
+    return map_tensors(lambda _: next(stacked), parts[0][0]), torch.cat([targets for _, targets in parts])
