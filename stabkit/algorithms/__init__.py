@@ -1,0 +1,50 @@
+"""Unlearning algorithms, one file each, every one a preconditioner, a mix, a batch scheme and a stop rule (T1)."""
+
+from stabkit._validate import check_choice
+from stabkit.algorithms.agu import AGU
+from stabkit.algorithms.base import SAMPLINGS, Algorithm, StopRule, batch_streams
+from stabkit.algorithms.fine_tune import FineTune
+from stabkit.algorithms.grad_diff import GradDiff
+from stabkit.algorithms.gradient_ascent import GradientAscent
+from stabkit.algorithms.sragu import SRAGU
+
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    cls.name: cls for cls in (AGU, FineTune, GradDiff, GradientAscent, SRAGU)
+}
+
+
+def resolve_algorithm(algorithm: str | Algorithm, **settings: object) -> Algorithm:
+    """The algorithm object behind a name, with settings, or an object, with some settings replaced.
+
+    Args:
+        algorithm: A registered name, or an algorithm object.
+        **settings: Settings by name; those that are None are left as they are.
+
+    Returns:
+        The algorithm.
+
+    Raises:
+        TypeError: If `algorithm` is neither, or a setting does not exist.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    if isinstance(algorithm, Algorithm):
+        return algorithm.replace(**given)
+    if not isinstance(algorithm, str):
+        raise TypeError(f"`algorithm` must be a name or an Algorithm object; got {type(algorithm).__name__}.")
+    check_choice(algorithm, name="algorithm", owner="stabkit", choices=ALGORITHMS)
+    return ALGORITHMS[algorithm]().replace(**given)
+
+
+__all__ = [
+    "AGU",
+    "ALGORITHMS",
+    "SAMPLINGS",
+    "SRAGU",
+    "Algorithm",
+    "FineTune",
+    "GradDiff",
+    "GradientAscent",
+    "StopRule",
+    "batch_streams",
+    "resolve_algorithm",
+]

@@ -1,0 +1,24 @@
+"""Fine-tuning on the retain set alone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from stabkit._validate import check_real
+from stabkit.algorithms.base import Algorithm
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune(Algorithm):
+    """P = I and α = 0: every step descends the retain loss (theory §8).
+
+    Attributes:
+        mix: Always 0.
+    """
+
+    name: ClassVar[str] = "finetune"
+
+    mix: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_real(self.mix, name="mix", owner="FineTune", low=0, high=0, remedy="Use GradDiff for a mix above 0.")
