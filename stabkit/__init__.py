@@ -8,7 +8,7 @@ from stabkit._errors import (
     UntrainedModelWarning,
 )
 
-__version__ = "0.1.0"
+from stabkit._version import __version__
 
 __all__ = [
     "ExponentWarning",

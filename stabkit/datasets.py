@@ -76,9 +76,7 @@ def delete_random(labels: Tensor, *, share: float, seed: int = 0) -> Deletion:
     n = labels.shape[0]
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     count = min(n - 1, max(1, round(share * n)))
-    return Deletion(
-        name=f"random {share:.0%}", forget=order[:count].sort().values, retain=order[count:].sort().values
-    )
+    return Deletion(name=f"random {share:.0%}", forget=order[:count].sort().values, retain=order[count:].sort().values)
 
 
 def delete_class(labels: Tensor, *, label: int) -> Deletion:

@@ -87,6 +87,19 @@ class Loss(abc.ABC):
             The level, in the loss's own units.
         """
 
+    def divergence(self, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
+        """How far every sample's prediction has moved, the quantity behind AGU's leakage bound (theory §8).
+
+        Args:
+            before: Outputs of the original model, shape (m, ...).
+            after: Outputs of the current one, the same shape.
+            targets: Targets of the same m samples; a loss without positions to ignore has no use for them.
+
+        Returns:
+            Mean squared change of a sample's outputs, shape (m,), in squared output units.
+        """
+        return (after - before).square().flatten(1).mean(1)
+
     def check_targets(self, outputs: Tensor, targets: Tensor, *, name: str) -> None:  # noqa: B027
         """Raise if the targets cannot belong to these outputs.
 
@@ -118,13 +131,28 @@ class CrossEntropy(Loss):
         m, classes = logits.shape[0], logits.shape[-1]
         return logits.reshape(m, -1, classes), targets.reshape(m, -1), moved
 
+    def _shifted(self, labels: Tensor) -> Tensor:
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if self.shift else labels
+
     def _labels_and_weights(self, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Labels aligned with the positions that predict them, and each position's weight in its sample's mean."""
-        if self.shift:
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        labels = self._shifted(labels)
         valid = labels != IGNORE_INDEX
         weights = valid.to(dtype) / valid.sum(1, keepdim=True).clamp_min(1)
         return labels.clamp_min(0), weights
+
+    def aligned(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and the labels they predict, position by position.
+
+        Args:
+            outputs: Logits, shape (m, C), (m, T, C) or (m, C, T...).
+            targets: Integer labels, shape (m,) or (m, T...).
+
+        Returns:
+            Logits (m, T, C) and labels (m, T); -100 marks positions that do not count.
+        """
+        logits, labels, _ = self._align(outputs, targets)
+        return logits, self._shifted(labels)
 
     def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over labelled positions of -log p(label).
@@ -187,6 +215,23 @@ class CrossEntropy(Loss):
         p, w, x, moved = self._positions(outputs, targets, block)
         result = p.sqrt() * (x - (p * x).sum(2, keepdim=True)) * w.sqrt()
         return self._flatten_block(result, outputs, moved)
+
+    def divergence(self, before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
+        """KL divergence from the original predictive distribution to the current one, over the labelled positions.
+
+        Args:
+            before: Logits of the original model, shape (m, C), (m, T, C) or (m, C, T...).
+            after: Logits of the current one, the same shape.
+            targets: Integer labels; they say which positions count.
+
+        Returns:
+            Divergences in nats, shape (m,).
+        """
+        old, labels, _ = self._align(before, targets)
+        new, _, _ = self._align(after, targets)
+        _, weights = self._labels_and_weights(labels, old.dtype)
+        old, new = old.log_softmax(-1), new.log_softmax(-1)
+        return ((old.exp() * (old - new)).sum(-1) * weights).sum(1)
 
     def constant_level(self, outputs: Tensor, targets: Tensor) -> float:
         """Entropy of the label frequencies, every sample's positions weighing alike, in nats.

@@ -36,6 +36,9 @@ class UnlearningProblem:
         device: Where the computation runs.
         dtype: Floating dtype of the network's computation.
         batchnorm: "frozen": BatchNorm layers use their running statistics, in runs and in predictions alike.
+        model_name: Class of the model.
+        retain_loss: Mean retain loss at θ*.
+        forget_loss: Mean forget loss at θ*.
         divergence_level: Mean retain loss of the best constant predictor (theory §7); a run that reaches it diverges.
     """
 
@@ -70,6 +73,7 @@ class UnlearningProblem:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` of `UnlearningProblem` must be a torch.nn.Module; got {type(model).__name__}.")
+        self.model_name = type(model).__name__
         self.batchnorm = check_choice(batchnorm, name="batchnorm", owner="UnlearningProblem", choices=("frozen",))
         first = next((p for p in model.parameters() if p.requires_grad), None)
         if first is None:

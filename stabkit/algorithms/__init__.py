@@ -8,9 +8,7 @@ from stabkit.algorithms.grad_diff import GradDiff
 from stabkit.algorithms.gradient_ascent import GradientAscent
 from stabkit.algorithms.sragu import SRAGU
 
-ALGORITHMS: dict[str, type[Algorithm]] = {
-    cls.name: cls for cls in (AGU, FineTune, GradDiff, GradientAscent, SRAGU)
-}
+ALGORITHMS: dict[str, type[Algorithm]] = {cls.name: cls for cls in (AGU, FineTune, GradDiff, GradientAscent, SRAGU)}
 
 
 def resolve_algorithm(algorithm: str | Algorithm, **settings: object) -> Algorithm:

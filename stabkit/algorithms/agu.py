@@ -38,7 +38,9 @@ class AGU(Algorithm):
         super().__post_init__()
         for key in ("drift_tolerance", "leakage_bound"):
             if getattr(self, key) is not None:
-                check_real(getattr(self, key), name=key, owner=type(self).__name__, low=0, remedy="None switches it off.")
+                check_real(
+                    getattr(self, key), name=key, owner=type(self).__name__, low=0, remedy="None switches it off."
+                )
 
     def preconditioner(self, problem: UnlearningProblem) -> Preconditioner:
         """diag(R̃).
@@ -50,6 +52,17 @@ class AGU(Algorithm):
             The diagonal preconditioner. Cost: n_f per-sample gradients.
         """
         return Diagonal(normalised_sensitivity(problem))
+
+    def preconditioner_cost(self, problem: UnlearningProblem) -> float:
+        """One gradient a forget sample.
+
+        Args:
+            problem: The unlearning problem.
+
+        Returns:
+            n_f.
+        """
+        return float(problem.forget.size)
 
     def stop_rule(self) -> StopRule:
         """Drift and leakage.

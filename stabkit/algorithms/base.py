@@ -86,7 +86,9 @@ class Algorithm(abc.ABC):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        check_real(self.lr, name="lr", owner=owner, low=0, low_open=True, remedy="The sign of each part is set by `mix`.")
+        check_real(
+            self.lr, name="lr", owner=owner, low=0, low_open=True, remedy="The sign of each part is set by `mix`."
+        )
         check_real(self.mix, name="mix", owner=owner, low=0, high=1, remedy="0 is retain only, 1 is forget only.")
         check_int(self.steps, name="steps", owner=owner, low=1)
         check_int(self.batch_size, name="batch_size", owner=owner, low=1)
@@ -105,6 +107,17 @@ class Algorithm(abc.ABC):
             The preconditioner; the identity unless a subclass says otherwise.
         """
         return Identity()
+
+    def preconditioner_cost(self, problem: UnlearningProblem) -> float:
+        """What `preconditioner` takes.
+
+        Args:
+            problem: The unlearning problem.
+
+        Returns:
+            Per-sample gradient evaluations; 0 for the identity.
+        """
+        return 0.0
 
     def stop_rule(self) -> StopRule:
         """When the run ends early.
@@ -156,9 +169,7 @@ class Algorithm(abc.ABC):
         known = {f.name for f in fields(self)}
         for key in changes:
             if key not in known:
-                raise TypeError(
-                    f"`{type(self).__name__}` has no setting {key!r}; it has {', '.join(sorted(known))}."
-                )
+                raise TypeError(f"`{type(self).__name__}` has no setting {key!r}; it has {', '.join(sorted(known))}.")
         return type(self)(**{**self.settings(), **changes})  # type: ignore[arg-type]
 
     def settings(self) -> dict[str, object]:
@@ -170,23 +181,31 @@ class Algorithm(abc.ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def index_stream(size: int, batch: int, sampling: str, generator: torch.Generator) -> Iterator[Tensor]:
+def index_stream(
+    size: int, batch: int, sampling: str, generator: torch.Generator, *, population: int | None = None
+) -> Iterator[Tensor]:
     """Endless batches of sample indices under one sampling scheme.
 
     Args:
-        size: Number n of samples.
+        size: Number m of samples to draw from.
         batch: Batch size B; the expected one under Poisson sampling.
         sampling: One of `SAMPLINGS`.
         generator: Source of randomness, on the CPU.
+        population: Number n of samples that the m stand for. Where n > m, indices are drawn with replacement, as many
+            as a batch from the n would have: repeats among the m play the part of further samples.
 
     Yields:
         Indices of shape (B,), or of a random length, possibly 0, under Poisson sampling.
     """
+    n = size if population is None else population
     while True:
-        if sampling == "with_replacement":
-            yield torch.randint(0, size, (batch,), generator=generator)
+        if sampling == "poisson" and n > size:
+            count = int(torch.binomial(torch.tensor(float(n)), torch.tensor(min(1.0, batch / n)), generator))
+            yield torch.randint(0, size, (count,), generator=generator)
         elif sampling == "poisson":
             yield (torch.rand(size, generator=generator) < batch / size).nonzero().flatten()
+        elif sampling == "with_replacement" or n > size:
+            yield torch.randint(0, size, (batch,), generator=generator)
         else:
             order = torch.randperm(size, generator=generator)
             for start in range(0, size - batch + 1, batch):
@@ -194,22 +213,27 @@ def index_stream(size: int, batch: int, sampling: str, generator: torch.Generato
 
 
 def batch_streams(
-    sizes: tuple[int, int], batches: tuple[int, int], sampling: str, seed: int
+    sizes: tuple[int, int],
+    batches: tuple[int, int],
+    sampling: str,
+    seed: int,
+    *,
+    populations: tuple[int, int] | None = None,
 ) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
     """The retain and the forget stream of one seeded run, independent of each other.
 
     Args:
-        sizes: Samples in the retain and the forget set.
+        sizes: Samples to draw from in the retain and the forget set.
         batches: Batch sizes B_R and B_F.
         sampling: One of `SAMPLINGS`.
         seed: The run's seed.
+        populations: How many samples those stand for, as `index_stream` has it; the sizes themselves when None.
 
     Returns:
         Two endless iterators of index tensors.
     """
-    generators = [torch.Generator().manual_seed(2 * seed + part) for part in (0, 1)]
     retain, forget = (
-        index_stream(size, batch, sampling, generator)
-        for size, batch, generator in zip(sizes, batches, generators, strict=True)
+        index_stream(sizes[i], batches[i], sampling, torch.Generator().manual_seed(2 * seed + i), population=n)
+        for i, n in enumerate(populations or sizes)
     )
     return retain, forget

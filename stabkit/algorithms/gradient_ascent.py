@@ -21,4 +21,6 @@ class GradientAscent(Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_real(self.mix, name="mix", owner="GradientAscent", low=1, high=1, remedy="Use GradDiff for a mix below 1.")
+        check_real(
+            self.mix, name="mix", owner="GradientAscent", low=1, high=1, remedy="Use GradDiff for a mix below 1."
+        )

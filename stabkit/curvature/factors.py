@@ -5,7 +5,9 @@ A data set's per-sample Hessians are held as H_i = V_i^T S_i V_i with V_i of sha
 `papers/theory.md` is a small dense problem, whatever the network's size.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +38,19 @@ class SampleFactors:
     def rank(self) -> int:
         """Number r of coordinates."""
         return self.factors.shape[2]
+
+    def thin(self, count: int) -> SampleFactors:
+        """Evenly spread samples out of those held.
+
+        Args:
+            count: How many to keep at most.
+
+        Returns:
+            Factors of those samples, standing for the same population.
+        """
+        chosen = torch.linspace(0, self.samples - 1, min(count, self.samples)).round().long()
+        signs = None if self.signs is None else self.signs[chosen]
+        return replace(self, factors=self.factors[chosen], gradients=self.gradients[chosen], signs=signs)
 
     def mean(self) -> Tensor:
         """Mean Hessian H_S = mean_i H_i.

@@ -197,15 +197,15 @@ def linearise(
 def _captured(
     jacobians: list[ScaledJacobian], basis: Tensor, sets: list[LinearisedSet], generator: torch.Generator
 ) -> float:
-    """Share of ‖J P^{1/2}‖_F² inside the basis, the smaller of the two sets', by Hutchinson probes on the outputs' side.
-
-    For u with random signs, E‖P^{1/2}J^T u‖² is the squared norm, and E‖V^T P^{1/2} J^T u‖² the part inside.
-    """
+    """Share of ‖J P^{1/2}‖_F² inside the basis, the smaller of the two sets', by Hutchinson probes on the outputs' side."""
+    # For u with random signs, E‖P^{1/2}J^T u‖² is the squared norm, and E‖V^T P^{1/2} J^T u‖² the part inside.
     probes = 8
     shares = []
     for jacobian, part in zip(jacobians, sets, strict=True):
         signs = torch.randint(0, 2, (part.samples, jacobian.outputs_per_sample, probes), generator=generator)
         cotangents = (2.0 * signs - 1.0).to(basis.device, basis.dtype)
         full = jacobian.transpose_matmul(cotangents)
-        shares.append(float((basis.T @ full).square().sum() / full.square().sum().clamp_min(torch.finfo(full.dtype).tiny)))
+        shares.append(
+            float((basis.T @ full).square().sum() / full.square().sum().clamp_min(torch.finfo(full.dtype).tiny))
+        )
     return min(min(shares), 1.0)

@@ -1,0 +1,26 @@
+"""A small table of text that prints itself and that HTML is made from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A titled table of text, for printing and for HTML.
+
+    Attributes:
+        title: Its heading.
+        columns: Column names.
+        rows: Cells.
+        footer: A line below.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    footer: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([self.title, text[0], "-" * len(text[0]), *text[1:], *([self.footer] if self.footer else [])])

@@ -1,0 +1,105 @@
+"""Why a run breaks: the direction that grows first, split by layer and by forget sample, and how far to believe it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stabkit.curvature.factors import SampleFactors
+from stabkit.curvature.lowrank import LinearisedNetwork
+from stabkit.measure import Measurement
+from stabkit.problem import UnlearningProblem
+from stabkit.report import Cause, Share
+from stabkit.rollout import Rollout
+
+TOP_SAMPLES = 10
+
+
+def find_cause(measurement: Measurement, rolled: Rollout) -> Cause:
+    """The eigenvector of the mixed curvature that breaks first (T4), and where the rolled-out run goes.
+
+    Growth a step is |1 - η λ|: above 1 for η·λ > 2 (overshoot) and for λ < 0 (ascent along negative curvature).
+
+    Args:
+        measurement: Spectrum and linearised network.
+        rolled: Rollout of the one setting that is asked about.
+
+    Returns:
+        The cause. Cost: none on the network.
+    """
+    problem, spectrum = measurement.problem, measurement.spectrum
+    lr = measurement.algorithm.lr
+    values = spectrum.pairs.values
+    place = int((1 - lr * values).abs().argmax())
+    value = float(values[place])
+    mechanism = "none"
+    if lr * value > 2:
+        mechanism = "overshoot"
+    elif value < 0:
+        mechanism = "ascent"
+    vector = spectrum.pairs.vectors[:, place].to(problem.device, problem.dtype)
+    displacement = measurement.network.displacement(rolled.coordinates[0, 0].to(problem.device))
+    return Cause(
+        mechanism=mechanism,
+        eigenvalue=value,
+        retain_curvature=float(spectrum.retain[place]),
+        forget_curvature=float(spectrum.forget[place]),
+        eigenvector_layers=_layer_shares(problem, vector),
+        displacement_layers=_layer_shares(problem, displacement),
+        forget_samples=_sample_shares(
+            measurement.forget, measurement.network.forget.indices, (measurement.network.basis.T @ vector).double()
+        ),
+    )
+
+
+def linearisation_error(problem: UnlearningProblem, network: LinearisedNetwork, rolled: Rollout) -> float:
+    """Relative error of the linearised outputs where the rolled-out run crosses the level, or at its end (theory §6).
+
+    ‖f(θ* + δ) - f(θ*) - Φc‖ / ‖Φc‖ over the linearised samples of both sets, for the first seed.
+
+    Args:
+        problem: The unlearning problem.
+        network: The compressed network.
+        rolled: Rollout of the one setting that is asked about.
+
+    Returns:
+        The error; infinity where the real outputs are not finite. Cost: one forward pass over the samples.
+    """
+    c = rolled.coordinates[0, 0].to(network.basis.device)
+    if not bool(torch.isfinite(c).all()):
+        return math.inf
+    parameters = problem.unflatten(problem.vector() + network.displacement(c))
+    wrong = moved = 0.0
+    for samples, part in ((problem.retain, network.retain), (problem.forget, network.forget)):
+        real = problem.evaluate(samples, parameters, part.indices)[0].double()
+        change = (part.features.double() @ c).reshape(real.shape)
+        wrong += float((real - part.outputs.double() - change).square().sum())
+        moved += float(change.square().sum())
+    if not math.isfinite(wrong):
+        return math.inf
+    return math.sqrt(wrong / moved) if moved > 0 else 0.0
+
+
+def _layer_shares(problem: UnlearningProblem, vector: Tensor) -> tuple[Share, ...]:
+    """Squared norm of a parameter vector by layer, as shares, largest first."""
+    layers = problem.layer_of()
+    energy: dict[str, float] = {}
+    for name, part in problem.unflatten(vector).items():
+        energy[layers[name]] = energy.get(layers[name], 0.0) + float(part.double().square().sum())
+    total = sum(energy.values())
+    if not (math.isfinite(total) and total > 0):
+        return ()
+    ordered = sorted(energy.items(), key=lambda item: -item[1])
+    return tuple(Share(name=layer or "(model)", share=value / total) for layer, value in ordered)
+
+
+def _sample_shares(factors: SampleFactors, indices: Tensor, direction: Tensor) -> tuple[Share, ...]:
+    """Each forget sample's part of the forget curvature along a direction given in compressed coordinates."""
+    curvature = (factors.factors @ direction.to(factors.factors.device)).square().sum(1)
+    total = float(curvature.sum())
+    if not total > 0:
+        return ()
+    top = curvature.argsort(descending=True)[:TOP_SAMPLES]
+    return tuple(Share(name=str(int(indices[i])), share=float(curvature[i]) / total) for i in top.cpu())

@@ -1,0 +1,271 @@
+"""Heavy-tailed exponents of every layer of a network, each with the evidence for and against it."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabkit._validate import check_choice, check_int
+from stabkit.heavy_tail.fit import EIGENVALUE_FLOOR, METHODS, PowerLawFit, check_bootstrap, fit_power_law
+from stabkit.heavy_tail.matrices import WeightMatrix, weight_matrices
+from stabkit.heavy_tail.scan import Array
+from stabkit.heavy_tail.table import LayerExponent, LayerExponents
+
+OWNER = "layer_exponents"
+CONV = ("pooled", "slices")
+FEW_EIGENVALUES = 50
+SHORT_TAIL = 20
+WIDE_ERROR = 0.1  # σ/ξ
+WINDOW = (2.0, 6.0)  # the ends an interval should not cross
+CHUNK = 2**24  # entries converted to float64 at once
+
+
+def layer_exponents(
+    model: nn.Module,
+    *,
+    layers: Sequence[str] | None = None,
+    conv: str = "pooled",
+    method: str = "mle",
+    bootstrap: int = 0,
+    shuffles: int = 9,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> LayerExponents:
+    """Fit the spectrum of every weight matrix.
+
+    Eigenvalues are those of WᵀW (no division by the larger dimension: exponents do not change with scale). A layer's
+    exponent is trusted only if the tail is long enough, its error small, and it lies below the exponents of the same
+    entries in random order: with k shuffles, noise passes that last test about once in k + 1 times. Thresholds are our
+    choice, from the estimator's measured spread on Pareto samples and on Gaussian matrices.
+
+    Args:
+        model: The network; it is only read.
+        layers: Layer, module or parameter names, or shell patterns; all when None.
+        conv: "pooled": all kernel positions of a convolution give one spectrum; "slices": one row each.
+        method: As in `fit_power_law`.
+        bootstrap: Resamples for each interval; 0 for none.
+        shuffles: Shuffled copies of each layer; 0 leaves that test out, and then no exponent is trusted.
+        seed: Seed of shuffles and bootstrap; a layer's draws do not depend on which others are fitted.
+        device: Where to find eigenvalues; where each weight is when None (the CPU if that has no float64).
+
+    Returns:
+        The table. Cost per a x b matrix, a <= b: (1 + shuffles) times a²b for the Gram matrix and O(a³) for its
+        eigenvalues, in float64.
+
+    Raises:
+        TypeError: If the model is not a module, or `layers` is one string.
+        ValueError: If an argument is out of range or a pattern matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` of `{OWNER}` must be a torch.nn.Module; got {type(model).__name__}.")
+    check_choice(conv, name="conv", owner=OWNER, choices=CONV)
+    check_choice(method, name="method", owner=OWNER, choices=METHODS)
+    check_bootstrap(bootstrap, owner=OWNER)
+    check_int(shuffles, name="shuffles", owner=OWNER, low=0)
+    check_int(seed, name="seed", owner=OWNER, low=0)
+    if isinstance(layers, str):
+        raise TypeError(
+            f"`layers` of `{OWNER}` must be a sequence of names; got the string {layers!r}. Use [{layers!r}]."
+        )
+    rows: list[LayerExponent] = []
+    skipped: list[tuple[str, str]] = []
+    unmatched = set(layers or ())
+    known: list[str] = []
+    with torch.no_grad():
+        for entry in weight_matrices(model, conv=conv):
+            if not isinstance(entry, WeightMatrix):
+                skipped.append(entry)
+                continue
+            known.append(entry.name)
+            if layers is not None:
+                hits = {p for p in layers if _matches(entry, p)}
+                unmatched -= hits
+                if not hits:
+                    skipped.append((entry.name, "not asked for by `layers`"))
+                    continue
+            rows.append(_row(entry, method, bootstrap, shuffles, seed, device))
+    if unmatched:
+        missing = min(unmatched)
+        near = difflib.get_close_matches(missing, known, n=1, cutoff=0.0)
+        raise ValueError(
+            f"`layers` of `{OWNER}` must match at least one layer each; got {missing!r}, which matches none of "
+            f"{len(known)}." + (f" Did you mean {near[0]!r}?" if near else "")
+        )
+    return LayerExponents(
+        rows=tuple(rows), skipped=tuple(skipped), method=method, conv=conv, shuffles=shuffles, seed=seed
+    )
+
+
+def _matches(entry: WeightMatrix, pattern: str) -> bool:
+    names = (entry.name, entry.module, entry.parameter)
+    return pattern in names or any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def gram_eigenvalues(matrices: Tensor, *, device: torch.device | str | None = None) -> Tensor:
+    """Squared singular values of a stack of matrices, pooled.
+
+    Args:
+        matrices: Shape (s, a, b), any floating dtype.
+        device: Where to compute; the tensor's device when None.
+
+    Returns:
+        Ascending eigenvalues, shape (s·min(a, b),), float64, on the CPU; rounding below zero is clipped.
+    """
+    target = torch.device(device) if device is not None else matrices.device
+    if target.type == "mps":  # no float64 there
+        target = torch.device("cpu")
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT  # (s, a, b) with a <= b
+    s, a, b = wide.shape
+    gram = torch.zeros(s, a, a, dtype=torch.float64, device=target)
+    step = max(1, CHUNK // (s * a))
+    for start in range(0, b, step):
+        piece = wide[:, :, start : start + step].to(target, torch.float64)
+        gram.baddbmm_(piece, piece.mT)
+    return torch.linalg.eigvalsh(gram).clamp(min=0).flatten().sort().values.cpu()
+
+
+def _row(
+    entry: WeightMatrix,
+    method: str,
+    bootstrap: int,
+    shuffles: int,
+    seed: int,
+    device: torch.device | str | None,
+) -> LayerExponent:
+    matrices = entry.matrices()
+    s, a, b = entry.stack
+    count = s * min(a, b)
+    shape = tuple(entry.weight.shape) if entry.part is not None or entry.kernel is not None else _shape(entry)
+    finite = bool(torch.isfinite(matrices).all())
+    spectrum = gram_eigenvalues(matrices, device=device).numpy() if finite else np.full(count, math.nan)
+    fit = fit_power_law(spectrum, method=method, bootstrap=bootstrap, seed=_layer_seed(seed, entry.name, 0))
+    null: list[float] = []
+    if fit.defined:
+        for draw in range(shuffles):
+            shuffled = _shuffle(matrices, _layer_seed(seed, entry.name, draw + 1))
+            other = fit_power_law(gram_eigenvalues(shuffled, device=device), method=method)
+            null += [other.exponent] if other.defined else []
+    null_low, null_high = (min(null), max(null)) if null else (math.nan, math.nan)
+    kept = spectrum[spectrum > EIGENVALUE_FLOOR]
+    edge, spikes = marchenko_pastur(kept, min(a, b), max(a, b)) if fit.defined else (math.nan, 0)
+    flags, reason = _judge(fit, entry, count, null_low, null_high)
+    return LayerExponent(
+        name=entry.name,
+        module=entry.module,
+        parameter=entry.parameter,
+        kind=entry.kind,
+        shape=shape,
+        exponent=fit.exponent,
+        standard_error=fit.standard_error,
+        interval=fit.interval,
+        n_tail=fit.n_tail,
+        eigenvalues=count,
+        distance=fit.distance,
+        lambda_min=fit.lambda_min,
+        lambda_max=fit.lambda_max,
+        alpha_weighted=fit.exponent * math.log10(fit.lambda_max) if fit.defined else math.nan,
+        log_alpha_norm=_log_power_sum(kept, fit.exponent) if fit.defined else math.nan,
+        stable_rank=float(kept.sum() / kept[-1]) if len(kept) else math.nan,
+        mp_edge=edge,
+        spikes=spikes,
+        null_low=null_low,
+        null_high=null_high,
+        flags=flags,
+        trusted=not reason,
+        reason=reason,
+        axis=entry.axis,
+        part=entry.part,
+        heads=entry.heads,
+        kernel=entry.kernel,
+    )
+
+
+def _shape(entry: WeightMatrix) -> tuple[int, ...]:
+    """The parameter's own shape: a grouped convolution's is held with its groups apart."""
+    shape = tuple(entry.weight.shape)
+    return (shape[0] * shape[1], *shape[2:]) if entry.permute else shape
+
+
+def _layer_seed(seed: int, name: str, draw: int) -> int:
+    return zlib.crc32(f"{seed}/{draw}/{name}".encode())
+
+
+def _shuffle(matrices: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(matrices.numel(), generator=generator).to(matrices.device)
+    return matrices.reshape(-1)[order].view_as(matrices)
+
+
+def _log_power_sum(values: Array, exponent: float) -> float:
+    """log10 Σ λ^ξ without overflow."""
+    logs = exponent * np.log(values)
+    peak = logs.max()
+    return float((peak + np.log(np.exp(logs - peak).sum())) / math.log(10))
+
+
+def marchenko_pastur(values: Array, small: int, large: int) -> tuple[float, int]:
+    """Upper edge of the random bulk and the eigenvalues beyond it.
+
+    With the eigenvalues rescaled to mean 1, the edge is (σ(1 + 1/√Q))², Q = large/small, and an eigenvalue is a spike
+    beyond edge + √τ, τ = edge^(2/3) small^(-2/3)/√Q being the Tracy-Widom scale: weightwatcher's margin, which is
+    several times that scale. σ² is the mean of what is not a spike, repeated until it settles.
+
+    Args:
+        values: Ascending eigenvalues, shape (n,), positive.
+        small: Smaller dimension of the matrix.
+        large: Larger dimension.
+
+    Returns:
+        The edge in the units of `values`, and the number of spikes. Cost O(n) a round.
+    """
+    scaled = values / values.mean()
+    ratio = large / small
+    inside, edge = len(scaled), math.nan
+    while inside > 0:
+        edge = float(scaled[:inside].mean()) * (1 + 1 / math.sqrt(ratio)) ** 2
+        margin = math.sqrt(edge ** (2 / 3) * small ** (-2 / 3) / math.sqrt(ratio))
+        below = int(np.searchsorted(scaled, edge + margin, side="right"))
+        if below >= inside:
+            break
+        inside = below
+    return edge * float(values.mean()), len(scaled) - inside
+
+
+def _judge(
+    fit: PowerLawFit, entry: WeightMatrix, count: int, null_low: float, null_high: float
+) -> tuple[tuple[str, ...], str]:
+    """All flags, and those among them that forbid acting on the exponent."""
+    if not fit.defined:
+        reason = f"undefined: {fit.reason}"
+        return (*entry.flags, reason), reason
+    against = list(entry.flags)
+    notes: list[str] = []
+    if count < FEW_EIGENVALUES:
+        against.append(f"{count} eigenvalues, fewer than {FEW_EIGENVALUES}")
+    if fit.n_tail < SHORT_TAIL:
+        against.append(f"tail of {fit.n_tail}, fewer than {SHORT_TAIL}")
+    if fit.standard_error > WIDE_ERROR * abs(fit.exponent):
+        against.append(f"standard error {fit.standard_error / abs(fit.exponent):.0%} of the exponent")
+    if fit.interval is not None:
+        crossed = [f"{end:g}" for end in WINDOW if fit.interval[0] < end < fit.interval[1]]
+        if crossed:
+            against.append(f"interval [{fit.interval[0]:.2f}, {fit.interval[1]:.2f}] crosses {' and '.join(crossed)}")
+    if math.isnan(null_low):
+        against.append("not compared with shuffled entries")
+    elif fit.exponent >= null_low:
+        where = "inside" if fit.exponent <= null_high else "above"
+        against.append(f"{where} the range of shuffled entries [{null_low:.2f}, {null_high:.2f}]")
+    if fit.ties:
+        against.append("equal eigenvalues in the tail")
+    if fit.near_minima:
+        against.append("other tails fit nearly as well and give other exponents")
+    if fit.n < count:
+        notes.append(f"rank deficient: {count - fit.n} of {count} eigenvalues are numerically zero")
+    return (*against, *notes), "; ".join(against)

@@ -1,0 +1,241 @@
+"""Everything that is measured on the network before a prediction: preconditioner, spectrum, linearisation, curvature."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from stabkit._progress import progress_bar
+from stabkit.algorithms import SRAGU, Algorithm
+from stabkit.coherence import Coherence, coherence
+from stabkit.curvature import (
+    LinearisedNetwork,
+    MixedOperator,
+    PreconditionedOperator,
+    SampleFactors,
+    curvature_operator,
+    linearise,
+)
+from stabkit.heavy_tail import layer_exponents
+from stabkit.preconditioner import Preconditioner
+from stabkit.problem import UnlearningProblem
+from stabkit.report import Cost, LayerGate
+from stabkit.spectrum import Eigenpairs, extreme_eigenpairs
+
+COHERENCE_SAMPLES = 256  # of each set
+# Settings that no measurement depends on.
+FREE_SETTINGS = frozenset({"lr", "steps", "batch_size", "forget_batch_size", "sampling", "momentum"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """How much to measure.
+
+    Attributes:
+        curvature: "hessian" or "ggn", of the spectrum.
+        rank: Directions of the linearisation.
+        retain_samples: Retain samples to linearise; all when None.
+        forget_samples: Forget samples to linearise; all when None.
+        spectrum_samples: Samples of each set behind the spectrum; all when None.
+        seed: Seed of samples, sketches and start vectors.
+    """
+
+    curvature: str
+    rank: int
+    retain_samples: int | None
+    forget_samples: int | None
+    spectrum_samples: int | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spectrum:
+    """The extreme eigenpairs of the preconditioned D, with the two parts of each eigenvalue.
+
+    Attributes:
+        pairs: Lowest and highest eigenpair of P^{1/2} D P^{1/2}.
+        retain: vᵀH_R v for each vector, shape (k,).
+        forget: vᵀH_F v for each vector, shape (k,).
+    """
+
+    pairs: Eigenpairs
+    retain: Tensor
+    forget: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measurement:
+    """What one prediction, and every further question to it, is made from.
+
+    Attributes:
+        problem: The unlearning problem.
+        algorithm: The algorithm, whose mix and preconditioner were used.
+        settings: How much was measured.
+        preconditioner: P.
+        spectrum: Extreme eigenpairs of D.
+        network: The compressed linearised network.
+        retain: Retain curvature factors in the compressed coordinates.
+        forget: Forget curvature factors.
+        coherence: Their coherence.
+        layers: Heavy-tailed exponents and gates.
+        costs: What each stage cost.
+    """
+
+    problem: UnlearningProblem
+    algorithm: Algorithm
+    settings: MeasureSettings
+    preconditioner: Preconditioner
+    spectrum: Spectrum
+    network: LinearisedNetwork
+    retain: SampleFactors
+    forget: SampleFactors
+    coherence: Coherence
+    layers: tuple[LayerGate, ...]
+    costs: tuple[Cost, ...]
+
+    def with_algorithm(self, algorithm: Algorithm) -> Measurement:
+        """The measurement for other settings of the same algorithm.
+
+        Args:
+            algorithm: The changed algorithm.
+
+        Returns:
+            This measurement about the other settings, and free of charge, if step size, steps, batches, sampling or momentum
+            changed. A new mix has its spectrum and coherence measured; any other setting, everything.
+        """
+        changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
+        if changed <= FREE_SETTINGS:
+            free = tuple(replace(cost, seconds=0.0, gradient_equivalents=0.0) for cost in self.costs)
+            return replace(self, algorithm=algorithm, costs=free)
+        reuse = self if changed <= {*FREE_SETTINGS, "mix"} else None
+        return measure(self.problem, algorithm, self.settings, reuse=reuse)
+
+
+def measure(
+    problem: UnlearningProblem,
+    algorithm: Algorithm,
+    settings: MeasureSettings,
+    *,
+    reuse: Measurement | None = None,
+    progress: bool = False,
+) -> Measurement:
+    """Measure what a prediction for this algorithm needs.
+
+    Args:
+        problem: The unlearning problem.
+        algorithm: The algorithm; its mix and its preconditioner matter here.
+        settings: How much to measure.
+        reuse: A measurement of the same problem with the same preconditioner, to take P and the linearisation from.
+        progress: Whether to show a progress bar over the stages.
+
+    Returns:
+        The measurement. Cost: some 25 Hessian-vector products over the spectrum's samples, 2·O per-sample gradients of
+        the linearised ones, and what the preconditioner takes.
+    """
+    costs: list[Cost] = []
+    stages = iter(progress_bar(range(5), "measure", progress))
+
+    next(stages)
+    start = time.perf_counter()
+    preconditioner = reuse.preconditioner if reuse else algorithm.preconditioner(problem)
+    costs.append(
+        Cost(
+            stage="preconditioner",
+            seconds=time.perf_counter() - start,
+            gradient_equivalents=0.0 if reuse else algorithm.preconditioner_cost(problem),
+        )
+    )
+
+    next(stages)
+    start = time.perf_counter()
+    spectrum, products = _spectrum(problem, preconditioner, algorithm.mix, settings)
+    costs.append(Cost(stage="spectrum", seconds=time.perf_counter() - start, gradient_equivalents=products))
+
+    next(stages)
+    start = time.perf_counter()
+    network = (
+        reuse.network
+        if reuse
+        else linearise(
+            problem,
+            preconditioner,
+            rank=settings.rank,
+            retain_samples=settings.retain_samples,
+            forget_samples=settings.forget_samples,
+            seed=settings.seed,
+        )
+    )
+    spent = 0.0 if reuse else float(network.gradient_equivalents)
+    costs.append(Cost(stage="linearisation", seconds=time.perf_counter() - start, gradient_equivalents=spent))
+
+    next(stages)
+    start = time.perf_counter()
+    retain, forget = network.retain.factors(network.loss), network.forget.factors(network.loss)
+    alignment = coherence(
+        retain.thin(COHERENCE_SAMPLES), forget.thin(COHERENCE_SAMPLES), mix=algorithm.mix, seed=settings.seed
+    )
+    costs.append(Cost(stage="coherence", seconds=time.perf_counter() - start, gradient_equivalents=0.0))
+
+    next(stages)
+    start = time.perf_counter()
+    layers = reuse.layers if reuse else _layers(problem, algorithm)
+    costs.append(Cost(stage="layer exponents", seconds=time.perf_counter() - start, gradient_equivalents=0.0))
+    next(stages, None)
+    return Measurement(
+        problem=problem,
+        algorithm=algorithm,
+        settings=settings,
+        preconditioner=preconditioner,
+        spectrum=spectrum,
+        network=network,
+        retain=retain,
+        forget=forget,
+        coherence=alignment,
+        layers=layers,
+        costs=tuple(costs),
+    )
+
+
+def _spectrum(
+    problem: UnlearningProblem, preconditioner: Preconditioner, mix: float, settings: MeasureSettings
+) -> tuple[Spectrum, float]:
+    """Extreme eigenpairs of P^{1/2} D P^{1/2}, and the gradient-equivalents they took."""
+    indices = [s.subset(settings.spectrum_samples, settings.seed) for s in (problem.retain, problem.forget)]
+    retain, forget = (
+        PreconditionedOperator(
+            curvature_operator(problem, samples, kind=settings.curvature, indices=chosen), preconditioner
+        )
+        for samples, chosen in zip((problem.retain, problem.forget), indices, strict=True)
+    )
+    pairs = extreme_eigenpairs(MixedOperator(retain, forget, mix), seed=settings.seed)
+    vectors = pairs.vectors.to(problem.device, problem.dtype)
+    quotients = [(vectors * (operator @ vectors)).sum(0).double().cpu() for operator in (retain, forget)]
+    gradients = 2.0 * sum(o.products * i.numel() for o, i in zip((retain, forget), indices, strict=True))
+    return Spectrum(pairs=pairs, retain=quotients[0], forget=quotients[1]), gradients
+
+
+def _layers(problem: UnlearningProblem, algorithm: Algorithm) -> tuple[LayerGate, ...]:
+    """Exponents of the trained layers; their gates where the algorithm has one."""
+    if isinstance(algorithm, SRAGU):
+        gated = algorithm.gates(problem)
+        table, gates = gated.exponents, gated.gates
+    else:
+        table, gates = layer_exponents(problem.new_model(), seed=0), {}
+
+    def defined(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return tuple(
+        LayerGate(
+            layer=row.name,
+            exponent=defined(row.exponent),
+            standard_error=defined(row.standard_error),
+            trusted=row.trusted,
+            gate=gates.get(row.name, 1.0),
+            note=row.reason,
+        )
+        for row in table.rows
+    )

@@ -1,0 +1,384 @@
+"""`predict`: from a model and two data sets to a verdict with its evidence. Nothing numerical of its own."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import scipy
+import torch
+from torch import nn
+
+from stabkit import stability
+from stabkit._errors import LowConfidenceWarning
+from stabkit._rng import preserved_rng
+from stabkit._validate import check_choice, check_int
+from stabkit._version import __version__
+from stabkit.algorithms import Algorithm, resolve_algorithm
+from stabkit.boundary import CriticalValue, Frontier, critical_lr, critical_mix, frontier
+from stabkit.cause import find_cause, linearisation_error
+from stabkit.losses import Loss, PerSampleLoss
+from stabkit.measure import Measurement, MeasureSettings, measure
+from stabkit.problem import UnlearningProblem
+from stabkit.report import Check, CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
+from stabkit.rollout import Rollout, rollout
+from stabkit.samples import Data
+
+STABLE_BELOW, DIVERGES_ABOVE = 0.25, 0.75  # of P(diverge); between them the verdict is "marginal"
+HORIZON_GROWTH = 1e3  # of the mean square, at `Thresholds.horizon_lr`
+DAMPING = 1e-3  # ε of T5, as a share of λ_max(H_R)
+MAX_LINEARISATION_ERROR = 1.0
+MIN_CAPTURED = 0.5
+
+
+def predict(
+    model: nn.Module,
+    forget: Data,
+    retain: Data,
+    *,
+    algorithm: str | Algorithm = "graddiff",
+    lr: float | None = None,
+    mix: float | None = None,
+    batch_size: int | None = None,
+    forget_batch_size: int | None = None,
+    steps: int | None = None,
+    sampling: str | None = None,
+    momentum: float | None = None,
+    loss: str | PerSampleLoss | Loss = "cross_entropy",
+    batchnorm: str = "frozen",
+    curvature: str = "hessian",
+    rank: int = 100,
+    retain_samples: int | None = 512,
+    forget_samples: int | None = 256,
+    spectrum_samples: int | None = 2048,
+    seeds: int = 3,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Report:
+    """Say whether an unlearning run will diverge, before it is run.
+
+    The verdict rests on the rollout of the run on the linearised network (T14); the linear theory (T3-T13) stands beside
+    it as evidence and says why. Settings left out keep the algorithm's own values.
+
+    Args:
+        model: The trained network; never altered.
+        forget: What to forget: DataLoader, Dataset, (x, y) tensors, dict of tensors with labels, or batches.
+        retain: What to retain, in any of the same forms.
+        algorithm: "ga", "graddiff", "finetune", "agu", "sragu", or an algorithm object.
+        lr: Step size η > 0.
+        mix: α in [0, 1]: 0 descends on the retain set alone, 1 ascends on the forget set alone.
+        batch_size: Retain samples a step.
+        forget_batch_size: Forget samples a step; the smaller of `batch_size` and the forget set when None.
+        steps: Number K of steps.
+        sampling: "without_replacement", "with_replacement" or "poisson".
+        momentum: Heavy-ball momentum in [0, 1).
+        loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
+        batchnorm: "frozen": running statistics, in the prediction and in the run it is about.
+        curvature: Whose extreme eigenvalues to report, "hessian" or "ggn".
+        rank: Directions of the linearisation.
+        retain_samples: Retain samples to linearise; all when None.
+        forget_samples: Forget samples to linearise; all when None.
+        spectrum_samples: Samples of each set behind the eigenvalues; all when None.
+        seeds: Rollouts behind the probability.
+        seed: Seed of everything random here; the caller's random state is left as it was.
+        device: Where to compute; where the model is when None.
+        dtype: Dtype of the network's derivatives; the model's, but at least float32, when None.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The report. Cost: some 25 Hessian-vector products over the spectrum's samples and 2·O per-sample gradients of the
+        linearised ones; the rest needs no network pass. `report.costs` has what it came to.
+    """
+    check_choice(curvature, name="curvature", owner="predict", choices=("ggn", "hessian"))
+    check_int(seeds, name="seeds", owner="predict", low=1)
+    check_int(seed, name="seed", owner="predict", low=0)
+    check_int(rank, name="rank", owner="predict", low=1)
+    for name, value in (
+        ("retain_samples", retain_samples),
+        ("forget_samples", forget_samples),
+        ("spectrum_samples", spectrum_samples),
+    ):
+        if value is not None:
+            check_int(value, name=name, owner="predict", low=1)
+    chosen = resolve_algorithm(
+        algorithm,
+        lr=lr,
+        mix=mix,
+        batch_size=batch_size,
+        forget_batch_size=forget_batch_size,
+        steps=steps,
+        sampling=sampling,
+        momentum=momentum,
+    )
+    problem = UnlearningProblem(model, forget, retain, loss=loss, batchnorm=batchnorm, device=device, dtype=dtype)
+    chosen.batch_sizes(problem)
+    settings = MeasureSettings(
+        curvature=curvature,
+        rank=rank,
+        retain_samples=retain_samples,
+        forget_samples=forget_samples,
+        spectrum_samples=spectrum_samples,
+        seed=seed,
+    )
+    with preserved_rng():
+        measurement = measure(problem, chosen, settings, progress=progress)
+        return judge(measurement, range(seed, seed + seeds), progress=progress)
+
+
+def judge(measurement: Measurement, seeds: Sequence[int], *, progress: bool = False) -> Report:
+    """Turn a measurement into a report.
+
+    Args:
+        measurement: What was measured, with the algorithm it is about.
+        seeds: Seeds of the rollouts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The report.
+    """
+    start = time.perf_counter()
+    problem, algorithm, network = measurement.problem, measurement.algorithm, measurement.network
+    batch_sizes = algorithm.batch_sizes(problem)
+    rolled = rollout(
+        network,
+        algorithm,
+        lr=[algorithm.lr],
+        mix=[algorithm.mix],
+        batch_sizes=batch_sizes,
+        seeds=seeds,
+        progress=progress,
+    )
+    probability = float(rolled.probability[0])
+    thresholds = _thresholds(measurement, batch_sizes)
+    guess = thresholds.step_limit if math.isfinite(thresholds.step_limit) else algorithm.lr
+    lr_detail = critical_lr(network, algorithm, batch_sizes=batch_sizes, seeds=seeds, guess=guess)
+    mix_detail = critical_mix(network, algorithm, batch_sizes=batch_sizes, seeds=seeds)
+    error = linearisation_error(problem, network, rolled)
+    checks = _checks(measurement, error)
+    report = Report(
+        verdict=_verdict(probability),
+        probability=probability,
+        divergence_step=rolled.expected_divergence_step()[0],
+        critical_lr=lr_detail.value if lr_detail.found else math.inf,
+        critical_mix=mix_detail.value if mix_detail.found else math.inf,
+        critical_lr_detail=lr_detail,
+        critical_mix_detail=mix_detail,
+        run=_run(measurement, batch_sizes, seeds[0]),
+        thresholds=thresholds,
+        coherence=_coherence(measurement),
+        rollout=_rollout_summary(rolled, measurement, len(seeds)),
+        cause=find_cause(measurement, rolled),
+        layers=measurement.layers,
+        checks=checks,
+        linearisation_error=error,
+        advice=_advice(algorithm, lr_detail, mix_detail, probability),
+        costs=(
+            *measurement.costs,
+            Cost(
+                stage="rollouts and theory",
+                seconds=time.perf_counter() - start,
+                gradient_equivalents=(network.retain.samples + network.forget.samples) / 3,
+            ),
+        ),
+        _frontier=lambda **grid: _frontier(measurement, seeds, lr_detail, **grid),
+        _at=lambda **changes: _at(measurement, seeds, **changes),
+    )
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        warnings.warn(
+            f"the prediction has low confidence: {failed[0].meaning} {failed[0].remedy}",
+            LowConfidenceWarning,
+            stacklevel=3,
+        )
+    return report
+
+
+def _verdict(probability: float) -> str:
+    if probability < STABLE_BELOW:
+        return "stable"
+    return "diverges" if probability > DIVERGES_ABOVE else "marginal"
+
+
+def _at(measurement: Measurement, seeds: Sequence[int], **changes: object) -> Report:
+    """Judge other settings; only the mix needs new curvature products."""
+    algorithm = measurement.algorithm.replace(**changes)
+    algorithm.batch_sizes(measurement.problem)
+    with preserved_rng():
+        return judge(measurement.with_algorithm(algorithm), seeds)
+
+
+def _frontier(
+    measurement: Measurement,
+    seeds: Sequence[int],
+    detail: CriticalValue,
+    *,
+    lr: Sequence[float] | None,
+    mix: Sequence[float] | None,
+    progress: bool,
+) -> Frontier:
+    algorithm = measurement.algorithm
+    lrs = np.geomspace(detail.value * 1e-2, detail.value * 1e2, 20) if lr is None else lr
+    mixes = np.linspace(0, 1, 20) if mix is None else mix
+    return frontier(
+        measurement.network,
+        algorithm,
+        lr=lrs,  # type: ignore[arg-type]
+        mix=mixes,  # type: ignore[arg-type]
+        batch_sizes=algorithm.batch_sizes(measurement.problem),
+        seeds=seeds,
+        progress=progress,
+    )
+
+
+def _run(measurement: Measurement, batch_sizes: tuple[int, int], seed: int) -> Run:
+    problem, algorithm = measurement.problem, measurement.algorithm
+    return Run(
+        algorithm=algorithm.name,
+        settings=algorithm.settings(),
+        batch_sizes=batch_sizes,
+        model=problem.model_name,
+        parameters=problem.size,
+        retain_size=problem.retain.size,
+        forget_size=problem.forget.size,
+        loss=problem.loss.name,
+        batchnorm=problem.batchnorm,
+        divergence_level=problem.divergence_level,
+        retain_loss=problem.retain_loss,
+        forget_loss=problem.forget_loss,
+        device=str(problem.device),
+        dtype=str(problem.dtype).removeprefix("torch."),
+        seed=seed,
+        versions={
+            "stabkit": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+        },
+    )
+
+
+def _thresholds(measurement: Measurement, batch_sizes: tuple[int, int]) -> Thresholds:
+    algorithm, pairs = measurement.algorithm, measurement.spectrum.pairs
+    dynamics = stability.LinearDynamics(
+        retain=measurement.retain,
+        forget=measurement.forget,
+        mix=algorithm.mix,
+        batch_sizes=batch_sizes,
+        sampling=algorithm.sampling,
+    )
+    limit = 2 / pairs.largest if pairs.largest > 0 else math.inf
+    retain_mean = measurement.retain.mean()
+    damping = DAMPING * float(torch.linalg.eigvalsh(retain_mean)[-1])
+    mean_square = stability.mean_square(dynamics, algorithm.lr)
+    rule = stability.coherence_rule(dynamics, algorithm.lr, sigma=measurement.coherence.mixed)
+    return Thresholds(
+        curvature=measurement.settings.curvature,
+        smallest=pairs.smallest,
+        largest=pairs.largest,
+        residuals=(float(pairs.residuals[0]), float(pairs.residuals[-1])),
+        converged=pairs.converged,
+        step_limit=limit,
+        mean_stable=pairs.smallest >= -float(pairs.residuals[0]) and algorithm.lr <= limit,
+        asymptotic_mix=stability.critical_mix(retain_mean, measurement.forget.mean(), damping=damping).mix,
+        damping=damping,
+        radius=mean_square.radius,
+        growth=mean_square.growth(algorithm.steps),
+        radius_lower_bound=stability.rayleigh_bounds(dynamics, algorithm.lr),
+        mean_square_lr=stability.critical_lr_mean_square(dynamics),
+        horizon_lr=stability.critical_lr_within(dynamics, algorithm.steps, HORIZON_GROWTH),
+        coherence_rule=rule.diverges,
+        self_loop=stability.self_loop(dynamics, algorithm.lr),
+    )
+
+
+def _coherence(measurement: Measurement) -> CoherenceSummary:
+    found = measurement.coherence
+
+    def defined(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return CoherenceSummary(
+        retain=defined(found.retain),
+        forget=defined(found.forget),
+        cross=defined(found.cross),
+        cosine=defined(found.cosine),
+        mixed=defined(found.mixed),
+        samples=(found.gram_retain.shape[0], found.gram_forget.shape[0]),
+        pairs_sampled=found.pairs_sampled,
+    )
+
+
+def _rollout_summary(rolled: Rollout, measurement: Measurement, seeds: int) -> RolloutSummary:
+    network = measurement.network
+    retain, forget = rolled.retain_loss[:, 0], rolled.forget_loss[:, 0]
+    return RolloutSummary(
+        seeds=seeds,
+        score=tuple(rolled.score[:, 0].tolist()),
+        steps=tuple(rolled.steps.tolist()),
+        retain_loss=tuple(retain.median(0).values.tolist()),
+        retain_low=tuple(retain.min(0).values.tolist()),
+        retain_high=tuple(retain.max(0).values.tolist()),
+        forget_loss=tuple(forget.median(0).values.tolist()),
+        stopped_step=float(rolled.stopped_step[:, 0].median()),
+        samples=(network.retain.samples, network.forget.samples),
+        rank=network.rank,
+    )
+
+
+def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
+    network, pairs = measurement.network, measurement.spectrum.pairs
+    scale = max(abs(pairs.smallest), abs(pairs.largest))
+    residual = float(pairs.residuals.max()) / scale if scale > 0 else 0.0
+    return (
+        Check(
+            name="linearisation error",
+            value=error,
+            threshold=MAX_LINEARISATION_ERROR,
+            passed=error <= MAX_LINEARISATION_ERROR,
+            meaning="How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
+            "those moved.",
+            remedy="Near the boundary trust a margin of the step size, and check with verify().",
+        ),
+        Check(
+            name="captured output sensitivity",
+            value=network.captured,
+            threshold=MIN_CAPTURED,
+            passed=network.captured >= MIN_CAPTURED,
+            meaning="Share of the outputs' sensitivity to the parameters that the compressed directions hold.",
+            remedy="Raise `rank`.",
+        ),
+        Check(
+            name="relative eigen-residual",
+            value=residual,
+            threshold=1e-2,
+            passed=residual <= 1e-2,
+            meaning="How exact the extreme eigenvalues of the mixed curvature are.",
+            remedy="Compute in float64 with `dtype`.",
+        ),
+    )
+
+
+def _advice(
+    algorithm: Algorithm, lr_detail: CriticalValue, mix_detail: CriticalValue, probability: float
+) -> tuple[str, ...]:
+    """What to do, in words; the margins of one half are rules of thumb."""
+    if probability < STABLE_BELOW:
+        advice = ["Run it."]
+        if lr_detail.found and lr_detail.value < 2 * algorithm.lr:
+            advice.append(
+                f"The step size is within a factor 2 of the critical one, {lr_detail.value:.3g}: leave a margin."
+            )
+        return tuple(advice)
+    advice = []
+    if lr_detail.found:
+        advice.append(f"Keep mix {algorithm.mix:.3g} and lower the step size to {lr_detail.low / 2:.2g} or less.")
+    if mix_detail.found and mix_detail.value > 0:
+        advice.append(f"Or keep step size {algorithm.lr:.3g} and lower the mix to {mix_detail.low / 2:.2g} or less.")
+    if mix_detail.found and mix_detail.value == 0:
+        advice.append("At this step size even fine-tuning on the retain set diverges: only a smaller step helps.")
+    return tuple(advice)

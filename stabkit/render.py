@@ -1,0 +1,409 @@
+"""A report as text and as HTML, both from the same sections."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from stabkit._table import Table
+from stabkit.boundary import Frontier, Outcome
+from stabkit.report import Report
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from matplotlib.figure import Figure
+
+MECHANISMS = {
+    "overshoot": "the step overshoots along the sharpest direction of the mixed curvature",
+    "ascent": "ascent on the forget set outweighs descent on the retain set along a direction of negative mixed curvature",
+    "none": "no direction of the mixed curvature at θ* grows at this step size",
+}
+TOP_LAYERS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a section.
+
+    Attributes:
+        label: What it is.
+        value: Its value, formatted.
+        note: What it means, or its uncertainty.
+    """
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A titled table of the report.
+
+    Attributes:
+        title: Its heading.
+        rows: Its lines.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+
+
+def number(value: float | None) -> str:
+    """A number for reading: three significant digits.
+
+    Args:
+        value: The number; None where there is none.
+
+    Returns:
+        Text.
+    """
+    if value is None:
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.3g}"
+
+
+def headline(report: Report) -> str:
+    """The verdict in one sentence.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Text.
+    """
+    run = report.run
+    words = {
+        "stable": "is predicted to stay stable",
+        "marginal": "is near the edge",
+        "diverges": "is predicted to diverge",
+    }
+    where = "" if report.divergence_step is None else f", near step {report.divergence_step:.0f}"
+    return (
+        f"{run.algorithm} at step size {number(run.lr)} and mix {number(run.mix)}, {run.steps} steps, "
+        f"{words[report.verdict]}{where}: P(diverge) = {report.probability:.2f}."
+    )
+
+
+def sections(report: Report) -> tuple[Section, ...]:
+    """Every table of the report.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The sections, verdict first.
+    """
+    return (
+        _limits(report),
+        _why(report),
+        Section(
+            title="What to do", rows=tuple(Row(label=f"{i}.", value=text) for i, text in enumerate(report.advice, 1))
+        ),
+        _theory(report),
+        _alignment(report),
+        _layer_section(report),
+        _trust(report),
+        _about(report),
+        _costs(report),
+    )
+
+
+def _limits(report: Report) -> Section:
+    lr, mix, rollout = report.critical_lr_detail, report.critical_mix_detail, report.rollout
+    lr_note = f"seeds: {number(lr.low)} to {number(lr.high)}" if lr.found else f"none up to {number(lr.scanned[1])}"
+    mix_note = f"seeds: {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
+    return Section(
+        title="Limits",
+        rows=(
+            Row(label="critical step size", value=number(report.critical_lr), note=f"at this mix; {lr_note}"),
+            Row(label="critical mix", value=number(report.critical_mix), note=f"at this step size; {mix_note}"),
+            Row(
+                label="divergence step",
+                value=number(report.divergence_step),
+                note=f"median of {rollout.seeds} rollouts; the run is looked at every few steps",
+            ),
+            Row(
+                label="retain loss",
+                value=f"{number(report.run.retain_loss)} → {number(rollout.retain_loss[-1])}",
+                note=f"predicted end, capped once diverged; diverged from {number(report.run.divergence_level)} on",
+            ),
+            Row(
+                label="forget loss",
+                value=f"{number(report.run.forget_loss)} → {number(rollout.forget_loss[-1])}",
+                note="predicted end",
+            ),
+        ),
+    )
+
+
+def _why(report: Report) -> Section:
+    cause = report.cause
+    return Section(
+        title="Why",
+        rows=(
+            Row(label="mechanism", value=cause.mechanism, note=MECHANISMS[cause.mechanism]),
+            Row(
+                label="direction",
+                value=f"λ = {number(cause.eigenvalue)}",
+                note=f"retain curvature {number(cause.retain_curvature)}, forget curvature {number(cause.forget_curvature)}",
+            ),
+            Row(label="its layers", value=_shares(cause.eigenvector_layers), note="squared norm of the eigenvector"),
+            Row(
+                label="layers that move",
+                value=_shares(cause.displacement_layers),
+                note="squared norm of the predicted displacement",
+            ),
+            Row(
+                label="forget samples",
+                value=_shares(cause.forget_samples),
+                note="index: share of the forget curvature in that direction",
+            ),
+        ),
+    )
+
+
+def _shares(shares: Sequence[object]) -> str:
+    parts = [f"{s.name}: {s.share:.0%}" for s in shares[:TOP_LAYERS]]  # type: ignore[attr-defined]
+    rest = len(shares) - len(parts)
+    return ", ".join(parts) + (f", {rest} more" if rest > 0 else "") if parts else "–"
+
+
+def _theory(report: Report) -> Section:
+    t, steps = report.thresholds, report.run.steps
+    return Section(
+        title="Linear theory",
+        rows=(
+            Row(
+                label="λ_max(D), λ_min(D)",
+                value=f"{number(t.largest)}, {number(t.smallest)}",
+                note=f"{t.curvature}, residuals {number(t.residuals[1])}, {number(t.residuals[0])}"
+                + ("" if t.converged else "; not converged"),
+            ),
+            Row(label="2/λ_max(D)", value=number(t.step_limit), note="above it the mean overshoots (T4)"),
+            Row(
+                label="mean stable forever",
+                value="yes" if t.mean_stable else "no",
+                note="λ_min(D) ≥ 0 and step size below 2/λ_max (T4); says little about a run of few steps",
+            ),
+            Row(
+                label="asymptotic critical mix",
+                value=number(t.asymptotic_mix),
+                note=f"D turns indefinite above it; damping {number(t.damping)} (T5)",
+            ),
+            Row(
+                label="mean-square growth",
+                value=f"ρ = {t.radius:.5g}",
+                note=f"{steps}·ln ρ = {number(t.growth)} (T6, T8); at least {t.radius_lower_bound:.5g} (T10)",
+            ),
+            Row(
+                label="mean-square step limits",
+                value=f"{number(t.mean_square_lr)}, {number(t.horizon_lr)}",
+                note=f"stable forever (T7); thousandfold growth within {steps} steps (T8)",
+            ),
+            Row(
+                label="coherence rule",
+                value="diverges" if t.coherence_rule else "silent",
+                note="published rule (T13); silence is no promise",
+            ),
+            Row(label="self-loop bound", value="diverges" if t.self_loop else "silent", note="theory §4"),
+        ),
+    )
+
+
+def _alignment(report: Report) -> Section:
+    c = report.coherence
+    pairs = "pairs sampled" if c.pairs_sampled else "all pairs"
+    return Section(
+        title="Coherence",
+        rows=(
+            Row(
+                label="retain σ", value=number(c.retain), note=f"{c.samples[0]} samples; 1: orthogonal curvatures (T11)"
+            ),
+            Row(label="forget σ", value=number(c.forget), note=f"{c.samples[1]} samples (T11)"),
+            Row(label="retain-forget", value=number(c.cross), note="0: separate directions, 1: the same (T11)"),
+            Row(label="curvature cosine", value=number(c.cosine), note="of the mean curvatures (T11)"),
+            Row(label="mixed σ", value=number(c.mixed), note=f"{pairs} (T12)"),
+        ),
+    )
+
+
+def _layer_section(report: Report) -> Section:
+    rows = []
+    for layer in report.layers:
+        error = "" if layer.standard_error is None else f" ± {layer.standard_error:.2g}"
+        trust = f"gate {layer.gate:.2f}" if layer.trusted else f"not trusted: {layer.note}"
+        rows.append(Row(label=layer.layer, value=f"ξ = {number(layer.exponent)}{error}", note=trust))
+    return Section(title="Layer exponents", rows=tuple(rows))
+
+
+def _trust(report: Report) -> Section:
+    return Section(
+        title=f"Confidence: {report.confidence}",
+        rows=tuple(
+            Row(
+                label=check.name,
+                value=f"{number(check.value)} ({'ok' if check.passed else 'fails'} at {number(check.threshold)})",
+                note=check.meaning + ("" if check.passed else f" {check.remedy}"),
+            )
+            for check in report.checks
+        ),
+    )
+
+
+def _about(report: Report) -> Section:
+    run, rollout = report.run, report.rollout
+    settings = ", ".join(f"{key}={value}" for key, value in run.settings.items())
+    return Section(
+        title="The run",
+        rows=(
+            Row(label="algorithm", value=run.algorithm, note=settings),
+            Row(
+                label="model", value=f"{run.model}, {run.parameters:,} parameters", note=f"{run.dtype} on {run.device}"
+            ),
+            Row(
+                label="data",
+                value=f"{run.retain_size:,} retain, {run.forget_size:,} forget",
+                note=f"{run.loss}; batches of {run.batch_sizes[0]} and {run.batch_sizes[1]}; BatchNorm {run.batchnorm}",
+            ),
+            Row(
+                label="prediction",
+                value=f"{rollout.seeds} rollouts in {rollout.rank} directions",
+                note=f"{rollout.samples[0]} retain and {rollout.samples[1]} forget samples linearised; seed {run.seed}",
+            ),
+            Row(label="versions", value=", ".join(f"{k} {v}" for k, v in run.versions.items())),
+        ),
+    )
+
+
+def _costs(report: Report) -> Section:
+    seconds = sum(c.seconds for c in report.costs)
+    gradients = sum(c.gradient_equivalents for c in report.costs)
+    run_cost = report.run.steps * sum(report.run.batch_sizes)
+    return Section(
+        title="Cost",
+        rows=(
+            *(
+                Row(label=c.stage, value=f"{c.seconds:.2f} s", note=f"{c.gradient_equivalents:,.0f} sample gradients")
+                for c in report.costs
+            ),
+            Row(
+                label="together",
+                value=f"{seconds:.2f} s",
+                note=f"{gradients:,.0f} sample gradients; the run itself takes {run_cost:,}",
+            ),
+        ),
+    )
+
+
+def report_text(report: Report) -> str:
+    """The report as plain text.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Several lines.
+    """
+    lines = [f"{report.verdict.upper()}  {headline(report)}", ""]
+    for section in sections(report):
+        if not section.rows:
+            continue
+        lines.append(section.title)
+        wide = max(len(row.label) for row in section.rows)
+        for row in section.rows:
+            note = f"  ({row.note})" if row.note else ""
+            lines.append(f"  {row.label:<{wide}}  {row.value}{note}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+@cache
+def _template(name: str) -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("stabkit"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def _embedded(figure: Figure) -> str:
+    """The figure as a base64 PNG, closed afterwards."""
+    from matplotlib import pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def report_html(report: Report) -> str:
+    """The report as an HTML fragment for a notebook; no script, no network.
+
+    Args:
+        report: The report.
+
+    Returns:
+        HTML.
+    """
+    return _template("fragment.html").render(
+        report=report,
+        headline=headline(report),
+        sections=sections(report),
+        figures=[("Predicted run", _embedded(report.plot()[0]))],
+        tables=[],
+    )
+
+
+def table_html(table: Table) -> str:
+    """A table as an HTML fragment.
+
+    Args:
+        table: The table.
+
+    Returns:
+        HTML.
+    """
+    return _template("tables.html").render(tables=[table])
+
+
+def report_page(
+    report: Report,
+    *,
+    frontier: Frontier | None = None,
+    outcomes: Sequence[Outcome] = (),
+    tables: Sequence[Table] = (),
+) -> str:
+    """The report as one HTML page with its plots inside.
+
+    Args:
+        report: The report.
+        frontier: A frontier to draw.
+        outcomes: Real runs to mark on it.
+        tables: Tables to put before the evidence.
+
+    Returns:
+        HTML.
+    """
+    figures = [("Predicted run", _embedded(report.plot()[0]))]
+    if frontier is not None:
+        figures.append(("Stability frontier", _embedded(frontier.plot(outcomes=outcomes)[0])))
+    return _template("page.html").render(
+        report=report,
+        headline=headline(report),
+        sections=sections(report),
+        figures=figures,
+        tables=tables,
+    )

@@ -1,0 +1,467 @@
+"""The report: a verdict, the evidence behind it, and how it shows itself. Values only; nothing is computed here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
+from stabkit._table import Table
+from stabkit.boundary import CriticalValue, Frontier, Outcome
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What was asked about.
+
+    Attributes:
+        algorithm: Registered name of the algorithm.
+        settings: Its settings by name.
+        batch_sizes: Retain and forget samples a step.
+        model: Class of the model.
+        parameters: Number d of trainable parameters.
+        retain_size: Retain samples.
+        forget_size: Forget samples.
+        loss: Name of the per-sample loss.
+        batchnorm: Treatment of BatchNorm statistics.
+        divergence_level: Retain loss of the best constant predictor.
+        retain_loss: Retain loss at θ*.
+        forget_loss: Forget loss at θ*.
+        device: Where it was computed.
+        dtype: Dtype of the network's derivatives.
+        seed: Seed of the prediction.
+        versions: Versions of stabkit, torch, numpy and scipy.
+    """
+
+    algorithm: str
+    settings: dict[str, Any]
+    batch_sizes: tuple[int, int]
+    model: str
+    parameters: int
+    retain_size: int
+    forget_size: int
+    loss: str
+    batchnorm: str
+    divergence_level: float
+    retain_loss: float
+    forget_loss: float
+    device: str
+    dtype: str
+    seed: int
+    versions: dict[str, str]
+
+    @property
+    def lr(self) -> float:
+        """Step size η."""
+        return float(self.settings["lr"])
+
+    @property
+    def mix(self) -> float:
+        """Mix α."""
+        return float(self.settings["mix"])
+
+    @property
+    def steps(self) -> int:
+        """Number K of steps."""
+        return int(self.settings["steps"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What the linear theory says (theory §§2-4), in the preconditioned coordinates.
+
+    Attributes:
+        curvature: "hessian" or "ggn": whose eigenvalues are in the next three fields.
+        smallest: λ_min(D).
+        largest: λ_max(D).
+        residuals: Eigen-residuals of the two.
+        converged: Whether the eigen-solver met its tolerance.
+        step_limit: 2/λ_max(D), above which the mean overshoots (T4); infinity without positive curvature.
+        mean_stable: Whether λ_min(D) >= 0 and lr <= step_limit (T4).
+        asymptotic_mix: Mix above which D is indefinite, from the damped pencil (T5), on the compressed curvature.
+        damping: ε of that pencil.
+        radius: ρ(T_η), growth factor of the mean square a step (T6), on the compressed curvature.
+        growth: K·ln ρ (T8).
+        radius_lower_bound: The best of the cheap lower bounds on ρ (T10).
+        mean_square_lr: Largest asymptotically mean-square stable step (T7); 0 if D is indefinite.
+        horizon_lr: Largest step at which the mean square grows less than a thousandfold within the K steps.
+        coherence_rule: Whether the published coherence rule calls divergence (T13).
+        self_loop: Whether the self-loop bound calls divergence (theory §4).
+    """
+
+    curvature: str
+    smallest: float
+    largest: float
+    residuals: tuple[float, float]
+    converged: bool
+    step_limit: float
+    mean_stable: bool
+    asymptotic_mix: float
+    damping: float
+    radius: float
+    growth: float
+    radius_lower_bound: float
+    mean_square_lr: float
+    horizon_lr: float
+    coherence_rule: bool
+    self_loop: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoherenceSummary:
+    """How aligned the per-sample curvatures are (T11, T12). None where there is no curvature to compare.
+
+    Attributes:
+        retain: σ of the retain samples; 1: orthogonal, larger: aligned.
+        forget: σ of the forget samples.
+        cross: Coherence between the sets, in [0, 1].
+        cosine: Cosine between the mean curvatures, in [0, 1].
+        mixed: σ of the mixed per-pair curvatures.
+        samples: Retain and forget samples compared.
+        pairs_sampled: Whether pairs were sampled for `mixed`.
+    """
+
+    retain: float | None
+    forget: float | None
+    cross: float | None
+    cosine: float | None
+    mixed: float | None
+    samples: tuple[int, int]
+    pairs_sampled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSummary:
+    """What the rolled-out linearised network did (T14).
+
+    Attributes:
+        seeds: Number of seeds.
+        score: Log of the worst retain loss over the divergence level, per seed; positive: diverged.
+        steps: Checked steps.
+        retain_loss: Median over seeds at each check.
+        retain_low: Smallest over seeds.
+        retain_high: Largest over seeds.
+        forget_loss: Median over seeds at each check.
+        stopped_step: Median last step; below K where a stop rule ends the run.
+        samples: Retain and forget samples linearised.
+        rank: Number r of coordinates.
+    """
+
+    seeds: int
+    score: tuple[float, ...]
+    steps: tuple[int, ...]
+    retain_loss: tuple[float, ...]
+    retain_low: tuple[float, ...]
+    retain_high: tuple[float, ...]
+    forget_loss: tuple[float, ...]
+    stopped_step: float
+    samples: tuple[int, int]
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One layer's or one sample's part of a whole.
+
+    Attributes:
+        name: Layer name, or sample index as text.
+        share: Its part, in [0, 1].
+    """
+
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """What breaks first, and where.
+
+    Attributes:
+        mechanism: "overshoot" (lr·λ_max(D) > 2 grows fastest), "ascent" (negative curvature does) or "none" (neither).
+        eigenvalue: Eigenvalue of D in that direction; without a growing one, the one nearest to growing.
+        retain_curvature: vᵀH_R v there, preconditioned.
+        forget_curvature: vᵀH_F v there.
+        eigenvector_layers: The direction split by layer, largest first; shares sum to 1.
+        displacement_layers: The rolled-out displacement θ - θ* split by layer, largest first.
+        forget_samples: Forget samples that carry most of the direction's curvature, by index in the forget set.
+    """
+
+    mechanism: str
+    eigenvalue: float
+    retain_curvature: float
+    forget_curvature: float
+    eigenvector_layers: tuple[Share, ...]
+    displacement_layers: tuple[Share, ...]
+    forget_samples: tuple[Share, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGate:
+    """One layer's heavy-tailed exponent and what the algorithm makes of it.
+
+    Attributes:
+        layer: Name of the weight matrix.
+        exponent: ξ; None where undefined.
+        standard_error: Of ξ; None where undefined.
+        trusted: Whether there is evidence enough to act on it.
+        gate: ν; 1 where neutral, or where the algorithm has no gate.
+        note: Why it is not trusted, or "".
+    """
+
+    layer: str
+    exponent: float | None
+    standard_error: float | None
+    trusted: bool
+    gate: float
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One test of the report's own trustworthiness.
+
+    Attributes:
+        name: What is checked.
+        value: What was found; None if it could not be.
+        threshold: What it is held against.
+        passed: Whether it is fine.
+        meaning: What it says.
+        remedy: What to do if it failed.
+    """
+
+    name: str
+    value: float | None
+    threshold: float
+    passed: bool
+    meaning: str
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one stage cost.
+
+    Attributes:
+        stage: Its name.
+        seconds: Wall-clock seconds.
+        gradient_equivalents: Per-sample gradient evaluations.
+    """
+
+    stage: str
+    seconds: float
+    gradient_equivalents: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A prediction for one run, with its evidence.
+
+    Attributes:
+        verdict: "stable", "marginal" or "diverges".
+        probability: P(diverge) within the run's steps.
+        divergence_step: Median predicted step of divergence; None where fewer than half of the seeds diverge.
+        critical_lr: Smallest step size predicted to diverge at this mix; infinity if none was found in the scan.
+        critical_mix: Smallest mix predicted to diverge at this step size; infinity if none is, up to 1.
+        critical_lr_detail: Its scan and spread over seeds.
+        critical_mix_detail: Its scan and spread over seeds.
+        run: What was asked about.
+        thresholds: What the linear theory says.
+        coherence: Alignment of per-sample curvatures.
+        rollout: What the rolled-out run did.
+        cause: What breaks first.
+        layers: Heavy-tailed exponents and gates.
+        checks: How far to trust this.
+        linearisation_error: Relative error of the linearised outputs at the predicted displacement; infinity if the real
+            outputs there are not finite.
+        advice: What to do, in words.
+        costs: What it cost, by stage.
+    """
+
+    verdict: str
+    probability: float
+    divergence_step: float | None
+    critical_lr: float
+    critical_mix: float
+    critical_lr_detail: CriticalValue
+    critical_mix_detail: CriticalValue
+    run: Run
+    thresholds: Thresholds
+    coherence: CoherenceSummary
+    rollout: RolloutSummary
+    cause: Cause
+    layers: tuple[LayerGate, ...]
+    checks: tuple[Check, ...]
+    linearisation_error: float
+    advice: tuple[str, ...]
+    costs: tuple[Cost, ...]
+    # How to ask again without measuring again; not part of the report's value, absent after loading from a file.
+    _frontier: Callable[..., Frontier] | None = field(default=None, compare=False, repr=False)
+    _at: Callable[..., Report] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def confidence(self) -> str:
+        """Either "high", if every check passed, or "low"."""
+        return "high" if all(check.passed for check in self.checks) else "low"
+
+    def frontier(
+        self, *, lr: Sequence[float] | None = None, mix: Sequence[float] | None = None, progress: bool = False
+    ) -> Frontier:
+        """Predict a whole grid of step sizes and mixes from what is measured already; no network pass.
+
+        Args:
+            lr: Step sizes; 20 over four decades around the critical one when None.
+            mix: Mixes; 20 from 0 to 1 when None.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The map.
+
+        Raises:
+            RuntimeError: If this report was loaded from a file, which does not hold the linearised network.
+        """
+        if self._frontier is None:
+            raise RuntimeError(
+                "`frontier` of `Report` needs the linearised network, which a report loaded from a file does not hold; "
+                "call predict(...) again in this process."
+            )
+        return self._frontier(lr=lr, mix=mix, progress=progress)
+
+    def at(self, **changes: object) -> Report:
+        """The report for other settings of the same algorithm, measured quantities reused.
+
+        Args:
+            **changes: Any of lr, steps, batch_size, forget_batch_size, sampling and momentum. A new mix changes the
+                mixed curvature, so its spectrum is measured anew.
+
+        Returns:
+            A new report. Cost: rollouts, and one forward pass over the linearised samples.
+
+        Raises:
+            RuntimeError: If this report was loaded from a file.
+        """
+        if self._at is None:
+            raise RuntimeError(
+                "`at` of `Report` needs the linearised network, which a report loaded from a file does not hold; call "
+                "predict(...) again in this process."
+            )
+        return self._at(**changes)
+
+    def plot(self, axes: Sequence[Axes] | None = None) -> tuple[Figure, Sequence[Axes]]:
+        """Predicted losses over the run, P(diverge) against the step size's limits, and the layers that break.
+
+        Args:
+            axes: Two axes to draw in; a new figure when None.
+
+        Returns:
+            Figure and axes.
+        """
+        from stabkit.plots import plot_report  # plots are loaded only when drawn
+
+        return plot_report(self, axes=axes)
+
+    def summary(self) -> str:
+        """The whole report as text, complete without the plots.
+
+        Returns:
+            Several lines.
+        """
+        from stabkit.render import report_text
+
+        return report_text(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        from stabkit.render import report_html
+
+        return report_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: dictionaries, lists, strings, numbers and None.
+
+        Returns:
+            The report with its schema's version.
+        """
+        return {"schema": SCHEMA, **to_plain(self)}
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Strict JSON; infinities are written as strings.
+
+        Args:
+            path: File to write as well, atomically.
+
+        Returns:
+            The text.
+        """
+        text = dumps(self.to_dict())
+        if path is not None:
+            write_atomically(path, text)
+        return text
+
+    @staticmethod
+    def from_dict(plain: dict[str, Any]) -> Report:
+        """The report that `to_dict` came from.
+
+        Args:
+            plain: What `to_dict` gave.
+
+        Returns:
+            The report; it can show itself and be verified, but not be asked for a new frontier.
+
+        Raises:
+            ValueError: If the schema is another one.
+        """
+        schema = plain.get("schema")
+        if schema != SCHEMA:
+            raise ValueError(f"`plain` of `Report.from_dict` must have schema {SCHEMA}; got {schema!r}.")
+        return from_plain(Report, {key: value for key, value in plain.items() if key != "schema"})
+
+    @staticmethod
+    def from_json(source: str | os.PathLike[str]) -> Report:
+        """Read a report from a file or from JSON text.
+
+        Args:
+            source: Path, or text that begins with a brace.
+
+        Returns:
+            The report, equal to the one that was written.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        return Report.from_dict(json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8")))
+
+    def save_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        frontier: Frontier | None = None,
+        outcomes: Sequence[Outcome] = (),
+        tables: Sequence[Table] = (),
+    ) -> Path:
+        """Write the report as one self-contained HTML file, plots inside, no script.
+
+        Args:
+            path: Where to.
+            frontier: A frontier to draw as well; computed on the default grid when None and possible.
+            outcomes: Real runs to mark on it.
+            tables: Tables to show before the evidence, such as a verification's `table()`.
+
+        Returns:
+            The path.
+        """
+        from stabkit.render import report_page
+
+        if frontier is None and self._frontier is not None:
+            frontier = self.frontier()
+        page = report_page(self, frontier=frontier, outcomes=outcomes, tables=tables)
+        return write_atomically(path, page)

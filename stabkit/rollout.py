@@ -1,0 +1,252 @@
+"""Rolls a whole unlearning run out on the linearised network, with the true loss and without network passes (T14).
+
+In the compressed coordinates c of `LinearisedNetwork` one preconditioned step is
+
+    c⁺ = c - η [ (1-α) mean_{i in batch_R} Φ_i^T s_i(f_i + Φ_i c) - α mean_{i in batch_F} Φ_i^T s_i(f_i + Φ_i c) ]
+
+with s_i the loss's derivative in the outputs. Many settings (step size, mix) roll side by side over the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabkit._progress import progress_bar
+from stabkit._validate import check_int, check_real
+from stabkit.algorithms.base import Algorithm, batch_streams
+from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet
+from stabkit.runner import CHECK_EVERY
+
+SCORE_CAP = 3.0  # log of the retain loss over the divergence level at which a setting stops rolling
+LOGISTIC_SLOPE = 4.0  # of the probability in the score; set by hand, not fitted
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollout:
+    """What the linearised network did, for S seeds and G settings.
+
+    Attributes:
+        lr: Step sizes, shape (G,).
+        mix: Mixes, shape (G,).
+        score: Largest log ratio of the retain loss to the divergence level, capped at `SCORE_CAP`, shape (S, G). Positive:
+            this seed's run crosses.
+        divergence_step: First checked step past the level, shape (S, G); NaN where it is never passed.
+        stopped_step: Last step taken, shape (S, G); earlier than K where a stop rule ended the run.
+        steps: The checked steps, shape (T,).
+        retain_loss: Mean loss of the retain samples at the checks, shape (S, G, T); constant after a run has ended.
+        forget_loss: The same for the forget samples.
+        coordinates: c where the run crossed the level, or at its end, shape (S, G, r).
+    """
+
+    lr: Tensor
+    mix: Tensor
+    score: Tensor
+    divergence_step: Tensor
+    stopped_step: Tensor
+    steps: Tensor
+    retain_loss: Tensor
+    forget_loss: Tensor
+    coordinates: Tensor
+
+    @property
+    def probability(self) -> Tensor:
+        """P(diverge) of every setting, shape (G,): a fixed logistic of each seed's score, averaged over seeds."""
+        return torch.sigmoid(LOGISTIC_SLOPE * self.score).mean(0)
+
+    def expected_divergence_step(self) -> list[float | None]:
+        """Median divergence step over the seeds that cross, per setting; None where fewer than half of them do.
+
+        Returns:
+            G entries.
+        """
+        medians: list[float | None] = []
+        for column in self.divergence_step.T:
+            crossed = column[column.isfinite()]
+            medians.append(float(crossed.median()) if 2 * crossed.numel() >= column.numel() else None)
+        return medians
+
+
+def rollout(
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    *,
+    lr: Sequence[float] | Tensor,
+    mix: Sequence[float] | Tensor,
+    batch_sizes: tuple[int, int],
+    seeds: Sequence[int] = (0, 1, 2),
+    check_every: int = CHECK_EVERY,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Rollout:
+    """Roll out an algorithm at several settings at once.
+
+    Where the network holds every sample of both sets, a seed draws the very batches that `run` draws. Where it holds a
+    sample of m < n, batches are drawn from it with replacement, which has the variance of draws from the whole set.
+
+    Args:
+        network: The compressed network.
+        algorithm: Steps, sampling, momentum and stop rule are read from it; its own lr and mix are not.
+        lr: Step sizes, G of them.
+        mix: Mixes, G of them.
+        batch_sizes: B_R and B_F.
+        seeds: One run each.
+        check_every: Steps between two looks at the losses, as in `run`.
+        dtype: Floating dtype of the iteration; the features' own when None.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The rollout. Cost a step: 4·S·G·(B_R + B_F)·O·r operations; no network pass. Memory G·(m_R + m_F)·O at a check.
+
+    Raises:
+        ValueError: If `lr` and `mix` differ in length or are empty, or there is no seed.
+    """
+    check_int(check_every, name="check_every", owner="rollout", low=1)
+    dtype = dtype or network.retain.features.dtype
+    device = network.retain.features.device
+    etas = torch.as_tensor(lr, dtype=dtype, device=device).reshape(-1)
+    alphas = torch.as_tensor(mix, dtype=dtype, device=device).reshape(-1)
+    if etas.shape != alphas.shape or etas.numel() == 0:
+        raise ValueError(
+            f"`lr` and `mix` of `rollout` must be equally many, and at least one; got {etas.numel()} and {alphas.numel()}."
+        )
+    for eta, alpha in zip(etas.tolist(), alphas.tolist(), strict=True):
+        check_real(eta, name="lr", owner="rollout", low=0, low_open=True)
+        check_real(alpha, name="mix", owner="rollout", low=0, high=1)
+    if not seeds:
+        raise ValueError("`seeds` of `rollout` must name at least one seed; got none.")
+    checks = [0, *(k for k in range(1, algorithm.steps + 1) if k % check_every == 0 or k == algorithm.steps)]
+    parts = [
+        _roll_seed(network, algorithm, etas, alphas, batch_sizes, seed, checks)
+        for seed in progress_bar(list(seeds), "rollout", progress)
+    ]
+    return Rollout(
+        lr=etas.double().cpu(),
+        mix=alphas.double().cpu(),
+        steps=torch.tensor(checks),
+        **{name: torch.stack([p[name] for p in parts]) for name in parts[0]},
+    )
+
+
+class _Part:
+    """One set during a rollout: its samples in the working dtype and its stream of batches."""
+
+    def __init__(self, part: LinearisedSet, stream: Iterator[Tensor], batch_size: int, dtype: torch.dtype) -> None:
+        self.outputs = part.outputs.to(dtype)
+        self.features = part.features.to(dtype)
+        self.targets = part.targets.to(dtype) if part.targets.is_floating_point() else part.targets
+        self.stream = stream
+        self.batch_size = batch_size
+
+    def at(self, c: Tensor, indices: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs at G settings' coordinates c (G, r) as (G·b, ...), their targets, and the features (b·O, r)."""
+        base, targets, rows = self.outputs[indices], self.targets[indices], self.features[indices].flatten(0, 1)
+        settings = c.shape[0]
+        moved = base.reshape(1, -1) + c @ rows.T  # f_i + Φ_i c: (G, b·O)
+        return moved.reshape(settings * base.shape[0], *base.shape[1:]), _repeat(targets, settings), rows
+
+
+def _repeat(values: Tensor, times: int) -> Tensor:
+    return values.repeat(times, *[1] * (values.dim() - 1))
+
+
+def _roll_seed(
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    etas: Tensor,
+    alphas: Tensor,
+    batch_sizes: tuple[int, int],
+    seed: int,
+    checks: list[int],
+) -> dict[str, Tensor]:
+    """One seed's run at all settings; settings that have ended leave the working set."""
+    settings, rank, dtype, device = etas.numel(), network.rank, etas.dtype, etas.device
+    sets = (network.retain, network.forget)
+    streams = batch_streams(
+        (sets[0].samples, sets[1].samples),
+        batch_sizes,
+        algorithm.sampling,
+        seed,
+        populations=(sets[0].population, sets[1].population),
+    )
+    retain, forget = (_Part(sets[i], streams[i], batch_sizes[i], dtype) for i in (0, 1))
+    metric, anchor = network.metric.to(dtype), network.anchor.to(dtype)
+    rule = algorithm.stop_rule()
+    log_level = math.log(max(network.divergence_level, torch.finfo(torch.float64).tiny))
+
+    score = torch.full((settings,), -math.inf, dtype=torch.float64)
+    divergence_step = torch.full((settings,), math.nan, dtype=torch.float64)
+    stopped_step = torch.full((settings,), float(algorithm.steps), dtype=torch.float64)
+    losses = torch.zeros(2, settings, len(checks), dtype=torch.float64)
+    coordinates = torch.zeros(settings, rank, dtype=torch.float64)
+    # The working set: rows of the above that still run, with their coordinates and velocities.
+    alive = torch.arange(settings)
+    c = torch.zeros(settings, rank, dtype=dtype, device=device)
+    velocity = torch.zeros_like(c)
+
+    def look(position: int, step: int) -> Tensor:
+        """Record the losses of the working set from this check on; which of its settings go on."""
+        for place, part in enumerate((retain, forget)):
+            outputs, targets, _ = part.at(c, slice(None))
+            mean = network.loss.per_sample(outputs, targets).reshape(alive.numel(), -1).mean(1).double().cpu()
+            losses[place, alive, position:] = mean.nan_to_num(nan=math.inf).unsqueeze(1)
+        ratio = (losses[0, alive, position].log() - log_level).clamp_max(SCORE_CAP)
+        score[alive] = torch.maximum(score[alive], ratio)
+        before = divergence_step[alive].isnan()
+        coordinates[alive[before]] = c.double().cpu()[before]
+        divergence_step[alive[before & (ratio >= 0)]] = float(step)
+        return ratio < SCORE_CAP
+
+    going = look(0, 0)
+    position = 1
+    for step in range(1, algorithm.steps + 1):
+        if not bool(going.all()):
+            alive, c, velocity = alive[going], c[going.to(device)], velocity[going.to(device)]
+            if alive.numel() == 0:
+                break
+        eta, alpha = etas[alive.to(device)].unsqueeze(1), alphas[alive.to(device)].unsqueeze(1)
+        gradient, leakage = _mixed_gradient(network, retain, forget, c, alpha, leakage=rule.leakage_bound is not None)
+        velocity = algorithm.momentum * velocity + gradient
+        change = -eta * velocity
+        ended = torch.zeros(alive.numel(), dtype=torch.bool)
+        if rule.active:
+            moved = ((change @ metric) * change).sum(1).clamp_min(0)
+            norm = network.anchor_norm**2 + 2 * c @ anchor + ((c @ metric) * c).sum(1)
+            ended = rule.decide((moved / norm).sqrt(), leakage).cpu()
+            stopped_step[alive[ended]] = float(step)
+        c = c + change
+        going = ~ended
+        if step == checks[position] or bool(ended.any()):
+            going &= look(position, step)
+        position += step == checks[position]
+    return {
+        "score": score,
+        "divergence_step": divergence_step,
+        "stopped_step": stopped_step,
+        "retain_loss": losses[0],
+        "forget_loss": losses[1],
+        "coordinates": coordinates,
+    }
+
+
+def _mixed_gradient(
+    network: LinearisedNetwork, retain: _Part, forget: _Part, c: Tensor, alpha: Tensor, *, leakage: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The step's direction at G settings, (G, r), and the forget batch's prediction divergence (G,) if asked for."""
+    gradient = torch.zeros_like(c)
+    divergence: Tensor | None = None
+    for part, weight in ((retain, 1 - alpha), (forget, -alpha)):
+        indices = next(part.stream).to(c.device)
+        if indices.numel() == 0 or not bool((weight != 0).any()):
+            continue
+        outputs, targets, rows = part.at(c, indices)
+        residual = network.loss.residual(outputs, targets).reshape(c.shape[0], -1)  # s_i: (G, b·O)
+        gradient += weight * (residual @ rows) / part.batch_size
+        if part is forget and leakage:
+            original = _repeat(part.outputs[indices], c.shape[0])
+            divergence = network.loss.divergence(original, outputs, targets).reshape(c.shape[0], -1).mean(1)
+    return gradient, divergence
