@@ -4,8 +4,10 @@ Everything later reads the model through `UnlearningProblem`, as a function of o
 model is copied on entry; its parameters, buffers, mode, hooks, gradients and the global random state stay as they were.
 """
 
+import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -120,8 +122,7 @@ class UnlearningProblem:
         Raises:
             TypeError: If the model returns no tensor and nothing with `.logits`.
         """
-        # The math attention kernel is the one that has both a second derivative and a forward-mode derivative.
-        with sdpa_kernel(SDPBackend.MATH):
+        with _differentiable_attention():
             raw = functional_call(self._module, (parameters, self._constants), *_arguments(inputs))
         return _output_tensor(raw)
 
@@ -290,6 +291,18 @@ class UnlearningProblem:
                 f"losses of `{samples.name}` must be finite at the trained parameters; got {losses.tolist()}. Check the "
                 "loss and the inputs' scale."
             )
+
+
+@contextlib.contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Attention by the kernels that have second and forward-mode derivatives; PyTorch's choices as they were afterwards."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
