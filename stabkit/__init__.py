@@ -1,4 +1,8 @@
-"""stabkit: will this unlearning run blow up?"""
+"""stabkit: will this unlearning run blow up?
+
+report = stabkit.predict(model, forget, retain, algorithm="graddiff", lr=0.05, mix=0.5, steps=200)
+check = stabkit.verify(report, model, forget, retain)
+"""
 
 from stabkit._errors import (
     ExponentWarning,
@@ -7,14 +11,37 @@ from stabkit._errors import (
     TrainModeWarning,
     UntrainedModelWarning,
 )
-
 from stabkit._version import __version__
+from stabkit.algorithms import AGU, SRAGU, Algorithm, FineTune, GradDiff, GradientAscent, StopRule
+from stabkit.boundary import Frontier
+from stabkit.heavy_tail import layer_exponents
+from stabkit.predict import predict
+from stabkit.problem import UnlearningProblem
+from stabkit.report import Report
+from stabkit.runner import RunResult, run
+from stabkit.verify import Verification, verify
 
 __all__ = [
+    "AGU",
+    "SRAGU",
+    "Algorithm",
     "ExponentWarning",
+    "FineTune",
+    "Frontier",
+    "GradDiff",
+    "GradientAscent",
     "LowConfidenceWarning",
+    "Report",
+    "RunResult",
     "StabkitWarning",
+    "StopRule",
     "TrainModeWarning",
+    "UnlearningProblem",
     "UntrainedModelWarning",
+    "Verification",
     "__version__",
+    "layer_exponents",
+    "predict",
+    "run",
+    "verify",
 ]

@@ -55,7 +55,7 @@ def from_plain(kind: Any, value: Any) -> Any:
     Raises:
         ValueError: If a field is missing or unknown.
     """
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         wanted = {f.name for f in dataclasses.fields(kind) if f.compare}
         if not isinstance(value, dict) or set(value) != wanted:

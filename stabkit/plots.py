@@ -75,10 +75,9 @@ def plot_frontier(
     for diverged, marker, label in ((False, "o", "real run: stable"), (True, "X", "real run: diverged")):
         points = [o for o in outcomes if o.diverged == diverged]
         if points:
-            style = {"marker": marker, "linestyle": "", "markersize": 9, "markerfacecolor": "white"}
-            style |= {"markeredgecolor": "black", "markeredgewidth": 1.2}
-            ax.plot([p.mix for p in points], [p.lr for p in points], **style)
-            handles.append(Line2D([], [], label=label, **style))
+            (drawn,) = ax.plot([p.mix for p in points], [p.lr for p in points], marker, linestyle="", label=label)
+            drawn.set(markersize=9, markerfacecolor="white", markeredgecolor="black", markeredgewidth=1.2)
+            handles.append(drawn)
     ax.set_yscale("log")
     ax.set_xlabel("mix α (0: retain only, 1: forget only)")
     ax.set_ylabel("step size η")

@@ -275,7 +275,7 @@ def _thresholds(measurement: Measurement, batch_sizes: tuple[int, int]) -> Thres
     retain_mean = measurement.retain.mean()
     damping = DAMPING * float(torch.linalg.eigvalsh(retain_mean)[-1])
     mean_square = stability.mean_square(dynamics, algorithm.lr)
-    rule = stability.coherence_rule(dynamics, algorithm.lr, sigma=measurement.coherence.mixed)
+    rule = stability.coherence_rule(dynamics, algorithm.lr, sigma=measurement.coherence.for_rule())
     return Thresholds(
         curvature=measurement.settings.curvature,
         smallest=pairs.smallest,

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
-from stabkit.algorithms.base import Algorithm, batch_streams
+from stabkit.algorithms.base import Algorithm
 from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet
 from stabkit.runner import CHECK_EVERY
+from stabkit.sampling import batch_streams
 
 SCORE_CAP = 3.0  # log of the retain loss over the divergence level at which a setting stops rolling
 LOGISTIC_SLOPE = 4.0  # of the probability in the score; set by hand, not fitted

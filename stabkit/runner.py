@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_int
-from stabkit.algorithms.base import Algorithm, batch_streams
+from stabkit.algorithms.base import Algorithm
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, map_tensors, tensors_of
+from stabkit.sampling import batch_streams
 
 CHECK_EVERY = 10
 MONITOR_SAMPLES = 2048

@@ -89,7 +89,7 @@ class Verification:
     runs: tuple[VerifiedRun, ...]
     before: Accuracies
     gold: Accuracies | None
-    _report: Report | None = field(default=None, compare=False, repr=False)
+    _report: Report = field(compare=False, repr=False)
 
     @property
     def hit_rate(self) -> float | None:
@@ -234,7 +234,7 @@ def verify(
         dtype=getattr(torch, report.run.dtype) if dtype is None else dtype,
     )
     _check_same(report, problem)
-    places = [("asked", report.run.lr, report.probability >= 0.5)]
+    places: list[tuple[str, float, bool | None]] = [("asked", report.run.lr, report.probability >= 0.5)]
     if math.isfinite(report.critical_lr):
         places += [
             ("below", report.critical_lr / factor, False),

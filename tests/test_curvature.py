@@ -134,7 +134,7 @@ def test_against_curvlinops():
     model = MLP(4, 3, hidden=(5,), activation=nn.Tanh).double()
     x, y = torch.randn(12, 4, dtype=torch.float64), torch.randint(0, 3, (12,))
     problem = UnlearningProblem(model, (x[:4], y[:4]), (x[4:], y[4:]))
-    parameters = dict(model.named_parameters())
+    parameters = list(model.parameters())
     data = [(x[4:], y[4:])]
     loss = nn.CrossEntropyLoss()
     for ours, theirs in (

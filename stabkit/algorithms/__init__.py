@@ -2,7 +2,7 @@
 
 from stabkit._validate import check_choice
 from stabkit.algorithms.agu import AGU
-from stabkit.algorithms.base import SAMPLINGS, Algorithm, StopRule, batch_streams
+from stabkit.algorithms.base import Algorithm, StopRule
 from stabkit.algorithms.fine_tune import FineTune
 from stabkit.algorithms.grad_diff import GradDiff
 from stabkit.algorithms.gradient_ascent import GradientAscent
@@ -36,13 +36,11 @@ def resolve_algorithm(algorithm: str | Algorithm, **settings: object) -> Algorit
 __all__ = [
     "AGU",
     "ALGORITHMS",
-    "SAMPLINGS",
     "SRAGU",
     "Algorithm",
     "FineTune",
     "GradDiff",
     "GradientAscent",
     "StopRule",
-    "batch_streams",
     "resolve_algorithm",
 ]

@@ -8,9 +8,8 @@ The runner and the rollout both read these four, so a new algorithm is a small s
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +17,7 @@ from torch import Tensor
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.preconditioner import Identity, Preconditioner
 from stabkit.problem import UnlearningProblem
-
-Sampling = Literal["without_replacement", "with_replacement", "poisson"]
-SAMPLINGS: tuple[str, ...] = ("without_replacement", "with_replacement", "poisson")
+from stabkit.sampling import SAMPLINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,61 +176,3 @@ class Algorithm(abc.ABC):
             Plain values, as the constructor takes them.
         """
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-def index_stream(
-    size: int, batch: int, sampling: str, generator: torch.Generator, *, population: int | None = None
-) -> Iterator[Tensor]:
-    """Endless batches of sample indices under one sampling scheme.
-
-    Args:
-        size: Number m of samples to draw from.
-        batch: Batch size B; the expected one under Poisson sampling.
-        sampling: One of `SAMPLINGS`.
-        generator: Source of randomness, on the CPU.
-        population: Number n of samples that the m stand for. Where n > m, indices are drawn with replacement, as many
-            as a batch from the n would have: repeats among the m play the part of further samples.
-
-    Yields:
-        Indices of shape (B,), or of a random length, possibly 0, under Poisson sampling.
-    """
-    n = size if population is None else population
-    while True:
-        if sampling == "poisson" and n > size:
-            count = int(torch.binomial(torch.tensor(float(n)), torch.tensor(min(1.0, batch / n)), generator))
-            yield torch.randint(0, size, (count,), generator=generator)
-        elif sampling == "poisson":
-            yield (torch.rand(size, generator=generator) < batch / size).nonzero().flatten()
-        elif sampling == "with_replacement" or n > size:
-            yield torch.randint(0, size, (batch,), generator=generator)
-        else:
-            order = torch.randperm(size, generator=generator)
-            for start in range(0, size - batch + 1, batch):
-                yield order[start : start + batch]
-
-
-def batch_streams(
-    sizes: tuple[int, int],
-    batches: tuple[int, int],
-    sampling: str,
-    seed: int,
-    *,
-    populations: tuple[int, int] | None = None,
-) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
-    """The retain and the forget stream of one seeded run, independent of each other.
-
-    Args:
-        sizes: Samples to draw from in the retain and the forget set.
-        batches: Batch sizes B_R and B_F.
-        sampling: One of `SAMPLINGS`.
-        seed: The run's seed.
-        populations: How many samples those stand for, as `index_stream` has it; the sizes themselves when None.
-
-    Returns:
-        Two endless iterators of index tensors.
-    """
-    retain, forget = (
-        index_stream(sizes[i], batches[i], sampling, torch.Generator().manual_seed(2 * seed + i), population=n)
-        for i, n in enumerate(populations or sizes)
-    )
-    return retain, forget

@@ -1,0 +1,97 @@
+"""Stability of the mean process: T4 and T5."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import scipy
+import torch
+from torch import Tensor
+
+from stabkit._validate import check_real
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanStability:
+    """Extreme eigenvalues of the mixed Hessian and the step sizes they allow (T4).
+
+    Attributes:
+        smallest: λ_min(D).
+        largest: λ_max(D).
+        step_limit: 2/λ_max(D): beyond it the steepest direction overshoots; infinite if nothing curves upward.
+        critical_lr: Largest stable step: `step_limit`, or 0 if D has a negative eigenvalue.
+    """
+
+    smallest: float
+    largest: float
+    step_limit: float
+    critical_lr: float
+
+
+def mean_stability(mean_hessian: Tensor, *, tolerance: float = 1e-10) -> MeanStability:
+    """Whether and up to which step size the mean of the run stays bounded (T4).
+
+    Args:
+        mean_hessian: D, shape (r, r), symmetric.
+        tolerance: Negative eigenvalues above -tolerance·|λ|_max count as zero.
+
+    Returns:
+        Eigenvalues and step sizes. Cost r³.
+    """
+    values = torch.linalg.eigvalsh(mean_hessian)
+    smallest, largest = float(values[0]), float(values[-1])
+    limit = 2 / largest if largest > 0 else math.inf
+    indefinite = smallest < -tolerance * max(abs(smallest), abs(largest))
+    return MeanStability(smallest=smallest, largest=largest, step_limit=limit, critical_lr=0.0 if indefinite else limit)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CriticalMix:
+    """The mix from which on the mean process has a growing direction (T5).
+
+    Attributes:
+        mix: α_crit = 1/(1+μ); 1 if the forget set has no curvature.
+        generalised_eigenvalue: μ, the largest of (H_F, H_R + εI).
+        direction: Its eigenvector, unit length, shape (r,).
+        damping: ε.
+    """
+
+    mix: float
+    generalised_eigenvalue: float
+    direction: Tensor
+    damping: float
+
+
+def critical_mix(retain: Tensor, forget: Tensor, *, damping: float) -> CriticalMix:
+    """The mix from which on (1-α)(H_R + εI) - αH_F is indefinite (T5).
+
+    Args:
+        retain: H_R, shape (r, r).
+        forget: H_F, shape (r, r).
+        damping: ε >= 0: curvature below it counts as none. H_R + εI must be positive definite.
+
+    Returns:
+        The mix and the direction that breaks first. Cost r³.
+
+    Raises:
+        ValueError: If H_R + εI is not positive definite.
+    """
+    check_real(damping, name="damping", owner="critical_mix", low=0)
+    size = retain.shape[0]
+    damped = (retain + damping * torch.eye(size, dtype=retain.dtype, device=retain.device)).cpu().numpy()
+    try:
+        values, vectors = scipy.linalg.eigh(forget.cpu().numpy(), damped, subset_by_index=(size - 1, size - 1))
+    except scipy.linalg.LinAlgError as error:
+        raise ValueError(
+            f"`retain` of `critical_mix` plus `damping` must be positive definite; got damping {damping:g}. Raise it above "
+            "the magnitude of the smallest retain eigenvalue."
+        ) from error
+    mu = float(values[0])
+    direction = torch.as_tensor(vectors[:, 0]).to(retain)
+    return CriticalMix(
+        mix=1 / (1 + mu) if mu > 0 else 1.0,
+        generalised_eigenvalue=mu,
+        direction=direction / direction.norm(),
+        damping=damping,
+    )
