@@ -17,35 +17,42 @@ from stabkit.rollout import Rollout
 TOP_SAMPLES = 10
 
 
-def find_cause(measurement: Measurement, rolled: Rollout) -> Cause:
+def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth: float) -> Cause:
     """The eigenvector of the mixed curvature that breaks first (T4), and where the rolled-out run goes.
 
-    Growth a step is |1 - η λ|: above 1 for η·λ > 2 (overshoot) and for λ < 0 (ascent along negative curvature).
+    Growth a step is |1 - η λ|: above 1 for η·λ > 2 and for λ < 0. A direction is named as the mechanism if it grows by at
+    least a factor e within the run.
 
     Args:
         measurement: Spectrum and linearised network.
         rolled: Rollout of the one setting that is asked about.
+        mean_square_growth: K·ln ρ(T_η) (T8).
 
     Returns:
         The cause. Cost: none on the network.
     """
-    problem, spectrum = measurement.problem, measurement.spectrum
-    lr = measurement.algorithm.lr
+    problem, spectrum, algorithm = measurement.problem, measurement.spectrum, measurement.algorithm
     values = spectrum.pairs.values
-    place = int((1 - lr * values).abs().argmax())
+    place = int((1 - algorithm.lr * values).abs().argmax())
     value = float(values[place])
-    mechanism = "none"
-    if lr * value > 2:
-        mechanism = "overshoot"
-    elif value < 0:
-        mechanism = "ascent"
+    retain, forget = float(spectrum.retain[place]), float(spectrum.forget[place])
     vector = spectrum.pairs.vectors[:, place].to(problem.device, problem.dtype)
     displacement = measurement.network.displacement(rolled.coordinates[0, 0].to(problem.device))
+
+    factor = abs(1 - algorithm.lr * value)
+    mechanism = "none"
+    if factor > 1 and algorithm.steps * math.log(factor) >= 1:
+        ascended = algorithm.mix * forget >= -min(0.0, (1 - algorithm.mix) * retain)
+        mechanism = "overshoot" if value > 0 else "ascent" if ascended else "saddle"
+    elif mean_square_growth >= 2:  # of the square: a factor e of the displacement
+        mechanism = "noise"
+    elif float(rolled.probability[0]) >= 0.5:
+        mechanism = "nonlinear"
     return Cause(
         mechanism=mechanism,
         eigenvalue=value,
-        retain_curvature=float(spectrum.retain[place]),
-        forget_curvature=float(spectrum.forget[place]),
+        retain_curvature=retain,
+        forget_curvature=forget,
         eigenvector_layers=_layer_shares(problem, vector),
         displacement_layers=_layer_shares(problem, displacement),
         forget_samples=_sample_shares(
@@ -55,9 +62,11 @@ def find_cause(measurement: Measurement, rolled: Rollout) -> Cause:
 
 
 def linearisation_error(problem: UnlearningProblem, network: LinearisedNetwork, rolled: Rollout) -> float:
-    """Relative error of the linearised outputs where the rolled-out run crosses the level, or at its end (theory §6).
+    """Relative error of the linearised outputs at the rolled-out displacement (theory §6).
 
-    ‖f(θ* + δ) - f(θ*) - Φc‖ / ‖Φc‖ over the linearised samples of both sets, for the first seed.
+    ‖f(θ* + δ) - f(θ*) - Φc‖ / ‖Φc‖ over the linearised samples of both sets, for the first seed. A run that diverged is
+    looked at on the way, where the linearised retain loss first meets the divergence level: what lies far beyond need not
+    be right for the verdict to be.
 
     Args:
         problem: The unlearning problem.
@@ -65,11 +74,12 @@ def linearisation_error(problem: UnlearningProblem, network: LinearisedNetwork, 
         rolled: Rollout of the one setting that is asked about.
 
     Returns:
-        The error; infinity where the real outputs are not finite. Cost: one forward pass over the samples.
+        The error; infinity where outputs are not finite. Cost: one forward pass over the samples.
     """
     c = rolled.coordinates[0, 0].to(network.basis.device)
     if not bool(torch.isfinite(c).all()):
         return math.inf
+    c = c * _share_to_level(network, c, problem.divergence_level)
     parameters = problem.unflatten(problem.vector() + network.displacement(c))
     wrong = moved = 0.0
     for samples, part in ((problem.retain, network.retain), (problem.forget, network.forget)):
@@ -80,6 +90,24 @@ def linearisation_error(problem: UnlearningProblem, network: LinearisedNetwork, 
     if not math.isfinite(wrong):
         return math.inf
     return math.sqrt(wrong / moved) if moved > 0 else 0.0
+
+
+def _share_to_level(network: LinearisedNetwork, c: Tensor, level: float) -> float:
+    """The share of a displacement, at most 1, at which the linearised retain loss is at the level."""
+    part = network.retain
+    change = (part.features.double() @ c).reshape(part.outputs.shape)
+
+    def above(share: float) -> bool:
+        losses = network.loss.per_sample(part.outputs.double() + share * change, part.targets)
+        return not float(losses.mean()) < level
+
+    if not above(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if above(middle) else (middle, high)
+    return high
 
 
 def _layer_shares(problem: UnlearningProblem, vector: Tensor) -> tuple[Share, ...]:

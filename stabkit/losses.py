@@ -98,7 +98,7 @@ class Loss(abc.ABC):
         Returns:
             Mean squared change of a sample's outputs, shape (m,), in squared output units.
         """
-        return (after - before).square().flatten(1).mean(1)
+        return (after - before).square().reshape(after.shape[0], -1).mean(1)
 
     def check_targets(self, outputs: Tensor, targets: Tensor, *, name: str) -> None:  # noqa: B027
         """Raise if the targets cannot belong to these outputs.
@@ -234,7 +234,9 @@ class CrossEntropy(Loss):
         return ((old.exp() * (old - new)).sum(-1) * weights).sum(1)
 
     def constant_level(self, outputs: Tensor, targets: Tensor) -> float:
-        """Entropy of the label frequencies, every sample's positions weighing alike, in nats.
+        """Entropy of the label frequencies, every labelled sample weighing alike, in nats.
+
+        A sample without a single label has loss 0 and counts as such.
 
         Args:
             outputs: Logits of at least one sample; only their class count is read.
@@ -247,8 +249,9 @@ class CrossEntropy(Loss):
         labels, weights = self._labels_and_weights(labels, torch.float64)
         frequency = torch.zeros(int(labels.max()) + 1, dtype=torch.float64, device=labels.device)
         frequency.scatter_add_(0, labels.reshape(-1), weights.reshape(-1))
-        frequency = frequency[frequency > 0] / frequency.sum()
-        return float(-(frequency * frequency.log()).sum())
+        frequency = frequency[frequency > 0]
+        entropy = -(frequency * (frequency / frequency.sum()).log()).sum()
+        return float(entropy / targets.shape[0])
 
     def check_targets(self, outputs: Tensor, targets: Tensor, *, name: str) -> None:
         """Labels must be integers in [0, C), or -100.
@@ -329,7 +332,7 @@ class SquaredError(Loss):
         Returns:
             Losses, shape (m,).
         """
-        return (outputs - targets.reshape(outputs.shape)).square().flatten(1).mean(1)
+        return (outputs - targets.reshape(outputs.shape)).square().reshape(outputs.shape[0], -1).mean(1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """2 (f - y) / O.
@@ -505,11 +508,11 @@ class CustomLoss(Loss):
 
         with torch.enable_grad():
             optimiser.step(closure)
-            return float(closure())
+            return float(closure().detach())
 
     def _factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """L of shape (m, O, O) with LL^T the positive part of every Λ_i."""
-        flat = outputs.detach().flatten(1)
+        flat = outputs.detach().reshape(outputs.shape[0], -1)
         shape = outputs.shape[1:]
 
         def single(row: Tensor, target: Tensor) -> Tensor:

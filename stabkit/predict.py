@@ -53,7 +53,7 @@ def predict(
     rank: int = 100,
     retain_samples: int | None = 512,
     forget_samples: int | None = 256,
-    spectrum_samples: int | None = 2048,
+    spectrum_samples: int | None = 512,
     seeds: int = 3,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -172,7 +172,7 @@ def judge(measurement: Measurement, seeds: Sequence[int], *, progress: bool = Fa
         thresholds=thresholds,
         coherence=_coherence(measurement),
         rollout=_rollout_summary(rolled, measurement, len(seeds)),
-        cause=find_cause(measurement, rolled),
+        cause=find_cause(measurement, rolled, mean_square_growth=thresholds.growth),
         layers=measurement.layers,
         checks=checks,
         linearisation_error=error,
@@ -341,7 +341,7 @@ def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
             threshold=MAX_LINEARISATION_ERROR,
             passed=error <= MAX_LINEARISATION_ERROR,
             meaning="How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
-            "those moved.",
+            "those moved; for a diverging run, where its loss meets the divergence level.",
             remedy="Near the boundary trust a margin of the step size, and check with verify().",
         ),
         Check(
@@ -377,8 +377,10 @@ def _advice(
     advice = []
     if lr_detail.found:
         advice.append(f"Keep mix {algorithm.mix:.3g} and lower the step size to {lr_detail.low / 2:.2g} or less.")
-    if mix_detail.found and mix_detail.value > 0:
+    if mix_detail.found and mix_detail.low > 0:
         advice.append(f"Or keep step size {algorithm.lr:.3g} and lower the mix to {mix_detail.low / 2:.2g} or less.")
-    if mix_detail.found and mix_detail.value == 0:
-        advice.append("At this step size even fine-tuning on the retain set diverges: only a smaller step helps.")
+    elif mix_detail.found:
+        advice.append(
+            "At this step size no mix is safe, not even fine-tuning on the retain set: only a smaller step helps."
+        )
     return tuple(advice)

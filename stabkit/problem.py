@@ -274,7 +274,7 @@ class UnlearningProblem:
         inputs, targets = samples.batch(torch.arange(min(3, samples.size)))
         outputs = self.outputs(self.parameters, inputs)
         again = self.outputs(self.parameters, inputs)
-        if outputs.shape[0] != targets.shape[0]:
+        if outputs.shape[:1] != targets.shape[:1]:
             raise ValueError(
                 f"`model` must give one output per sample; got {tuple(outputs.shape)} for {targets.shape[0]} samples of "
                 f"`{samples.name}`."
@@ -344,7 +344,7 @@ def _warn_train_mode(model: nn.Module) -> None:
             + " in train mode. With batchnorm='frozen' predictions and runs use the running statistics and leave them "
             "unchanged; a training loop that keeps train mode is not what is predicted. Call model.eval() to agree.",
             TrainModeWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     if dropped:
         warnings.warn(
@@ -352,5 +352,5 @@ def _warn_train_mode(model: nn.Module) -> None:
             + (f" and {len(dropped) - 1} more are" if dropped[1:] else " is")
             + " in train mode. Predictions and runs switch dropout off. Call model.eval() to agree.",
             TrainModeWarning,
-            stacklevel=4,
+            stacklevel=3,
         )

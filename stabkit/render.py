@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 MECHANISMS = {
     "overshoot": "the step overshoots along the sharpest direction of the mixed curvature",
     "ascent": "ascent on the forget set outweighs descent on the retain set along a direction of negative mixed curvature",
-    "none": "no direction of the mixed curvature at θ* grows at this step size",
+    "saddle": "the retain loss itself curves downward along a direction, and the run slides off",
+    "noise": "batches differ so much in curvature that the mean square grows where the mean does not",
+    "nonlinear": "nothing grows near the trained weights; ascent makes the curvature that breaks the run on its way",
+    "none": "nothing grows by more than a factor e within the run",
 }
 TOP_LAYERS = 5
 
@@ -239,9 +242,15 @@ def _layer_section(report: Report) -> Section:
     rows = []
     for layer in report.layers:
         error = "" if layer.standard_error is None else f" ± {layer.standard_error:.2g}"
-        trust = f"gate {layer.gate:.2f}" if layer.trusted else f"not trusted: {layer.note}"
+        trust = f"gate {layer.gate:.2f}" if layer.trusted else f"not trusted: {_first(layer.note)}"
         rows.append(Row(label=layer.layer, value=f"ξ = {number(layer.exponent)}{error}", note=trust))
     return Section(title="Layer exponents", rows=tuple(rows))
+
+
+def _first(reasons: str) -> str:
+    """The first of several reasons, and how many more there are; the report's data has them all."""
+    first, *more = reasons.split("; ")
+    return first + (f", and {len(more)} more" if more else "")
 
 
 def _trust(report: Report) -> Section:

@@ -187,7 +187,9 @@ class Cause:
     """What breaks first, and where.
 
     Attributes:
-        mechanism: "overshoot" (lr·λ_max(D) > 2 grows fastest), "ascent" (negative curvature does) or "none" (neither).
+        mechanism: "overshoot" (lr·λ_max(D) > 2 grows fastest), "ascent" (curvature that the forget set makes negative does),
+            "saddle" (curvature that the retain set itself makes negative), "noise" (only the mean square grows), "nonlinear"
+            (predicted to diverge without any of these) or "none".
         eigenvalue: Eigenvalue of D in that direction; without a growing one, the one nearest to growing.
         retain_curvature: vᵀH_R v there, preconditioned.
         forget_curvature: vᵀH_F v there.

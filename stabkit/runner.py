@@ -50,7 +50,7 @@ class RunResult:
         steps: Steps taken.
         trajectory: The checks, from step 0 on.
         seed: Seed of the batches.
-        gradient_equivalents: Per-sample gradients evaluated; a forward pass counts as a third.
+        gradient_equivalents: Per-sample gradients evaluated, the preconditioner's apart; a forward pass counts as a third.
     """
 
     model: nn.Module
@@ -96,7 +96,10 @@ def run(
         The new model and what happened. Cost: B_R + B_F gradients a step, and a forward pass over the monitored samples
         every `check_every` steps.
     """
+    check_int(seed, name="seed", owner="run", low=0)
     check_int(check_every, name="check_every", owner="run", low=1)
+    if monitor_samples is not None:
+        check_int(monitor_samples, name="monitor_samples", owner="run", low=1, remedy="None watches all of them.")
     sizes = problem.retain.size, problem.forget.size
     batches = algorithm.batch_sizes(problem)
     if preconditioner is None:
@@ -109,7 +112,8 @@ def run(
     rule = algorithm.stop_rule()
     trajectory: list[Checkpoint] = []
     divergence_step: int | None = None
-    stop_reason, taken = "steps", 0
+    stop_reason, last, taken = "steps", algorithm.steps, 0
+    gradients = 0.0
 
     def look(step: int) -> bool:
         """Record the losses; whether the run counts as diverged."""
@@ -125,16 +129,16 @@ def run(
     with preserved_rng():
         if look(0):
             divergence_step = 0
-        for step in progress_bar(range(1, algorithm.steps + 1), f"run {algorithm.name}", progress):
+            if stop_on_divergence:
+                stop_reason, last = "diverged", 0
+        for step in progress_bar(range(1, last + 1), f"run {algorithm.name}", progress):
+            retain, forget = next(retain_stream), next(forget_stream)
+            need_leakage = rule.leakage_bound is not None
             gradient, leakage = _mixed_gradient(
-                problem,
-                theta,
-                next(retain_stream),
-                next(forget_stream),
-                algorithm,
-                batches,
-                need_leakage=rule.leakage_bound is not None,
+                problem, theta, retain, forget, algorithm, batches, need_leakage=need_leakage
             )
+            gradients += (algorithm.mix < 1) * retain.numel() + (algorithm.mix > 0) * forget.numel()
+            gradients += need_leakage * forget.numel() * 2 / 3
             velocity = algorithm.momentum * velocity + preconditioner.apply(gradient)
             change = -algorithm.lr * velocity
             drift = change.norm() / theta.norm()
@@ -143,7 +147,7 @@ def run(
             if rule.active and bool(rule.decide(drift, leakage)):
                 moved_little = rule.drift_tolerance is not None and bool(drift < rule.drift_tolerance)
                 stop_reason = "drift" if moved_little else "leakage"
-            if (step % check_every == 0 or step == algorithm.steps or stop_reason != "steps") and look(step):
+            if (step % check_every == 0 or step == last or stop_reason != "steps") and look(step):
                 divergence_step = step if divergence_step is None else divergence_step
                 if stop_on_divergence:
                     stop_reason = "diverged"
@@ -158,7 +162,7 @@ def run(
         steps=taken,
         trajectory=tuple(trajectory),
         seed=seed,
-        gradient_equivalents=taken * sum(batches) + watched_total / 3,
+        gradient_equivalents=gradients + watched_total / 3,
     )
 
 
@@ -190,7 +194,7 @@ def _mixed_gradient(
         return torch.zeros_like(theta), leakage
     with torch.enable_grad():
         objective = theta.new_zeros(())
-        if len(parts) == 2 and _same_shapes(parts[0][0][0], parts[1][0][0]):
+        if len(parts) == 2 and _same_layout(parts[0][0], parts[1][0]):
             # One pass over both batches: half the kernel launches.
             (first, second) = parts
             inputs = _join(first[0][0], second[0][0])
@@ -207,9 +211,11 @@ def _mixed_gradient(
     return torch.cat([g.reshape(-1) for g in gradients]), leakage
 
 
-def _same_shapes(left: Inputs, right: Inputs) -> bool:
-    shapes = [[(t.shape[1:], t.dtype) for t in tensors_of(inputs)] for inputs in (left, right)]
-    return shapes[0] == shapes[1]
+def _same_layout(left: tuple[Inputs, Tensor], right: tuple[Inputs, Tensor]) -> bool:
+    """Whether two batches can be joined tensor by tensor: the same keys in the same order, shapes and dtypes."""
+    keys = [list(inputs) if isinstance(inputs, dict) else None for inputs, _ in (left, right)]
+    shapes = [[(t.shape[1:], t.dtype) for t in tensors_of(batch)] for batch in (left, right)]
+    return keys[0] == keys[1] and shapes[0] == shapes[1]
 
 
 def _join(left: Inputs, right: Inputs) -> Inputs:

@@ -29,6 +29,9 @@ from stabkit._rng import preserved_rng
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 Data = DataLoader | Dataset | tuple[Any, Any] | Mapping[str, Tensor] | Iterable[Any]
 
+# Rows of every storage that a set draws on, by the storage's key: what tells whether two sets share samples.
+Identity = dict[object, np.ndarray]
+
 IN_MEMORY_BYTES = 4 * 2**30
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
@@ -85,7 +88,7 @@ class Samples:
         name: str,
         size: int,
         fetch: Callable[[Tensor], tuple[Inputs, Tensor]],
-        identity: tuple[Any, ...],
+        identity: Identity,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -164,22 +167,8 @@ class Samples:
         Returns:
             Number of shared samples; 0 when nothing can be told.
         """
-        kind, *mine = self._identity
-        other_kind, *theirs = other._identity
-        if kind != other_kind:
-            return 0
-        if kind == "index":
-            shared: int = 0
-            for key, indices in mine[0].items():
-                if key in theirs[0]:
-                    shared += int(np.intersect1d(indices, theirs[0][key]).size)
-            return shared
-        if kind == "memory":
-            (start, stop, row), (other_start, other_stop, other_row) = mine, theirs
-            if row != other_row or row == 0:
-                return 0
-            return max(0, min(stop, other_stop) - max(start, other_start)) // row
-        return 0
+        common = self._identity.keys() & other._identity.keys()
+        return sum(int(np.intersect1d(self._identity[key], other._identity[key]).size) for key in common)
 
     def _place(self, tensor: Tensor) -> Tensor:
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
@@ -249,7 +238,9 @@ def _is_batches(data: Any) -> bool:
     first = data[0]
     if isinstance(first, Mapping):
         return all(value.dim() >= 2 or key in LABEL_KEYS for key, value in first.items() if isinstance(value, Tensor))
-    return _is_pair(tuple(first) if isinstance(first, list) else first) and first[1].ndim >= 1
+    if not isinstance(first, tuple | list) or len(first) < 2:
+        return False
+    return isinstance(first[-1], Tensor | np.ndarray) and first[-1].ndim >= 1
 
 
 def _split(batch: Any, name: str) -> tuple[Any, Tensor]:
@@ -282,7 +273,7 @@ def _in_memory(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
-    identity: tuple[Any, ...] | None = None,
+    identity: Identity | None = None,
 ) -> Samples:
     lengths = {t.shape[0] if t.dim() else 0 for t in (*tensors_of(inputs), targets)}
     if len(lengths) != 1:
@@ -295,29 +286,25 @@ def _in_memory(
             return inputs, targets
         return map_tensors(lambda t: t[indices.to(t.device)], inputs), targets[indices.to(targets.device)]
 
-    return Samples(name, size, fetch, identity or _memory_span(inputs), device, dtype)
+    if identity is None:
+        identity = _addresses(inputs, np.arange(size))
+    return Samples(name, size, fetch, identity, device, dtype)
 
 
-def _memory_span(inputs: Any) -> tuple[Any, ...]:
-    """The addresses a contiguous first input tensor covers, and the bytes of one sample."""
+def _addresses(inputs: Any, indices: np.ndarray) -> Identity:
+    """Where in memory the chosen rows of the first input tensor begin."""
     first = next(tensors_of(inputs), None)
-    if first is None or first.numel() == 0 or not first.is_contiguous():
-        return ("none",)
-    start = first.data_ptr()
-    return (
-        "memory",
-        start,
-        start + first.numel() * first.element_size(),
-        first[0].numel() * first.element_size(),
-    )
+    if first is None or first.numel() == 0 or first.stride(0) == 0:  # an expanded tensor's rows tell nothing
+        return {}
+    return {first.device: first.data_ptr() + indices * first.stride(0) * first.element_size()}
 
 
-def _root_indices(dataset: Any, indices: np.ndarray) -> dict[int, np.ndarray]:
+def _root_indices(dataset: Any, indices: np.ndarray) -> Identity:
     """Follow nested Subset, ConcatDataset and TensorDataset down to the underlying storage and its row numbers."""
     if isinstance(dataset, Subset):
         return _root_indices(dataset.dataset, np.asarray(dataset.indices, dtype=np.int64)[indices])
     if isinstance(dataset, ConcatDataset):
-        found: dict[int, np.ndarray] = {}
+        found: Identity = {}
         start = 0
         for part, stop in zip(dataset.datasets, dataset.cumulative_sizes, strict=True):
             inside = indices[(indices >= start) & (indices < stop)] - start
@@ -326,8 +313,7 @@ def _root_indices(dataset: Any, indices: np.ndarray) -> dict[int, np.ndarray]:
             start = stop
         return found
     if isinstance(dataset, TensorDataset):
-        first = dataset.tensors[0]
-        return {first.untyped_storage().data_ptr(): indices + first.storage_offset() // max(1, first[:1].numel())}
+        return _addresses(dataset.tensors, indices)
     return {id(dataset): indices}
 
 
@@ -335,17 +321,20 @@ def _read_loader(loader: DataLoader, name: str, device: torch.device, dtype: tor
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
         return _read_batches(loader, name, device, dtype)
-    if isinstance(loader.sampler, SequentialSampler | RandomSampler):
+    if loader.batch_size is None:  # the caller's own batch sampler
+        chosen = sorted({int(index) for batch in loader.batch_sampler for index in batch})
+    elif isinstance(loader.sampler, SequentialSampler | RandomSampler):
         return _read_dataset(dataset, loader.collate_fn, name, device, dtype)
-    chosen = torch.tensor(sorted(set(loader.sampler)), dtype=torch.int64)
-    return _read_dataset(Subset(dataset, chosen.tolist()), loader.collate_fn, name, device, dtype)
+    else:
+        chosen = sorted({int(index) for index in loader.sampler})
+    return _read_dataset(Subset(dataset, chosen), loader.collate_fn, name, device, dtype)
 
 
 def _read_dataset(
     dataset: Any, collate: Callable[[list[Any]], Any], name: str, device: torch.device, dtype: torch.dtype
 ) -> Samples:
     size = len(dataset)
-    identity = ("index", _root_indices(dataset, np.arange(size)))
+    identity = _root_indices(dataset, np.arange(size))
     if size == 0:
         return Samples(name, 0, lambda _: (torch.empty(0), torch.empty(0)), identity, device, dtype)
 
@@ -371,19 +360,26 @@ def _read_dataset(
 def _read_batches(batches: Iterable[Any], name: str, device: torch.device, dtype: torch.dtype) -> Samples:
     parts = [_split(batch, name) for batch in batches]
     if not parts:
-        return Samples(name, 0, lambda _: (torch.empty(0), torch.empty(0)), ("none",), device, dtype)
+        return Samples(name, 0, lambda _: (torch.empty(0), torch.empty(0)), {}, device, dtype)
+    if any(t.dim() == 0 for inputs, targets in parts for t in (*tensors_of(inputs), targets)):
+        raise ValueError(
+            f"`{name}` must give batches, with the samples along the first axis; got single samples. Pass a Dataset, or "
+            "a DataLoader with a batch size."
+        )
     return _in_memory(*_concatenate(parts, name), name=name, device=device, dtype=dtype)
 
 
 def _concatenate(parts: list[tuple[Any, Tensor]], name: str) -> tuple[Any, Tensor]:
     if len(parts) == 1:
         return parts[0]
-    columns = [list(tensors_of(inputs)) for inputs, _ in parts]
-    if len({tuple(t.shape[1:] for t in column) for column in columns}) != 1:
-        shapes = sorted({tuple(column[0].shape[1:]) for column in columns})
-        raise ValueError(
-            f"`{name}` must have samples of one shape; got {shapes[:4]}. Pad or crop them to one size (for text, pad to "
-            "the longest and pass an attention mask)."
-        )
-    stacked = iter([torch.cat(tensors) for tensors in zip(*columns, strict=True)])
-    return map_tensors(lambda _: next(stacked), parts[0][0]), torch.cat([targets for _, targets in parts])
+    columns = list(zip(*([*tensors_of(inputs), targets] for inputs, targets in parts), strict=True))
+    for tensors in columns:
+        shapes = sorted({tuple(t.shape[1:]) for t in tensors})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"`{name}` must have samples of one shape; got {shapes[:4]}. Pad or crop them to one size (for text, pad "
+                "to the longest and pass an attention mask)."
+            )
+    *inputs, targets = map(torch.cat, columns)
+    stacked = iter(inputs)
+    return map_tensors(lambda _: next(stacked), parts[0][0]), targets

@@ -41,6 +41,8 @@ def train(
     """
     check_int(epochs, name="epochs", owner="train", low=1)
     check_real(lr, name="lr", owner="train", low=0, low_open=True)
+    check_int(batch_size, name="batch_size", owner="train", low=1)
+    check_real(weight_decay, name="weight_decay", owner="train", low=0)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     batches = -(-x.shape[0] // batch_size)

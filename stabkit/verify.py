@@ -41,7 +41,8 @@ class VerifiedRun:
         lr: Step size.
         mix: Mix.
         seed: Seed of its batches.
-        predicted: Whether it was predicted to diverge; None at the critical step, where the prediction is a coin toss.
+        predicted: Whether it was predicted to diverge; None where the prediction is "marginal", as at
+            the critical step.
         diverged: Whether it did.
         divergence_step: First checked step past the level, or None.
         stop_reason: Why the run ended.
@@ -234,7 +235,9 @@ def verify(
         dtype=getattr(torch, report.run.dtype) if dtype is None else dtype,
     )
     _check_same(report, problem)
-    places: list[tuple[str, float, bool | None]] = [("asked", report.run.lr, report.probability >= 0.5)]
+    places: list[tuple[str, float, bool | None]] = [
+        ("asked", report.run.lr, {"stable": False, "diverges": True}.get(report.verdict))
+    ]
     if math.isfinite(report.critical_lr):
         places += [
             ("below", report.critical_lr / factor, False),

@@ -37,10 +37,11 @@ class AGU(Algorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("drift_tolerance", "leakage_bound"):
-            if getattr(self, key) is not None:
-                check_real(
-                    getattr(self, key), name=key, owner=type(self).__name__, low=0, remedy="None switches it off."
-                )
+            value = getattr(self, key)
+            if value is not None:
+                remedy = "None switches it off."
+                plain = check_real(value, name=key, owner=type(self).__name__, low=0, remedy=remedy)
+                object.__setattr__(self, key, plain)
 
     def preconditioner(self, problem: UnlearningProblem) -> Preconditioner:
         """diag(R̃).

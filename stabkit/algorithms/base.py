@@ -83,16 +83,20 @@ class Algorithm(abc.ABC):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        check_real(
-            self.lr, name="lr", owner=owner, low=0, low_open=True, remedy="The sign of each part is set by `mix`."
-        )
-        check_real(self.mix, name="mix", owner=owner, low=0, high=1, remedy="0 is retain only, 1 is forget only.")
-        check_int(self.steps, name="steps", owner=owner, low=1)
-        check_int(self.batch_size, name="batch_size", owner=owner, low=1)
+        remedy = "The sign of each part is set by `mix`."
+        lr = check_real(self.lr, name="lr", owner=owner, low=0, low_open=True, remedy=remedy)
+        remedy = "0 is retain only, 1 is forget only."
+        mix = check_real(self.mix, name="mix", owner=owner, low=0, high=1, remedy=remedy)
+        plain: dict[str, float] = {"lr": lr, "mix": mix}
+        plain["steps"] = check_int(self.steps, name="steps", owner=owner, low=1)
+        plain["batch_size"] = check_int(self.batch_size, name="batch_size", owner=owner, low=1)
         if self.forget_batch_size is not None:
-            check_int(self.forget_batch_size, name="forget_batch_size", owner=owner, low=1)
+            size = check_int(self.forget_batch_size, name="forget_batch_size", owner=owner, low=1)
+            plain["forget_batch_size"] = size
         check_choice(self.sampling, name="sampling", owner=owner, choices=SAMPLINGS)
-        check_real(self.momentum, name="momentum", owner=owner, low=0, high=1, high_open=True)
+        plain["momentum"] = check_real(self.momentum, name="momentum", owner=owner, low=0, high=1, high_open=True)
+        for key, value in plain.items():  # NumPy scalars become Python's, which reports can write
+            object.__setattr__(self, key, value)
 
     def preconditioner(self, problem: UnlearningProblem) -> Preconditioner:
         """P, computed once at the trained parameters.

@@ -29,18 +29,31 @@ def rayleigh_bounds(dynamics: LinearDynamics, lr: float) -> float:
         ValueError: If the step size is not positive.
     """
     check_real(lr, name="lr", owner="rayleigh_bounds", low=0, low_open=True)
+    quotients, _ = eigenvector_quotients(dynamics, lr)
+    eye = torch.eye(dynamics.rank, dtype=quotients.dtype, device=quotients.device)
+    flat = float(dynamics.apply(eye, lr).trace()) / dynamics.rank
+    return max(float(quotients.max()), flat)
+
+
+def eigenvector_quotients(dynamics: LinearDynamics, lr: float) -> tuple[Tensor, Tensor]:
+    """⟨vvᵀ, T_η(vvᵀ)⟩ for each eigenvector v of D (T10).
+
+    Args:
+        dynamics: The linearised process.
+        lr: Step size η.
+
+    Returns:
+        Quotients of shape (r,) and the eigenvectors as columns, shape (r, r), by ascending eigenvalue. Cost
+        r³ + (m_R + m_F)·C·r².
+    """
     values, vectors = torch.linalg.eigh(dynamics.mean_hessian())
     quotients = (1 - lr * values).square()
     for weight, part in zip(dynamics.noise_weights(), (dynamics.retain, dynamics.forget), strict=True):
         if weight > 0:
             curvature = _quotients(part, vectors)
-            spread = curvature.square().mean(0)
-            if dynamics.sampling != "poisson":
-                spread = (curvature - curvature.mean(0)).square().mean(0)
-            quotients = quotients + lr**2 * weight * spread
-    eye = torch.eye(dynamics.rank, dtype=values.dtype, device=values.device)
-    flat = float(dynamics.apply(eye, lr).trace()) / dynamics.rank
-    return max(float(quotients.max()), flat)
+            centre = 0.0 if dynamics.sampling == "poisson" else curvature.mean(0)
+            quotients = quotients + lr**2 * weight * (curvature - centre).square().mean(0)
+    return quotients, vectors
 
 
 def self_loop(dynamics: LinearDynamics, lr: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class LinearDynamics:
         Returns:
             Symmetric matrix of shape (r, r).
         """
-        return (1 - self.mix) * self.retain.mean() - self.mix * self.forget.mean()
+        return (1 - self.mix) * self._means[0] - self.mix * self._means[1]
 
     def mean_gradient(self) -> Tensor:
         """The drift b = (1-α) ḡ_R - α ḡ_F; zero only if the model has interpolated both sets.
@@ -91,9 +92,11 @@ class LinearDynamics:
         """
         d = self.mean_hessian()
         total = d @ sigma @ d
-        for weight, part in zip(self.noise_weights(), (self.retain, self.forget), strict=True):
+        for weight, part, mean in zip(self.noise_weights(), (self.retain, self.forget), self._means, strict=True):
             if weight > 0:
-                total = total + weight * self._spread(part, sigma)
+                total = total + weight * part.sandwich(sigma)
+                if self.sampling != "poisson":
+                    total = total - weight * (mean @ sigma @ mean)
         return total
 
     def apply(self, sigma: Tensor, lr: float) -> Tensor:
@@ -109,9 +112,7 @@ class LinearDynamics:
         d = self.mean_hessian()
         return sigma - lr * (d @ sigma + sigma @ d) + lr**2 * self.quadratic(sigma)
 
-    def _spread(self, part: SampleFactors, sigma: Tensor) -> Tensor:
-        """V_S(Σ) of T6."""
-        if self.sampling == "poisson":
-            return part.sandwich(sigma)
-        mean = part.mean()
-        return part.sandwich(sigma) - mean @ sigma @ mean
+    @cached_property
+    def _means(self) -> tuple[Tensor, Tensor]:
+        """H_R and H_F, made once."""
+        return self.retain.mean(), self.forget.mean()

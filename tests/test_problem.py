@@ -1,0 +1,426 @@
+"""A problem reads the caller's model without touching it, checks it once, and names what is wrong."""
+
+import copy
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, Output, ResidualBlockNet, mean_loss
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from stabkit._errors import TrainModeWarning, UntrainedModelWarning
+from stabkit.algorithms import AGU, FineTune, GradDiff
+from stabkit.models import MLP
+from stabkit.problem import UnlearningProblem
+from stabkit.runner import run
+
+untrained = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+INF, NAN = float("inf"), float("nan")
+
+
+def data(n=12, features=4, classes=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, features, generator=g), torch.randint(0, classes, (n,), generator=g)
+
+
+X, Y = data()
+FORGET, RETAIN = (X[:4], Y[:4]), (X[4:], Y[4:])
+
+
+def model_and_sets(**kwargs):
+    return MLP(4, 3, hidden=(5,), **kwargs), FORGET, RETAIN
+
+
+def with_value(tensor, value):
+    changed = tensor.clone()
+    changed.view(-1)[1] = value
+    return changed
+
+
+# ------------------------------------------------------------------ nothing of the caller's is touched
+
+
+class Nosy(nn.Module):
+    """BatchNorm and Dropout in one of two modes, a frozen layer, a buffer and a tied weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.drop = nn.Dropout(0.3)
+        self.second = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+        self.alias = self.head
+        self.register_buffer("scale", torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.head(self.drop(self.second(torch.relu(self.norm(self.first(x)))))) * self.scale
+
+
+def nosy():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Nosy()
+    model.second.requires_grad_(False)
+    model.norm.running_mean.fill_(0.1)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    return model
+
+
+def snapshot(model):
+    """Everything a caller could notice, with the identity of the tensors themselves."""
+    return {
+        "state": {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()},
+        "versions": [t._version for t in (*model.parameters(), *model.buffers())],
+        "grad": {n: (id(p.grad), None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "training": {name: m.training for name, m in model.named_modules(remove_duplicate=False)},
+        "hooks": [
+            (list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), list(m._backward_hooks.items()))
+            for m in model.modules()
+        ],
+        "rng": rng_states(),
+    }
+
+
+def rng_states():
+    numpy = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state(), random.getstate(), numpy[1].copy(), numpy[2:]
+
+
+def assert_same(left, right):
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+    elif isinstance(left, np.ndarray):
+        np.testing.assert_array_equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    else:
+        assert left == right
+
+
+@untrained
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("algorithm", [GradDiff(steps=3, batch_size=2), AGU(steps=3, batch_size=2), FineTune(steps=3)])
+@pytest.mark.filterwarnings("ignore::stabkit.TrainModeWarning")
+def test_the_model_and_the_random_state_are_left_alone(training, algorithm):
+    model = nosy().train(training)
+    model.second.eval()
+    model.second.register_forward_hook(lambda module, arguments, output: output + 0.0)
+    model.head.register_full_backward_hook(lambda module, inputs, outputs: None)
+    loader = DataLoader(TensorDataset(*RETAIN), batch_size=3, shuffle=True)
+    before = snapshot(model)
+    problem = UnlearningProblem(model, FORGET, loader)
+    assert_same(snapshot(model), before)
+    result = run(problem, algorithm.replace(batch_size=2), stop_on_divergence=False)
+    assert_same(snapshot(model), before)
+    new = result.model
+    assert new is not model
+    assert {t.data_ptr() for t in new.state_dict().values()}.isdisjoint(t.data_ptr() for t in model.state_dict().values())
+    assert {n: m.training for n, m in new.named_modules()} == {n: m.training for n, m in model.named_modules()}
+    assert {n: p.requires_grad for n, p in new.named_parameters()} == before["requires_grad"]
+    assert all(p.grad is None for p in new.parameters())
+    for name, value in new.state_dict().items():
+        moved = not torch.equal(value, model.state_dict()[name])
+        assert moved == name.startswith(("first", "norm.weight", "norm.bias", "head", "alias")), name
+
+
+@untrained
+def test_the_data_are_left_alone():
+    x, y = X.clone(), Y.clone()
+    versions = x._version, y._version
+    run(UnlearningProblem(MLP(4, 3), (x[:4], y[:4]), (x[4:], y[4:])), GradDiff(steps=2, batch_size=2))
+    assert (x._version, y._version) == versions
+    torch.testing.assert_close((x, y), (X, Y), rtol=0, atol=0)
+
+
+@untrained
+def test_the_random_state_survives_an_error():
+    before = rng_states()
+    with pytest.raises(ValueError, match="`forget` must give the same sample"):
+        UnlearningProblem(MLP(4, 3), Noisy(), RETAIN)
+    assert_same(rng_states(), before)
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.randn(4) + np.random.rand() + random.random(), 0  # noqa: NPY002
+
+
+# ------------------------------------------------------------------ the network as a function
+
+
+@untrained
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_losses_are_those_of_the_model_itself(case):
+    problem = case.problem()
+    vector = problem.vector()
+    assert vector.shape == (problem.size,)
+    torch.testing.assert_close(problem.flatten(problem.unflatten(vector)), vector, rtol=0, atol=0)
+    for which, expected in (("retain", problem.retain_loss), ("forget", problem.forget_loss)):
+        assert float(mean_loss(problem, which)(vector)) == pytest.approx(expected, rel=1e-12)
+    moved = problem.unflatten(vector + 0.01)
+    model = problem.new_model(moved)
+    inputs, _ = problem.forget.batch(torch.arange(3))
+    with torch.no_grad():
+        raw = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    torch.testing.assert_close(getattr(raw, "logits", raw), problem.outputs(moved, inputs))
+    torch.testing.assert_close(problem.vector(), vector, rtol=0, atol=0)
+
+
+@untrained
+def test_every_form_of_data_gives_the_same_losses():
+    model = MLP(4, 3, hidden=(5,))
+    whole = TensorDataset(X, Y)
+    forms = [
+        (FORGET, RETAIN),
+        (Subset(whole, range(4)), Subset(whole, range(4, 12))),
+        (DataLoader(Subset(whole, range(4)), batch_size=3), DataLoader(Subset(whole, range(4, 12)), shuffle=True)),
+        ([FORGET], [(X[4:7], Y[4:7]), (X[7:], Y[7:])]),
+        ((b for b in [FORGET]), ((X[i : i + 2], Y[i : i + 2]) for i in range(4, 12, 2))),
+        (({"input": X[:4]}, Y[:4]), {"input": X[4:], "labels": Y[4:]}),
+    ]
+    problems = [UnlearningProblem(model, forget, retain) for forget, retain in forms]
+    losses = [(p.forget_loss, p.retain_loss, p.divergence_level) for p in problems]
+    assert losses == [losses[0]] * len(forms)
+    with torch.no_grad():
+        truth = [float(nn.functional.cross_entropy(model(x), y)) for x, y in (FORGET, RETAIN)]
+    assert losses[0][:2] == pytest.approx(truth, rel=1e-6)
+
+
+@untrained
+def test_evaluation_of_chosen_samples_and_in_several_batches(monkeypatch):
+    problem = UnlearningProblem(*model_and_sets())
+    chosen = torch.tensor([5, 0, 2])
+    outputs, targets, losses = problem.evaluate(problem.retain, indices=chosen)
+    everything = problem.evaluate(problem.retain)
+    monkeypatch.setattr("stabkit.problem.EVALUATION_BATCH", 3)
+    for part, all_at_once, in_batches in zip(
+        (outputs, targets, losses), everything, problem.evaluate(problem.retain), strict=True
+    ):
+        torch.testing.assert_close(part, all_at_once[chosen])
+        torch.testing.assert_close(in_batches, all_at_once)
+        assert not part.requires_grad
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x, scale):
+        return {"logits": self.linear(x) * scale, "loss": None}
+
+
+@untrained
+def test_several_inputs_and_a_dict_of_outputs():
+    model, scale = TwoInputs(), torch.rand(12, 1) + 0.5
+    problem = UnlearningProblem(model, ((X[:4], scale[:4]), Y[:4]), ((X[4:], scale[4:]), Y[4:]))
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(model(X[4:], scale[4:])["logits"], Y[4:])
+    assert problem.retain_loss == pytest.approx(float(expected), rel=1e-6)
+
+
+@untrained
+def test_precision_and_frozen_layers():
+    model = MLP(4, 3, hidden=(5,))
+    model[1].weight.requires_grad_(False)
+    problem = UnlearningProblem(model, FORGET, RETAIN, dtype=torch.float64)
+    assert problem.size == sum(p.numel() for p in model.parameters()) - 20
+    assert problem.vector().dtype == torch.float64
+    assert problem.evaluate(problem.forget)[0].dtype == torch.float64
+    assert set(problem.parameters) == {"1.bias", "3.weight", "3.bias"}
+    assert problem.layer_of() == {"1.bias": "1", "3.weight": "3", "3.bias": "3"}
+    half = UnlearningProblem(copy.deepcopy(model).bfloat16(), FORGET, RETAIN)
+    assert half.dtype == torch.float32
+    assert model[1].weight.dtype == torch.float32
+
+
+@untrained
+def test_a_test_set_is_read_like_the_others():
+    problem = UnlearningProblem(*model_and_sets(), test=(X, Y))
+    assert (problem.test.name, problem.test.size) == ("test", 12)
+    with pytest.raises(ValueError, match=r"inputs of `test` must be finite; got 1 NaN"):
+        problem.read((with_value(X, NAN), Y), name="test")
+    with pytest.raises(ValueError, match=r"targets of `test` must be in \[0, 2\].*got 7"):
+        problem.read((X, with_value(Y, 7)), name="test")
+
+
+# ------------------------------------------------------------------ modes
+
+
+@untrained
+def test_batchnorm_in_train_mode_is_frozen_and_said():
+    model = ResidualBlockNet().train()
+    x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(TrainModeWarning, match=r"BatchNorm layer 'norm' is in train mode.*batchnorm='frozen'") as record:
+        problem = UnlearningProblem(model, (x[:3], Y[:3]), (x[3:], Y[3:8]))
+    assert record[0].filename == __file__
+    assert model.training
+    assert model.norm.training
+    with torch.no_grad():
+        frozen = nn.functional.cross_entropy(copy.deepcopy(model).eval()(x[3:]), Y[3:8])
+    assert problem.retain_loss == pytest.approx(float(frozen), rel=1e-5)
+    result = run(problem, GradDiff(steps=3, batch_size=2), stop_on_divergence=False)
+    for name, buffer in result.model.named_buffers():
+        assert torch.equal(buffer, dict(model.named_buffers())[name])
+    assert result.model.norm.training
+
+
+@untrained
+def test_dropout_in_train_mode_is_switched_off_and_said():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Dropout(0.2), nn.Linear(5, 3))
+    with pytest.warns(TrainModeWarning, match=r"Dropout layer '1' and 1 more are in train mode.*switch dropout off"):
+        problem = UnlearningProblem(model, FORGET, RETAIN)
+    assert model[1].training
+    assert torch.equal(problem.evaluate(problem.retain)[0], problem.evaluate(problem.retain)[0])
+
+
+@untrained
+def test_modes_that_change_nothing_give_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainModeWarning)
+        UnlearningProblem(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0)).train(), FORGET, RETAIN)
+        UnlearningProblem(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).eval(), FORGET, RETAIN)
+
+
+def test_an_untrained_model_is_told():
+    model, forget, retain = model_and_sets()
+    with torch.no_grad():
+        model[-1].weight.zero_()
+        model[-1].bias.copy_(torch.tensor([5.0, 0, 0]))
+    with pytest.warns(UntrainedModelWarning) as record:
+        problem = UnlearningProblem(model, forget, retain)
+    message = str(record[0].message)
+    assert f"retain loss {problem.retain_loss:.4g}" in message
+    assert f"({problem.divergence_level:.4g})" in message
+    assert record[0].filename == __file__
+
+
+def test_a_trained_model_is_read_without_warning(digits_mlp, random_deletion):
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    assert problem.retain_loss < 0.5 < 2.2 < problem.divergence_level < np.log(10)
+
+
+# ------------------------------------------------------------------ errors
+
+
+def build(model=None, forget=FORGET, retain=RETAIN, **kwargs):
+    return UnlearningProblem(model or MLP(4, 3, hidden=(5,)), forget, retain, **kwargs)
+
+
+class Returns(nn.Module):
+    """A linear model whose outputs go through a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.linear(x))
+
+
+def broken(value, where="weight"):
+    model = MLP(4, 3, hidden=(5,))
+    with torch.no_grad():
+        getattr(model[1], where)[0] = value
+    return model
+
+
+def broken_buffer():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    model[1].running_var[2] = NAN
+    return model
+
+
+FROZEN = MLP(4, 3).requires_grad_(False)
+SHARED = TensorDataset(X, Y)
+
+
+@untrained
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": lambda x: x}, TypeError, "`model` of `UnlearningProblem` must be a torch.nn.Module; got function"),
+        ({"model": FROZEN}, ValueError, "must have a trainable parameter; got none with requires_grad=True"),
+        ({"batchnorm": "batch"}, ValueError, "`batchnorm` of `UnlearningProblem` must be one of 'frozen'; got 'batch'"),
+        ({"forget": (X[:0], Y[:0])}, ValueError, "`forget` must hold at least one sample; got an empty set"),
+        ({"retain": []}, ValueError, "`retain` must hold at least one sample; got an empty set"),
+        ({"forget": RETAIN}, ValueError, "`forget` and `retain` must not overlap; they share 8 samples"),
+        ({"forget": (X[:6], Y[:6])}, ValueError, "they share 2 samples"),
+        ({"forget": SHARED, "retain": SHARED}, ValueError, "they share 12 samples"),
+        ({"forget": Subset(SHARED, [0, 1, 5]), "retain": Subset(SHARED, [5, 6])}, ValueError, "they share 1 samples"),
+        (
+            {"forget": Subset(Subset(SHARED, [9, 8, 7]), [0, 2]), "retain": DataLoader(Subset(SHARED, [7, 9, 3]))},
+            ValueError,
+            "they share 2 samples",
+        ),
+        ({"model": broken(NAN)}, ValueError, "must have finite weights; '1.weight' holds NaN or infinity"),
+        ({"model": broken(-INF, "bias")}, ValueError, "'1.bias' holds NaN or infinity"),
+        ({"model": broken_buffer()}, ValueError, "'1.running_var' holds NaN"),
+        ({"forget": (with_value(X[:4], NAN), Y[:4])}, ValueError, "inputs of `forget` must be finite; got 1 NaN"),
+        ({"retain": (X[4:] / 0, Y[4:])}, ValueError, "inputs of `retain` must be finite; got 32 NaN or infinite"),
+        (
+            {
+                "forget": (X[:4], X[:4, :3]),
+                "retain": (X[4:], with_value(X[4:, :3].clone(), INF)),
+                "loss": "mse",
+            },
+            ValueError,
+            "targets of `retain` must be finite; got 1 NaN",
+        ),
+        ({"retain": (X[4:], with_value(Y[4:], 3))}, ValueError, r"`retain` must be in \[0, 2\], as the model has 3.*3\."),
+        ({"forget": (X[:4], with_value(Y[:4], -1))}, ValueError, r"targets of `forget` must be in \[0, 2\].*got -1"),
+        ({"forget": (X[:4], Y[:4].float())}, TypeError, "targets of `forget` must be integer.*got torch.float32"),
+        ({"forget": (X[:4], Y[:4] > 0)}, TypeError, "got torch.bool"),
+        ({"retain": (X[4:], Y[4:, None])}, ValueError, r"got targets \(8, 1\) for outputs \(3, 3\)"),
+        (
+            {"retain": (X[4:], torch.full((8,), -100))},
+            ValueError,
+            "targets of `retain` must hold at least one label; got only -100",
+        ),
+        ({"loss": "mse"}, TypeError, "targets of `forget` must be floating point for loss='mse'; got torch.int64"),
+        (
+            {"forget": (X[:4], X[:4]), "loss": "mse"},
+            ValueError,
+            r"must have 3 numbers a sample.*got shape \(4, 4\) for outputs \(3, 3\)",
+        ),
+        ({"loss": "cross_entropie"}, ValueError, "`loss` .* got 'cross_entropie'. Did you mean 'cross_entropy'"),
+        ({"loss": 3}, TypeError, "`loss` must be 'cross_entropy'.* got 3"),
+        ({"loss": nn.CrossEntropyLoss()}, ValueError, r"shape \(3,\); 'CrossEntropyLoss' returned shape \(\)"),
+        ({"loss": lambda f, y: f[:, 0].tolist()}, TypeError, "'<lambda>' returned list"),
+        (
+            {"loss": lambda f, y: f[:, 0] / 0},
+            ValueError,
+            r"losses of `forget` must be finite at the trained parameters; got \[-?inf",
+        ),
+        ({"model": Returns(lambda f: [f])}, TypeError, "`model` must return a tensor.*got list"),
+        ({"model": Returns(lambda f: Output([1]))}, TypeError, "or an object with `.logits`; got Output"),
+        ({"model": Returns(lambda f: f[:1])}, ValueError, r"one output per sample; got \(1, 3\) for 3 samples of `forget`"),
+        ({"model": Returns(lambda f: f.sum())}, ValueError, r"one output per sample; got \(\) for 3 samples"),
+        ({"model": Returns(lambda f: f.sum(1))}, ValueError, r"got targets \(4,\) for outputs \(3,\)"),
+        ({"model": Returns(lambda f: f + torch.rand(()))}, ValueError, "deterministic in eval mode; .* differ by 0"),
+    ],
+)
+def test_what_is_wrong_with_a_problem_is_said(arguments, error, message):
+    with pytest.raises(error, match=message):
+        build(**arguments)
+
+
+@untrained
+def test_ignored_labels_are_allowed():
+    assert build(retain=(X[4:], with_value(Y[4:], -100))).retain.size == 8
