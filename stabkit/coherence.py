@@ -12,6 +12,7 @@ from stabkit._validate import check_int, check_real
 from stabkit.curvature.factors import SampleFactors
 
 BLOCK_ENTRIES = 2**24  # of V_i V_jᵀ held at once, 128 MiB
+ROUNDING = 1e-12  # what counts as zero beside the largest of the matrices that were subtracted
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,7 +22,8 @@ class Coherence:
     Attributes:
         retain: σ_R = λ_max(S^{RR}) / max_i λ_max(H_i), at least 1: 1 when every sample curves along directions of its own.
         forget: σ_F.
-        cross: ‖S^{RF}‖₂ / √(‖S^{RR}‖₂ ‖S^{FF}‖₂), in [0, 1].
+        cross: ‖G^{RF}‖₂ / √(‖G^{RR}‖₂ ‖G^{FF}‖₂), in [0, 1], with G_ij = tr(H_i H_j) = S_ij². With S itself the ratio passes
+            1, up to √r, where the sets spread over the same space along different axes: |v·w| is no inner product.
         cosine: tr(H_R H_F) / (‖H_R‖_F ‖H_F‖_F) of the mean curvatures, in [0, 1].
         mixed: σ_mix over retain-forget pairs (T12).
         mix: The α it is for.
@@ -91,12 +93,12 @@ def coherence(
         )
     grams = (_gram(retain, retain), _gram(forget, forget), _gram(retain, forget))
     within = [_norm(gram) for gram in grams[:2]]
-    cross = _norm(grams[2])
+    size_retain, size_forget, size_cross = (float(torch.linalg.matrix_norm(gram, 2)) for gram in grams)
     chosen, sampled = _pairs(retain.samples, forget.samples, max_pairs, seed)
     return Coherence(
         retain=_ratio(within[0], float(spectral_norms(retain).max())),
         forget=_ratio(within[1], float(spectral_norms(forget).max())),
-        cross=_ratio(cross, math.sqrt(within[0] * within[1])),
+        cross=_ratio(size_cross, math.sqrt(size_retain * size_forget)),
         cosine=_ratio(float(grams[2].mean()), math.sqrt(max(0.0, float(grams[0].mean()) * float(grams[1].mean())))),
         mixed=_mixed(retain, forget, grams, chosen, mix),
         mix=mix,
@@ -167,7 +169,10 @@ def _mixed(
     stacked = SampleFactors(
         factors=factors, signs=signs, gradients=factors.new_zeros(r.numel(), retain.rank), population=r.numel()
     )
-    return _ratio(_norm(traces), float(spectral_norms(stacked).max()))
+    largest = float(spectral_norms(stacked).max())
+    # Where the two sets cancel in every pair, what is left is rounding and has no coherence.
+    size = math.sqrt(float(torch.maximum(grams[0].diagonal().max(), grams[1].diagonal().max())))
+    return _ratio(_norm(traces), largest if largest > ROUNDING * size else 0.0)
 
 
 def _signs(part: SampleFactors) -> Tensor:

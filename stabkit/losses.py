@@ -18,6 +18,8 @@ from stabkit._validate import check_choice
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 IGNORE_INDEX = -100
+NEWTON_STEPS = 200
+UNBOUNDED = 1e6  # a mean loss that falls by so many times its size has no minimum
 
 
 class Loss(abc.ABC):
@@ -487,28 +489,34 @@ class CustomLoss(Loss):
         return self._factor(outputs, targets).transpose(1, 2) @ block
 
     def constant_level(self, outputs: Tensor, targets: Tensor) -> float:
-        """Mean loss of the best constant output, found by L-BFGS from zero.
+        """Mean loss of the best constant output, found by Newton's method.
 
         Args:
-            outputs: Outputs of at least one sample; only their shape and dtype are read.
+            outputs: Outputs of at least one sample; the search starts at their mean, where the loss is defined.
             targets: Targets of the whole set.
 
         Returns:
             The smallest mean loss reached.
+
+        Raises:
+            ValueError: If the search leaves the numbers, or falls without end.
         """
-        constant = torch.zeros_like(outputs[:1], dtype=torch.float64).requires_grad_()
         data = targets.double() if targets.is_floating_point() else targets
-        optimiser = torch.optim.LBFGS([constant], max_iter=200, line_search_fn="strong_wolfe")
+        shape = outputs.shape[1:]
 
-        def closure() -> Tensor:
-            optimiser.zero_grad()
-            loss = self.per_sample(constant.expand(data.shape[0], *constant.shape[1:]), data).mean()
-            loss.backward()
-            return loss
+        def mean_loss(constant: Tensor) -> Tensor:
+            return self.per_sample(constant.reshape(1, *shape).expand(data.shape[0], *shape), data).mean()
 
-        with torch.enable_grad():
-            optimiser.step(closure)
-            return float(closure().detach())
+        first = outputs.detach().double().mean(0).reshape(-1)
+        start = float(mean_loss(first))
+        level = _minimum(mean_loss, first)
+        if not math.isfinite(level) or level < start - UNBOUNDED * (1 + abs(start)):
+            raise ValueError(
+                f"`loss` must have a smallest mean over constant outputs, as divergence is measured against it; that of "
+                f"{self.name!r} fell from {start:.4g} to {level:.4g}. Use a loss of raw outputs; where the "
+                "model returns log-probabilities, loss='cross_entropy' gives the same numbers."
+            )
+        return level
 
     def _factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """L of shape (m, O, O) with LL^T the positive part of every Λ_i."""
@@ -521,6 +529,33 @@ class CustomLoss(Loss):
         hessian = torch.func.vmap(torch.func.hessian(single))(flat, targets)
         values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.transpose(1, 2)))
         return vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+
+
+def _minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Value that Newton's method with halved steps reaches from x, shape (O,); infinite wherever it is undefined."""
+
+    def value(at: Tensor) -> float:
+        try:
+            result = float(function(at))
+        except (RuntimeError, ValueError):  # as PyTorch's own losses raise outside their domain
+            return math.inf
+        return math.inf if math.isnan(result) else result
+
+    best = value(x)
+    for _ in range(NEWTON_STEPS):
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(function(leaf), leaf)
+            values, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(function, x))
+        # |eigenvalues|, so that every step descends, also from a concave part.
+        step = -vectors @ ((vectors.T @ gradient) / values.abs().clamp_min(1e-9))
+        slope, length = float(gradient @ step), 1.0
+        while (reached := value(x + length * step)) > best + 1e-4 * length * slope and length > 1e-15:
+            length /= 2
+        if not best - reached > 1e-14 * (1 + abs(best)):
+            break
+        x, best = x + length * step, reached
+    return best
 
 
 def resolve_loss(loss: str | PerSampleLoss | Loss) -> Loss:

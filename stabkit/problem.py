@@ -90,6 +90,9 @@ class UnlearningProblem:
             self._module = copy.deepcopy(model).to(self.device, self.dtype).eval()
         for parameter in self._module.parameters():
             parameter.grad = None
+        for module in self._module.modules():  # they watch or edit .backward(), and torch.func cannot pass through them
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
         self._training = {name: module.training for name, module in model.named_modules()}
         self.parameters: Parameters = {
             name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad
@@ -99,6 +102,16 @@ class UnlearningProblem:
             name: t.detach()
             for name, t in (*self._module.named_parameters(), *self._module.named_buffers())
             if name not in self.parameters
+        }
+        named = (*self._module.named_parameters(), *self._module.named_buffers())
+        names = {id(tensor): name for name, tensor in named}
+        # Every attribute that holds a tensor, once. Left to find tied weights by itself, `functional_call` would not put
+        # the tensors back where one layer is registered under two names.
+        self._places = {
+            f"{prefix}.{key}" if prefix else key: names[id(tensor)]
+            for prefix, module in self._module.named_modules()
+            for key, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
         }
         self.loss = resolve_loss(loss)
         self.forget = as_samples(forget, name="forget", device=self.device, dtype=self.dtype)
@@ -122,8 +135,10 @@ class UnlearningProblem:
         Raises:
             TypeError: If the model returns no tensor and nothing with `.logits`.
         """
+        tensors = {**self._constants, **self.parameters, **parameters}
+        placed = {place: tensors[name] for place, name in self._places.items()}
         with _differentiable_attention():
-            raw = functional_call(self._module, (parameters, self._constants), *_arguments(inputs))
+            raw = functional_call(self._module, placed, *_arguments(inputs), tie_weights=False)
         return _output_tensor(raw)
 
     def flatten(self, parameters: Parameters) -> Tensor:
@@ -204,7 +219,7 @@ class UnlearningProblem:
             parameters: Trainable parameters to put in; θ* when None.
 
         Returns:
-            A new module that shares no memory with the caller's.
+            A new module that shares no memory with the caller's. Forward hooks are copied, backward hooks are not.
         """
         with preserved_rng():
             model = copy.deepcopy(self._module)

@@ -281,9 +281,6 @@ def _in_memory(
     size = lengths.pop()
 
     def fetch(indices: Tensor) -> tuple[Inputs, Tensor]:
-        whole = indices.numel() == size and bool((indices == torch.arange(size)).all())
-        if whole:
-            return inputs, targets
         return map_tensors(lambda t: t[indices.to(t.device)], inputs), targets[indices.to(targets.device)]
 
     if identity is None:

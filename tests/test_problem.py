@@ -7,15 +7,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Output, ResidualBlockNet, mean_loss
-from torch import nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
-
 from stabkit._errors import TrainModeWarning, UntrainedModelWarning
 from stabkit.algorithms import AGU, FineTune, GradDiff
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
 from stabkit.runner import run
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from cases import CASES, Output, ResidualBlockNet, mean_loss
 
 untrained = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 INF, NAN = float("inf"), float("nan")
@@ -126,7 +126,9 @@ def test_the_model_and_the_random_state_are_left_alone(training, algorithm):
     assert_same(snapshot(model), before)
     new = result.model
     assert new is not model
-    assert {t.data_ptr() for t in new.state_dict().values()}.isdisjoint(t.data_ptr() for t in model.state_dict().values())
+    assert {t.data_ptr() for t in new.state_dict().values()}.isdisjoint(
+        t.data_ptr() for t in model.state_dict().values()
+    )
     assert {n: m.training for n, m in new.named_modules()} == {n: m.training for n, m in model.named_modules()}
     assert {n: p.requires_grad for n, p in new.named_parameters()} == before["requires_grad"]
     assert all(p.grad is None for p in new.parameters())
@@ -142,6 +144,32 @@ def test_the_data_are_left_alone():
     run(UnlearningProblem(MLP(4, 3), (x[:4], y[:4]), (x[4:], y[4:])), GradDiff(steps=2, batch_size=2))
     assert (x._version, y._version) == versions
     torch.testing.assert_close((x, y), (X, Y), rtol=0, atol=0)
+
+
+@untrained
+def test_layers_that_work_in_place_do_not_reach_the_data():
+    x = X.clone()
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))
+    problem = UnlearningProblem(model, (x[:4], Y[:4]), (x[4:], Y[4:]))
+    run(problem, AGU(steps=2, batch_size=8, forget_batch_size=4), stop_on_divergence=False)
+    assert torch.equal(x, X)
+
+
+@untrained
+def test_a_layer_used_twice_is_one_layer():
+    """`functional_call` leaves its own tensors behind in such a layer unless told where each one lives."""
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(4, 3))
+    problem = UnlearningProblem(model, FORGET, RETAIN)
+    assert list(problem.parameters) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+    run(problem, AGU(lr=0.5, steps=2, batch_size=2), stop_on_divergence=False)
+    copied = problem.new_model()
+    assert copied[0] is copied[2]
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in copied.parameters())
+    assert torch.equal(copied[2].weight, layer.weight)
+    moved = problem.unflatten(problem.vector() + 0.1)
+    with torch.no_grad():
+        torch.testing.assert_close(problem.new_model(moved)(X), problem.outputs(moved, X))
 
 
 @untrained
@@ -383,7 +411,11 @@ SHARED = TensorDataset(X, Y)
             ValueError,
             "targets of `retain` must be finite; got 1 NaN",
         ),
-        ({"retain": (X[4:], with_value(Y[4:], 3))}, ValueError, r"`retain` must be in \[0, 2\], as the model has 3.*3\."),
+        (
+            {"retain": (X[4:], with_value(Y[4:], 3))},
+            ValueError,
+            r"`retain` must be in \[0, 2\], as the model has 3.*3\.",
+        ),
         ({"forget": (X[:4], with_value(Y[:4], -1))}, ValueError, r"targets of `forget` must be in \[0, 2\].*got -1"),
         ({"forget": (X[:4], Y[:4].float())}, TypeError, "targets of `forget` must be integer.*got torch.float32"),
         ({"forget": (X[:4], Y[:4] > 0)}, TypeError, "got torch.bool"),
@@ -410,7 +442,11 @@ SHARED = TensorDataset(X, Y)
         ),
         ({"model": Returns(lambda f: [f])}, TypeError, "`model` must return a tensor.*got list"),
         ({"model": Returns(lambda f: Output([1]))}, TypeError, "or an object with `.logits`; got Output"),
-        ({"model": Returns(lambda f: f[:1])}, ValueError, r"one output per sample; got \(1, 3\) for 3 samples of `forget`"),
+        (
+            {"model": Returns(lambda f: f[:1])},
+            ValueError,
+            r"one output per sample; got \(1, 3\) for 3 samples of `forget`",
+        ),
         ({"model": Returns(lambda f: f.sum())}, ValueError, r"one output per sample; got \(\) for 3 samples"),
         ({"model": Returns(lambda f: f.sum(1))}, ValueError, r"got targets \(4,\) for outputs \(3,\)"),
         ({"model": Returns(lambda f: f + torch.rand(()))}, ValueError, "deterministic in eval mode; .* differ by 0"),

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stabkit import samples as samples_module
+from stabkit.samples import as_samples, map_tensors, tensors_of
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -19,9 +21,6 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
-
-from stabkit import samples as samples_module
-from stabkit.samples import as_samples, map_tensors, tensors_of
 
 CPU = torch.device("cpu")
 N = 23
@@ -217,6 +216,7 @@ MAP = MapStyle()
 LIST = [(x, int(y)) for x, y in zip(X, Y, strict=True)]
 ARRAY, ARRAY_LABELS = X.numpy(), Y.numpy()
 WIDE = torch.randn(20, 10)
+POSITIONS = torch.arange(4)
 OVERLAPS = {
     "the same tensors": ((X, Y), (X, Y), N),
     "views that overlap": ((X[:10], Y[:10]), (X[6:], Y[6:]), 4),
@@ -247,8 +247,8 @@ OVERLAPS = {
         1,
     ),
     "an expanded first input": (
-        {"position": torch.arange(4).expand(9, 4), "labels": Y[:9]},
-        {"position": torch.arange(4).expand(9, 4), "labels": Y[9:18]},
+        {"position": POSITIONS.expand(9, 4), "labels": Y[:9]},
+        {"position": POSITIONS.expand(9, 4), "labels": Y[9:18]},
         0,
     ),
     "generators": (generator(), generator(), 0),

@@ -131,6 +131,8 @@ def critical_lr_within(dynamics: LinearDynamics, steps: int, growth: float, *, t
     """
     check_int(steps, name="steps", owner="critical_lr_within", low=1)
     check_real(growth, name="growth", owner="critical_lr_within", low=1)
+    if growth == 1:  # directions without curvature then hold ρ at 1, and the parabola through them says nothing
+        return critical_lr_mean_square(dynamics)
     excess = math.expm1(math.log(growth) / steps)
     d = dynamics.mean_hessian()
 
@@ -163,10 +165,13 @@ def _start(dynamics: LinearDynamics, lr: float) -> Tensor:
 
 def _mean_square(dynamics: LinearDynamics, lr: float, tolerance: float, start: Tensor) -> MeanSquare:
     radius, sigma = _largest(lambda s: dynamics.apply(s, lr), start, tolerance)
-    if float(sigma.trace()) < 0:
-        sigma = -sigma
+    # Where ρ is repeated an eigenmatrix need not be semi-definite, but its positive part is one too: T_η keeps semi-definite
+    # matrices so, hence |Σ| has no smaller Rayleigh quotient than Σ.
+    values, vectors = torch.linalg.eigh(sigma if float(sigma.trace()) >= 0 else -sigma)
+    sigma = (vectors * values.clamp(min=0)) @ vectors.T
+    sigma = sigma / sigma.trace()
     residual = float((dynamics.apply(sigma, lr) - radius * sigma).norm() / sigma.norm())
-    return MeanSquare(lr=lr, radius=radius, eigenmatrix=sigma / sigma.trace(), residual=residual)
+    return MeanSquare(lr=lr, radius=radius, eigenmatrix=sigma, residual=residual)
 
 
 def _largest(operator: Map, start: Tensor, tolerance: float) -> tuple[float, Tensor]:

@@ -1,0 +1,204 @@
+"""Simulation of the linearised run (T2) under the three sampling schemes, many runs at once.
+
+It draws what `moments` averages exactly, and it tells the growth of a typical run from that of the mean square, which a few
+extreme runs can dominate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabkit._validate import check_int
+from stabkit.curvature.factors import SampleFactors
+from stabkit.stability.dynamics import LinearDynamics
+from stabkit.stability.moments import check_run
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearProcess:
+    """Sampled courses of the linearised run; column k is after k steps.
+
+    Attributes:
+        squared_distance: ‖δ_k‖², shape (runs, K+1).
+        retain_loss: ½ δ_kᵀH_Rδ_k + ḡ_Rᵀδ_k, the change of the quadratic retain loss, shape (runs, K+1).
+        forget_loss: The same of the forget set.
+    """
+
+    squared_distance: Tensor
+    retain_loss: Tensor
+    forget_loss: Tensor
+
+
+def simulate(
+    dynamics: LinearDynamics,
+    *,
+    lr: float,
+    steps: int,
+    runs: int,
+    seed: int,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> LinearProcess:
+    """Runs of δ⁺ = (I - η A_k) δ - η b_k from δ = 0, with batches as they would be drawn (T2).
+
+    Every step draws its batches afresh. Without replacement that means B distinct samples, whatever the step before took:
+    what T6 describes, and to first order what a loader does that passes through a shuffled set. Where a set's samples stand
+    for a larger population, each plays as many members of it.
+
+    Args:
+        dynamics: The linearised process.
+        lr: Step size η > 0.
+        steps: Number K >= 1 of steps.
+        runs: Number of independent runs.
+        seed: Seed of all batches.
+        momentum: Heavy-ball β in [0, 1), at rest at the start.
+        weight_decay: γ >= 0: adds γδ to the gradient.
+
+    Returns:
+        The courses; infinite or NaN once a run has left the range of double precision. Cost 2·K·runs·(m_R + m_F)·C·r
+        multiplications, and runs·m·C numbers of memory.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of its domain, or a population is no multiple of the samples that stand for it.
+    """
+    check_run(lr, steps, momentum, weight_decay, owner="simulate")
+    check_int(runs, name="runs", owner="simulate", low=1)
+    forces = _forces(dynamics, runs, seed, owner="simulate")
+    delta = torch.zeros_like(dynamics.mean_gradient()).expand(runs, -1)
+    before = delta
+    courses = [_observe(dynamics, delta)]
+    for _ in range(steps):
+        force = next(forces).total(delta, drift=True) + weight_decay * delta
+        delta, before = delta - lr * force + momentum * (delta - before), delta
+        courses.append(_observe(dynamics, delta))
+    squared, retain, forget = torch.stack(courses, -1)
+    return LinearProcess(squared_distance=squared, retain_loss=retain, forget_loss=forget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LyapunovExponent:
+    """Almost-sure growth rate of the linearised run without drift.
+
+    Attributes:
+        value: Mean of (ln‖δ_K‖ - ln‖δ_0‖)/K in the long run: below 0 almost every run shrinks, though the mean square may
+            grow. Minus infinity if a run ends at exactly zero.
+        standard_error: Of that mean, from the scatter between runs; NaN if the value is infinite.
+    """
+
+    value: float
+    standard_error: float
+
+
+def lyapunov_exponent(dynamics: LinearDynamics, *, lr: float, steps: int, runs: int, seed: int) -> LyapunovExponent:
+    """Growth rate of ln‖δ‖ a step for almost every run, by simulation: at most ½ ln ρ(T_η) (Jensen's inequality).
+
+    Each run starts in a random direction and is renormalised every step. Only the second half of the steps is averaged: the
+    first lets the direction settle.
+
+    Args:
+        dynamics: The linearised process; its gradients are left out.
+        lr: Step size η > 0.
+        steps: Number K >= 2 of steps.
+        runs: Number of independent runs, at least 2.
+        seed: Seed of directions and batches.
+
+    Returns:
+        The exponent with its standard error. Cost that of `simulate`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of its domain, or a population is no multiple of the samples that stand for it.
+    """
+    owner = "lyapunov_exponent"
+    check_run(lr, steps, 0.0, 0.0, owner=owner)
+    check_int(steps, name="steps", owner=owner, low=2)
+    check_int(runs, name="runs", owner=owner, low=2)
+    forces = _forces(dynamics, runs, seed, owner=owner)
+    start = np.random.default_rng((seed, 1)).standard_normal((runs, dynamics.rank))
+    delta = torch.as_tensor(start).to(dynamics.mean_gradient())
+    delta = delta / delta.norm(dim=1, keepdim=True)
+    growth = torch.zeros_like(delta[:, 0])
+    settling = steps // 2
+    for k in range(steps):
+        delta = delta - lr * next(forces).total(delta, drift=False)
+        size = delta.norm(dim=1, keepdim=True)
+        if k >= settling:
+            growth = growth + size.squeeze(1).log()
+        delta = torch.where(size > 0, delta / size, delta)
+    rates = growth / (steps - settling)
+    value = float(rates.mean())
+    error = float(rates.std()) / math.sqrt(runs) if math.isfinite(value) else math.nan
+    return LyapunovExponent(value=value, standard_error=error)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batches:
+    """One step's batches of all runs: how often each sample is in them, over B; shape (runs, m) for either set."""
+
+    dynamics: LinearDynamics
+    retain: Tensor
+    forget: Tensor
+
+    def total(self, delta: Tensor, *, drift: bool) -> Tensor:
+        """A_k δ, plus b_k if drifting, shape (runs, r)."""
+        mix = self.dynamics.mix
+        retain = _batch_gradient(self.dynamics.retain, self.retain, delta, drift)
+        return (1 - mix) * retain - mix * _batch_gradient(self.dynamics.forget, self.forget, delta, drift)
+
+
+def _forces(dynamics: LinearDynamics, runs: int, seed: int, *, owner: str) -> Iterator[_Batches]:
+    """The batches of every step."""
+    for name, part in (("retain", dynamics.retain), ("forget", dynamics.forget)):
+        if part.population % part.samples:
+            raise ValueError(
+                f"`dynamics` of `{owner}` must have sets whose population is a multiple of the samples that stand for it; "
+                f"got {part.population} for {part.samples} samples in `{name}`. Keep a divisor of it with `thin`, "
+                "or replace the population."
+            )
+    return _draw(dynamics, runs, np.random.default_rng(seed))
+
+
+def _draw(dynamics: LinearDynamics, runs: int, generator: np.random.Generator) -> Iterator[_Batches]:
+    while True:
+        retain, forget = (
+            torch.as_tensor(_counts(part, batch, dynamics.sampling, runs, generator) / batch).to(part.factors)
+            for part, batch in zip((dynamics.retain, dynamics.forget), dynamics.batch_sizes, strict=True)
+        )
+        yield _Batches(dynamics=dynamics, retain=retain, forget=forget)
+
+
+def _counts(part: SampleFactors, batch: int, sampling: str, runs: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each sample is in each run's batch, shape (runs, m)."""
+    m, copies = part.samples, part.population // part.samples
+    if sampling == "poisson":
+        return generator.binomial(copies, batch / part.population, size=(runs, m))
+    if sampling == "with_replacement":
+        return generator.multinomial(batch, np.full(m, 1 / m), size=runs)
+    return generator.multivariate_hypergeometric([copies] * m, batch, size=runs)
+
+
+def _batch_gradient(part: SampleFactors, weights: Tensor, delta: Tensor, drift: bool) -> Tensor:
+    """Σ_i w_i (H_i δ + g_i) of every run, shape (runs, r)."""
+    m, c, r = part.factors.shape
+    rows = part.factors.reshape(m * c, r)
+    along = (delta @ rows.T).reshape(-1, m, c)
+    if part.signs is not None:
+        along = along * part.signs
+    force = (along * weights.unsqueeze(-1)).reshape(-1, m * c) @ rows
+    return force + weights @ part.gradients if drift else force
+
+
+def _observe(dynamics: LinearDynamics, delta: Tensor) -> Tensor:
+    """‖δ‖² and the quadratic change of the retain and the forget loss, shape (3, runs)."""
+    losses = [
+        ((delta @ part.mean()) * delta).sum(1) / 2 + delta @ part.mean_gradient()
+        for part in (dynamics.retain, dynamics.forget)
+    ]
+    return torch.stack([delta.square().sum(1), *losses])
