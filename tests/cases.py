@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from stabkit.losses import Loss
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class ResidualBlockNet(nn.Module):
