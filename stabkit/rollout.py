@@ -20,7 +20,7 @@ from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm
 from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet
-from stabkit.runner import CHECK_EVERY
+from stabkit.runner import CHECK_EVERY, check_steps
 from stabkit.sampling import batch_streams
 
 SCORE_CAP = 3.0  # log of the retain loss over the divergence level at which a setting stops rolling
@@ -120,7 +120,7 @@ def rollout(
         check_real(alpha, name="mix", owner="rollout", low=0, high=1)
     if not seeds:
         raise ValueError("`seeds` of `rollout` must name at least one seed; got none.")
-    checks = [0, *(k for k in range(1, algorithm.steps + 1) if k % check_every == 0 or k == algorithm.steps)]
+    checks = check_steps(algorithm.steps, check_every)
     parts = [
         _roll_seed(network, algorithm, etas, alphas, batch_sizes, seed, checks)
         for seed in progress_bar(list(seeds), "rollout", progress)
@@ -162,7 +162,7 @@ def _roll_seed(
     alphas: Tensor,
     batch_sizes: tuple[int, int],
     seed: int,
-    checks: list[int],
+    checks: Sequence[int],
 ) -> dict[str, Tensor]:
     """One seed's run at all settings; settings that have ended leave the working set."""
     settings, rank, dtype, device = etas.numel(), network.rank, etas.dtype, etas.device

@@ -69,6 +69,21 @@ class RunResult:
         return max(losses) if all(map(math.isfinite, losses)) else math.inf
 
 
+def check_steps(steps: int, check_every: int) -> tuple[int, ...]:
+    """Steps after which a run's losses are looked at, in reality and in the rollout alike.
+
+    A run that overshoots peaks within a few steps and may fall back to a dead network, so the first ones are all looked at.
+
+    Args:
+        steps: Steps of the run.
+        check_every: Distance of the later looks.
+
+    Returns:
+        0, each of the first `check_every` steps, every `check_every`-th one, and the last.
+    """
+    return tuple(k for k in range(steps + 1) if k <= check_every or k % check_every == 0 or k == steps)
+
+
 def run(
     problem: UnlearningProblem,
     algorithm: Algorithm,
@@ -87,14 +102,15 @@ def run(
         algorithm: The algorithm with its settings.
         preconditioner: P, where it is already at hand; computed from the algorithm otherwise.
         seed: Seed of the batches; the caller's random state is left as it was.
-        check_every: Steps between two looks at the losses; the last step is always looked at.
+        check_every: Steps between two looks at the losses; the first ones and the last are always looked at
+            (`check_steps`).
         monitor_samples: Samples of each set the losses are watched on; all when None.
         stop_on_divergence: Whether to end the run at the check that finds it diverged.
         progress: Whether to show a progress bar.
 
     Returns:
         The new model and what happened. Cost: B_R + B_F gradients a step, and a forward pass over the monitored samples
-        every `check_every` steps.
+        at each look.
     """
     check_int(seed, name="seed", owner="run", low=0)
     check_int(check_every, name="check_every", owner="run", low=1)
@@ -110,6 +126,7 @@ def run(
     theta = anchor.clone()
     velocity = torch.zeros_like(theta)
     rule = algorithm.stop_rule()
+    checks = frozenset(check_steps(algorithm.steps, check_every))
     trajectory: list[Checkpoint] = []
     divergence_step: int | None = None
     stop_reason, last, taken = "steps", algorithm.steps, 0
@@ -147,7 +164,7 @@ def run(
             if rule.active and bool(rule.decide(drift, leakage)):
                 moved_little = rule.drift_tolerance is not None and bool(drift < rule.drift_tolerance)
                 stop_reason = "drift" if moved_little else "leakage"
-            if (step % check_every == 0 or step == last or stop_reason != "steps") and look(step):
+            if (step in checks or stop_reason != "steps") and look(step):
                 divergence_step = step if divergence_step is None else divergence_step
                 if stop_on_divergence:
                     stop_reason = "diverged"

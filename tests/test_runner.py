@@ -217,7 +217,7 @@ def test_a_stable_run(digits_mlp, random_deletion):
     problem = UnlearningProblem(digits_mlp, *random_deletion)
     result = run(problem, GradDiff(lr=0.01, mix=0.1, steps=34, batch_size=32), check_every=10, monitor_samples=None)
     assert (result.diverged, result.divergence_step, result.stop_reason, result.steps) == (False, None, "steps", 34)
-    assert [c.step for c in result.trajectory] == [0, 10, 20, 30, 34]
+    assert [c.step for c in result.trajectory] == [*range(11), 20, 30, 34]
     assert result.trajectory[0].distance == 0
     assert result.trajectory[0].retain_loss == pytest.approx(problem.retain_loss, rel=1e-6)
     assert result.trajectory[0].forget_loss == pytest.approx(problem.forget_loss, rel=1e-6)
@@ -242,7 +242,6 @@ def test_a_loss_past_the_level_is_divergence(digits_mlp, random_deletion):
     result = run(problem, algorithm, check_every=5)
     assert result.diverged
     assert (result.stop_reason, result.steps) == ("diverged", result.divergence_step)
-    assert result.divergence_step % 5 == 0
     *before, last = result.trajectory
     assert last.step == result.divergence_step
     assert math.isfinite(last.retain_loss)
@@ -252,7 +251,7 @@ def test_a_loss_past_the_level_is_divergence(digits_mlp, random_deletion):
     onwards = run(problem, algorithm, check_every=5, stop_on_divergence=False)
     assert (onwards.stop_reason, onwards.steps, onwards.divergence_step) == ("steps", 60, result.divergence_step)
     assert onwards.trajectory[: len(result.trajectory)] == result.trajectory
-    assert [c.step for c in onwards.trajectory] == list(range(0, 61, 5))
+    assert [c.step for c in onwards.trajectory] == [0, 1, 2, 3, 4, *range(5, 61, 5)]
 
 
 @pytest.mark.parametrize("lr", [1e8, 1e30])
@@ -260,12 +259,20 @@ def test_what_is_not_finite_is_divergence(digits_mlp, random_deletion, lr):
     problem = UnlearningProblem(digits_mlp, *random_deletion)
     algorithm = GradDiff(lr=lr, mix=0.5, steps=25, batch_size=32)
     result = run(problem, algorithm)
-    assert (result.diverged, result.stop_reason, result.divergence_step) == (True, "diverged", 10)
+    assert (result.diverged, result.stop_reason, result.divergence_step) == (True, "diverged", 1)
     onwards = run(problem, algorithm, stop_on_divergence=False)
     assert onwards.steps == 25
     if lr == 1e30:
         assert not math.isfinite(onwards.trajectory[-1].retain_loss)
         assert onwards.worst_retain_loss == math.inf
+
+
+def test_a_peak_that_falls_back_is_divergence(digits_cnn, random_deletion):
+    problem = UnlearningProblem(digits_cnn, *random_deletion)
+    result = run(problem, GradDiff(lr=0.3, mix=0.3, steps=20, batch_size=64), stop_on_divergence=False)
+    losses = {c.step: c.retain_loss for c in result.trajectory}
+    assert result.divergence_step < 10
+    assert losses[10] < problem.divergence_level < max(losses.values())
 
 
 def test_a_model_past_the_level_from_the_start():
@@ -312,7 +319,7 @@ def test_monitored_samples_are_a_fixed_part(digits_mlp, random_deletion):
 
 def test_gradients_are_counted(digits_mlp, random_deletion):
     problem = UnlearningProblem(digits_mlp, *random_deletion)
-    looks = (50 + 50) / 3 * 3  # at steps 0, 5 and 7
+    looks = (50 + 50) / 3 * 7  # at steps 0 to 5, and 7
 
     def count(algorithm):
         return run(problem, algorithm.replace(steps=7), check_every=5, monitor_samples=50).gradient_equivalents
@@ -325,7 +332,7 @@ def test_gradients_are_counted(digits_mlp, random_deletion):
     assert watched == pytest.approx(7 * (16 + 4) + 7 * 4 * 2 / 3 + looks)
     poisson = count(GradDiff(lr=1e-4, sampling="poisson", **sizes)) - looks
     assert poisson == pytest.approx(7 * 20, abs=5 * (7 * 20) ** 0.5)
-    assert poisson == round(poisson)
+    assert poisson == pytest.approx(round(poisson), abs=1e-6)
 
 
 # ------------------------------------------------------------------ stop rules
