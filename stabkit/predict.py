@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import scipy
@@ -130,12 +131,24 @@ def predict(
         return judge(measurement, range(seed, seed + seeds), progress=progress)
 
 
-def judge(measurement: Measurement, seeds: Sequence[int], *, progress: bool = False) -> Report:
+@dataclass(frozen=True, kw_only=True)
+class _Limits:
+    """Critical step sizes: whatever the step size in question, they are the same."""
+
+    lr: CriticalValue
+    mean_square_lr: float
+    horizon_lr: float
+
+
+def judge(
+    measurement: Measurement, seeds: Sequence[int], *, limits: _Limits | None = None, progress: bool = False
+) -> Report:
     """Turn a measurement into a report.
 
     Args:
         measurement: What was measured, with the algorithm it is about.
         seeds: Seeds of the rollouts.
+        limits: The critical step sizes, if an earlier report differs in its step size alone.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -154,9 +167,8 @@ def judge(measurement: Measurement, seeds: Sequence[int], *, progress: bool = Fa
         progress=progress,
     )
     probability = float(rolled.probability[0])
-    thresholds = _thresholds(measurement, batch_sizes)
-    guess = thresholds.step_limit if math.isfinite(thresholds.step_limit) else algorithm.lr
-    lr_detail = critical_lr(network, algorithm, batch_sizes=batch_sizes, seeds=seeds, guess=guess)
+    limits = limits or _limits(measurement, batch_sizes, seeds)
+    lr_detail, thresholds = limits.lr, _thresholds(measurement, batch_sizes, limits)
     mix_detail = critical_mix(network, algorithm, batch_sizes=batch_sizes, seeds=seeds)
     error = linearisation_error(problem, network, rolled)
     checks = _checks(measurement, error)
@@ -186,7 +198,7 @@ def judge(measurement: Measurement, seeds: Sequence[int], *, progress: bool = Fa
             ),
         ),
         _frontier=lambda **grid: _frontier(measurement, seeds, lr_detail, **grid),
-        _at=lambda **changes: _at(measurement, seeds, **changes),
+        _at=lambda **changes: _at(measurement, seeds, limits, **changes),
     )
     failed = [check for check in checks if not check.passed]
     if failed:
@@ -204,12 +216,12 @@ def _verdict(probability: float) -> str:
     return "diverges" if probability > DIVERGES_ABOVE else "marginal"
 
 
-def _at(measurement: Measurement, seeds: Sequence[int], **changes: object) -> Report:
+def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, **changes: object) -> Report:
     """Judge other settings; only the mix needs new curvature products."""
     algorithm = measurement.algorithm.replace(**changes)
     algorithm.batch_sizes(measurement.problem)
     with preserved_rng():
-        return judge(measurement.with_algorithm(algorithm), seeds)
+        return judge(measurement.with_algorithm(algorithm), seeds, limits=limits if set(changes) <= {"lr"} else None)
 
 
 def _frontier(
@@ -262,16 +274,35 @@ def _run(measurement: Measurement, batch_sizes: tuple[int, int], seed: int) -> R
     )
 
 
-def _thresholds(measurement: Measurement, batch_sizes: tuple[int, int]) -> Thresholds:
-    algorithm, pairs = measurement.algorithm, measurement.spectrum.pairs
-    dynamics = stability.LinearDynamics(
+def _dynamics(measurement: Measurement, batch_sizes: tuple[int, int]) -> stability.LinearDynamics:
+    return stability.LinearDynamics(
         retain=measurement.retain,
         forget=measurement.forget,
-        mix=algorithm.mix,
+        mix=measurement.algorithm.mix,
         batch_sizes=batch_sizes,
-        sampling=algorithm.sampling,
+        sampling=measurement.algorithm.sampling,
     )
-    limit = 2 / pairs.largest if pairs.largest > 0 else math.inf
+
+
+def _step_limit(measurement: Measurement) -> float:
+    """2/λ_max(D) (T4)."""
+    largest = measurement.spectrum.pairs.largest
+    return 2 / largest if largest > 0 else math.inf
+
+
+def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Sequence[int]) -> _Limits:
+    algorithm, dynamics, limit = measurement.algorithm, _dynamics(measurement, batch_sizes), _step_limit(measurement)
+    guess = limit if math.isfinite(limit) else algorithm.lr
+    return _Limits(
+        lr=critical_lr(measurement.network, algorithm, batch_sizes=batch_sizes, seeds=seeds, guess=guess),
+        mean_square_lr=stability.critical_lr_mean_square(dynamics),
+        horizon_lr=stability.critical_lr_within(dynamics, algorithm.steps, HORIZON_GROWTH),
+    )
+
+
+def _thresholds(measurement: Measurement, batch_sizes: tuple[int, int], limits: _Limits) -> Thresholds:
+    algorithm, pairs = measurement.algorithm, measurement.spectrum.pairs
+    dynamics, limit = _dynamics(measurement, batch_sizes), _step_limit(measurement)
     retain_mean = measurement.retain.mean()
     damping = DAMPING * float(torch.linalg.eigvalsh(retain_mean)[-1])
     mean_square = stability.mean_square(dynamics, algorithm.lr)
@@ -289,8 +320,8 @@ def _thresholds(measurement: Measurement, batch_sizes: tuple[int, int]) -> Thres
         radius=mean_square.radius,
         growth=mean_square.growth(algorithm.steps),
         radius_lower_bound=stability.rayleigh_bounds(dynamics, algorithm.lr),
-        mean_square_lr=stability.critical_lr_mean_square(dynamics),
-        horizon_lr=stability.critical_lr_within(dynamics, algorithm.steps, HORIZON_GROWTH),
+        mean_square_lr=limits.mean_square_lr,
+        horizon_lr=limits.horizon_lr,
         coherence_rule=rule.diverges,
         self_loop=stability.self_loop(dynamics, algorithm.lr),
     )
