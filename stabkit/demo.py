@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
 from stabkit._errors import StabkitWarning
@@ -32,6 +33,7 @@ MIX = 0.3
 ASIDE = 4.0  # the safe step is this far below the predicted critical one, the unsafe one as far above
 MAP_MIXES = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAP_FACTORS = (0.1, 0.5, 2.0, 10.0)
+MAP_STEPS = 25
 FORGOTTEN_CLASS = 3
 RUN_SEED = 20_000
 
@@ -212,7 +214,9 @@ def run_demo(output: str | os.PathLike[str], *, seed: int = 0, progress: bool = 
         seconds=time.perf_counter() - start,
         report_path=str(path),
     )
-    report.save_html(path, outcomes=marks, tables=[result.predictions(), result.outcomes()])
+    marked = [mark.lr for mark in marks]
+    drawn = report.frontier(lr=np.geomspace(min(marked) / 1.3, max(marked) * 1.3, MAP_STEPS).tolist())
+    report.save_html(path, frontier=drawn, outcomes=marks, tables=[result.predictions(), result.outcomes()])
     write_atomically(Path(output) / "demo.json", result.to_json())
     return result
 

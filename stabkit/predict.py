@@ -33,6 +33,7 @@ HORIZON_GROWTH = 1e3  # of the mean square, at `Thresholds.horizon_lr`
 DAMPING = 1e-3  # ε of T5, as a share of λ_max(H_R)
 MAX_LINEARISATION_ERROR = 1.0
 MIN_CAPTURED = 0.5
+FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
 
 
 def predict(
@@ -234,17 +235,27 @@ def _frontier(
     progress: bool,
 ) -> Frontier:
     algorithm = measurement.algorithm
-    lrs = np.geomspace(detail.value * 1e-2, detail.value * 1e2, 20) if lr is None else lr
-    mixes = np.linspace(0, 1, 20) if mix is None else mix
-    return frontier(
-        measurement.network,
-        algorithm,
-        lr=lrs,  # type: ignore[arg-type]
-        mix=mixes,  # type: ignore[arg-type]
-        batch_sizes=algorithm.batch_sizes(measurement.problem),
-        seeds=seeds,
-        progress=progress,
-    )
+    batch_sizes = algorithm.batch_sizes(measurement.problem)
+    mixes = np.linspace(0, 1, FRONTIER_POINTS) if mix is None else np.asarray(mix, dtype=float)
+
+    def rolled(lrs: np.ndarray, mixes: np.ndarray, seeds: Sequence[int], progress: bool) -> Frontier:
+        return frontier(
+            measurement.network,
+            algorithm,
+            lr=lrs.tolist(),
+            mix=mixes.tolist(),
+            batch_sizes=batch_sizes,
+            seeds=seeds,
+            progress=progress,
+        )
+
+    if lr is not None:
+        return rolled(np.asarray(lr, dtype=float), mixes, seeds, progress)
+    # A coarse look with one seed says which step sizes are worth a fine grid: all boundaries and half a decade more.
+    coarse = np.geomspace(detail.value * 1e-4, detail.value * 1e4, 4 * FRONTIER_POINTS // 5 + 1)
+    looked = rolled(coarse, np.linspace(mixes.min(), mixes.max(), 6), seeds[:1], False).critical_lr
+    edges = np.array([detail.value, *looked[np.isfinite(looked)]])
+    return rolled(np.geomspace(edges.min() / 5, edges.max() * 5, FRONTIER_POINTS), mixes, seeds, progress)
 
 
 def _run(measurement: Measurement, batch_sizes: tuple[int, int], seed: int) -> Run:

@@ -102,14 +102,11 @@ def sections(report: Report) -> tuple[Section, ...]:
         report: The report.
 
     Returns:
-        The sections, verdict first.
+        The sections; verdict and advice stand before them.
     """
     return (
         _limits(report),
         _why(report),
-        Section(
-            title="What to do", rows=tuple(Row(label=f"{i}.", value=text) for i, text in enumerate(report.advice, 1))
-        ),
         _theory(report),
         _alignment(report),
         _layer_section(report),
@@ -269,7 +266,9 @@ def _trust(report: Report) -> Section:
 
 def _about(report: Report) -> Section:
     run, rollout = report.run, report.rollout
-    settings = ", ".join(f"{key}={value}" for key, value in run.settings.items())
+    settings = ", ".join(
+        f"{key}={number(value) if isinstance(value, float) else value}" for key, value in run.settings.items()
+    )
     return Section(
         title="The run",
         rows=(
@@ -301,6 +300,8 @@ def _costs(report: Report) -> Section:
         rows=(
             *(
                 Row(label=c.stage, value=f"{c.seconds:.2f} s", note=f"{c.gradient_equivalents:,.0f} sample gradients")
+                if c.seconds
+                else Row(label=c.stage, value="none", note="taken over from an earlier report on the same problem")
                 for c in report.costs
             ),
             Row(
@@ -322,6 +323,7 @@ def report_text(report: Report) -> str:
         Several lines.
     """
     lines = [f"{report.verdict.upper()}  {headline(report)}", ""]
+    lines += ["What to do", *(f"  {i}. {text}" for i, text in enumerate(report.advice, 1)), ""]
     for section in sections(report):
         if not section.rows:
             continue

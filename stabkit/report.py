@@ -321,7 +321,7 @@ class Report:
         """Predict a whole grid of step sizes and mixes from what is measured already; no network pass.
 
         Args:
-            lr: Step sizes; 20 over four decades around the critical one when None.
+            lr: Step sizes; 20 around the boundaries of all mixes when None.
             mix: Mixes; 20 from 0 to 1 when None.
             progress: Whether to show a progress bar.
 
