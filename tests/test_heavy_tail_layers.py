@@ -227,7 +227,7 @@ def test_convolution_slices():
 def test_depthwise_convolution_is_not_believed():
     row = layer_exponents(seeded(lambda: nn.Conv2d(64, 64, 3, groups=64)), shuffles=0).rows[0]
     assert row.eigenvalues == 64 * 9
-    assert row.reason.startswith("depthwise: the matrices are vectors")
+    assert row.reason.startswith("one row or column: the matrices are vectors")
 
 
 def test_recurrent_layers():
