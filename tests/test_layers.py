@@ -29,6 +29,7 @@ LAYERS = [
     {"predict", "verify"},
     {"demo"},
     {"cli", ""},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Results show themselves: methods load plots and pages when called, never on import.

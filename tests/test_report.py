@@ -1,0 +1,268 @@
+"""A report keeps its values through a file, and shows them as text, HTML and figures without leaving anything out."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import typing
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stabkit
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import pyplot as plt
+from stabkit._table import Table
+from stabkit.boundary import Outcome
+from stabkit.render import MECHANISMS, headline, number
+from stabkit.report import Check, Report, Run, Share
+
+QUICK = {"rank": 20, "retain_samples": 96, "forget_samples": 48, "spectrum_samples": 96, "seeds": 2, "steps": 30}
+
+
+@pytest.fixture(scope="module")
+def report(request):
+    model, sets = request.getfixturevalue("digits_mlp"), request.getfixturevalue("class_deletion")
+    return stabkit.predict(model, *sets, algorithm="agu", lr=0.5, mix=0.5, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def loaded(report):
+    return Report.from_json(report.to_json())
+
+
+# ------------------------------------------------------------------ through a file and back
+
+finite = st.floats(allow_nan=False)
+plain = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+)
+
+
+def values_of(kind):
+    """A strategy for an annotated type; so a new field of a report is tested without being named here."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return st.builds(kind, **{f.name: values_of(hints[f.name]) for f in dataclasses.fields(kind) if f.compare})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return st.lists(values_of(arguments[0]), max_size=3).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(values_of, arguments))
+    if origin is dict:
+        return st.dictionaries(
+            st.text(max_size=5), plain if arguments[1] is typing.Any else values_of(arguments[1]), max_size=3
+        )
+    if origin is not None:  # X | None
+        return st.none() | values_of(next(a for a in arguments if a is not type(None)))
+    return {float: finite, int: st.integers(), str: st.text(max_size=8), bool: st.booleans()}[kind]
+
+
+@given(original=values_of(Report))
+def test_what_comes_back_from_json_is_what_went_in(original):
+    text = original.to_json()
+    again = Report.from_json(text)
+    assert again == original
+    assert again.to_json() == text
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON"))
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_real_report_survives_a_file(report, tmp_path, kind):
+    path = kind(tmp_path / "new folder" / "report.json")
+    text = report.to_json(path)
+    assert Path(path).read_text(encoding="utf-8") == text
+    again = Report.from_json(path)
+    assert again == report
+    assert again.summary() == report.summary()
+    assert again._repr_html_().count("<tr>") == report._repr_html_().count("<tr>")
+
+
+def test_files_that_are_not_reports_are_refused(report):
+    with pytest.raises(ValueError, match=r"must have schema 1; got None"):
+        Report.from_dict({"verdict": "stable"})
+    with pytest.raises(ValueError, match=r"must have schema 1; got 99"):
+        Report.from_dict({**report.to_dict(), "schema": 99})
+    missing = report.to_dict()
+    del missing["cause"]
+    with pytest.raises(ValueError, match=r"`Report` needs the fields .*'cause'.* not a stabkit report"):
+        Report.from_dict(missing)
+
+
+def test_a_loaded_report_says_what_it_cannot_do(loaded):
+    with pytest.raises(RuntimeError, match=r"`frontier` of `Report` needs the linearised network.*predict"):
+        loaded.frontier()
+    with pytest.raises(RuntimeError, match=r"`at` of `Report` needs the linearised network.*predict"):
+        loaded.at(lr=0.1)
+
+
+# ------------------------------------------------------------------ text
+
+
+def test_the_summary_holds_every_number_a_decision_needs(report):
+    text = report.summary()
+    assert text.splitlines()[0] == f"{report.verdict.upper()}  {headline(report)}"
+    for value in (
+        report.critical_lr,
+        report.critical_mix,
+        report.thresholds.step_limit,
+        report.thresholds.largest,
+        report.coherence.retain,
+        report.linearisation_error,
+    ):
+        assert number(value) in text
+    for layer in report.layers:
+        assert layer.layer in text
+    for line in report.advice:
+        assert line in text
+    assert MECHANISMS[report.cause.mechanism] in text
+    assert str(report) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (math.inf, "∞"), (-math.inf, "-∞"), (0.12345, "0.123")])
+def test_numbers_are_rounded_for_reading_alone(value, text):
+    assert number(value) == text
+
+
+def test_a_failed_check_shows_its_remedy(report):
+    check = Check(name="rank", value=None, threshold=1.0, passed=False, meaning="It is low.", remedy="Do more of it.")
+    doubtful = dataclasses.replace(report, checks=(check,))
+    assert doubtful.confidence == "low"
+    assert "It is low. Do more of it." in doubtful.summary()
+    assert "Confidence: low" in doubtful.summary()
+    assert dataclasses.replace(report, checks=()).confidence == "high"
+
+
+# ------------------------------------------------------------------ HTML
+
+
+class Page(HTMLParser):
+    """Tags, what they point to, and whether they are closed in order."""
+
+    VOID = frozenset({"meta", "img", "br", "hr", "link"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.targets, self.open, self.text = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.targets += [value for name, value in attrs if name in {"src", "href"}]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_page_is_one_file_with_everything_in_it(report, tmp_path, kind):
+    target = kind(tmp_path / "deep" / "report.html")
+    table = Table(title="Extra & more", columns=("a",), rows=(("<b>",),), footer="below")
+    marks = [Outcome(lr=0.1, mix=0.3, diverged=False), Outcome(lr=1.0, mix=0.3, diverged=True)]
+    written = report.save_html(
+        target, frontier=report.frontier(lr=[0.1, 1], mix=[0.2, 0.8]), outcomes=marks, tables=[table]
+    )
+    assert written == Path(target)
+    page = Page(written.read_text(encoding="utf-8"))
+    assert page.targets
+    assert all(target.startswith("data:image/png;base64,") for target in page.targets)
+    assert len(page.targets) == 2  # the run and the frontier
+    assert all(base64.b64decode(t.split(",")[1]).startswith(b"\x89PNG") for t in page.targets)
+    assert "script" not in page.tags
+    words = " ".join(page.text)
+    assert {"Extra & more", "<b>", "below"} <= {t.strip() for t in page.text}
+    assert headline(report) in words
+    assert all(advice in words for advice in report.advice)
+    assert [p.name for p in Path(target).parent.iterdir()] == ["report.html"]
+
+
+def test_the_default_page_has_a_frontier_and_a_loaded_ones_has_none(report, loaded, tmp_path):
+    assert len(Page(report.save_html(tmp_path / "a.html").read_text(encoding="utf-8")).targets) == 2
+    assert len(Page(loaded.save_html(tmp_path / "b.html").read_text(encoding="utf-8")).targets) == 1
+
+
+def test_a_notebook_shows_the_verdict_without_script(report):
+    html = report._repr_html_()
+    page = Page(html)
+    assert "script" not in page.tags
+    assert re.search(rf'class="verdict {report.verdict}"', html)
+
+
+def test_names_are_escaped(report):
+    run = dataclasses.replace(report.run, model="<script>alert(1)</script>")
+    page = Page(dataclasses.replace(report, run=run)._repr_html_())
+    assert "script" not in page.tags
+    assert "alert(1)" in "".join(page.text)
+
+
+# ------------------------------------------------------------------ figures
+
+
+def test_the_report_draws_into_given_axes(report):
+    figure, axes = plt.subplots(1, 2)
+    drawn, used = report.plot(axes=axes)
+    assert drawn is figure
+    assert list(used) == list(axes)
+    losses = next(line for line in axes[0].get_lines() if line.get_label() == "retain, predicted")
+    np.testing.assert_array_equal(losses.get_xdata(), report.rollout.steps)
+    layers = {s.name for s in report.cause.eigenvector_layers}
+    assert {t.get_text() for t in axes[1].get_yticklabels()} == layers == {"1", "3"}
+    plt.close(figure)
+
+
+def test_values_that_are_not_finite_are_left_out_of_the_drawing(report):
+    rollout = dataclasses.replace(
+        report.rollout,
+        retain_loss=(math.inf,) * len(report.rollout.steps),
+        retain_high=(math.inf,) * len(report.rollout.steps),
+    )
+    cause = dataclasses.replace(report.cause, eigenvector_layers=(), displacement_layers=())
+    figure, _ = dataclasses.replace(report, rollout=rollout, cause=cause).plot()
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+def test_the_frontier_draws_probability_boundary_and_runs(report):
+    front = report.frontier(
+        lr=np.geomspace(report.critical_lr / 30, report.critical_lr * 30, 9).tolist(), mix=[0.1, 0.5, 0.9]
+    )
+    marks = [Outcome(lr=0.1, mix=0.3, diverged=False), Outcome(lr=1.0, mix=0.3, diverged=True)]
+    figure, ax = front.plot(outcomes=marks)
+    (mesh,) = ax.collections
+    np.testing.assert_array_equal(np.asarray(mesh.get_array()).reshape(front.probability.shape), front.probability)
+    line = ax.get_lines()[0]
+    np.testing.assert_array_equal(line.get_ydata(), front.critical_lr[np.isfinite(front.critical_lr)])
+    points = {(x, y) for drawn in ax.get_lines()[1:] for x, y in zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)}
+    assert points == {(0.3, 0.1), (0.3, 1.0)}
+    plt.close(figure)
+
+
+def test_a_frontier_of_one_cell_draws(report):
+    figure, _ = report.frontier(lr=[0.1], mix=[0.5]).plot()
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+def test_the_default_frontier_brackets_the_boundary_of_every_mix_it_can(report):
+    front = report.frontier()
+    assert front.probability.shape == (20, 20)
+    assert np.isfinite(front.critical_lr).mean() > 0.9
+    here = int(np.abs(front.mix - 0.5).argmin())
+    assert front.critical_lr[here] == pytest.approx(report.critical_lr, rel=1.0)
+
+
+def test_run_reads_its_settings(report):
+    assert isinstance(report.run, Run)
+    assert (report.run.lr, report.run.mix, report.run.steps) == (0.5, 0.5, 30)
+    assert isinstance(report.cause.forget_samples[0], Share)
