@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stabkit._rng import preserved_rng
+
 
 class MLP(nn.Sequential):
     """Fully connected network on flattened inputs."""
@@ -27,7 +29,7 @@ class MLP(nn.Sequential):
             activation: Class of the activation.
             seed: Seed of the initial weights; the global random state is not used up.
         """
-        with torch.random.fork_rng(devices=[]):
+        with preserved_rng():
             torch.manual_seed(seed)
             layers: list[nn.Module] = [nn.Flatten()]
             for width in hidden:
@@ -58,7 +60,7 @@ class SmallCNN(nn.Module):
             seed: Seed of the initial weights; the global random state is not used up.
         """
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
+        with preserved_rng():
             torch.manual_seed(seed)
             self.features = nn.Sequential(
                 nn.Conv2d(channels, width, 3, padding=1),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit._progress import progress_bar
+from stabkit._rng import preserved_rng
 from stabkit._validate import check_int, check_real
 
 
@@ -48,7 +49,7 @@ def train(
     batches = -(-x.shape[0] // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * batches)
     model.train()
-    with torch.random.fork_rng(devices=[]):
+    with preserved_rng():
         torch.manual_seed(seed)
         for _ in progress_bar(range(epochs), "train", progress):
             for chosen in torch.randperm(x.shape[0], generator=generator).split(batch_size):

@@ -514,6 +514,8 @@ def test_dynamics_says_what_is_wrong():
         make(batch_sizes=(0, 5), sampling="with_replacement")
     with pytest.raises(TypeError, match=r"`batch_sizes\[0\]` of `LinearDynamics`.*got 2\.0"):
         make(batch_sizes=(2.0, 2))
+    with pytest.raises(ValueError, match=r"`batch_sizes` of `LinearDynamics` must be two.*; got 3 of them"):
+        make(batch_sizes=(2, 2, 2))
     with pytest.raises(ValueError, match=r"same coordinates; got 2 and 3 of them"):
         make(forget=random_factors(0, samples=4, rows=1, rank=3))
 

@@ -249,7 +249,7 @@ def _convolution(
     grouped = weight.reshape(groups, rows // groups, columns, *kernel)
     spatial = tuple(range(3, grouped.dim()))
     kind = f"conv{'_transpose' if isinstance(module, TRANSPOSED) else ''}{len(kernel)}d"
-    flags = ("depthwise: the matrices are vectors",) if min(rows // groups, columns) == 1 else ()
+    flags = ("one row or column: the matrices are vectors",) if min(rows // groups, columns) == 1 else ()
     common = WeightMatrix(
         name=name,
         module=module_name,

@@ -43,6 +43,10 @@ class LinearDynamics:
                 f"`retain` and `forget` of `{owner}` must be given in the same coordinates; got {self.retain.rank} and "
                 f"{self.forget.rank} of them. Take both from one linearisation."
             )
+        if len(self.batch_sizes) != 2:
+            raise ValueError(
+                f"`batch_sizes` of `{owner}` must be two, for retain and forget; got {len(self.batch_sizes)} of them."
+            )
         for i, (batch, part) in enumerate(zip(self.batch_sizes, (self.retain, self.forget), strict=True)):
             high = None if self.sampling == "with_replacement" else part.population
             remedy = "A batch without replacement cannot be larger than its set."
