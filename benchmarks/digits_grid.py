@@ -13,13 +13,15 @@ import argparse
 import json
 import math
 import platform
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import stabkit
 import torch
 from sklearn.metrics import balanced_accuracy_score, brier_score_loss, roc_auc_score
+
+import stabkit
 from stabkit.datasets import delete_class, delete_random, digits
 from stabkit.models import SmallCNN
 from stabkit.problem import UnlearningProblem
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "digits_grid.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", stabkit.LowConfidenceWarning)
     settings = [s for seed in options.seeds for s in settings_of(seed)]
     cells = sorted({(s.deletion, s.algorithm) for s in settings})
     result = {

@@ -129,7 +129,9 @@ def predict(
     )
     with preserved_rng():
         measurement = measure(problem, chosen, settings, progress=progress)
-        return judge(measurement, range(seed, seed + seeds), progress=progress)
+        report = judge(measurement, range(seed, seed + seeds), progress=progress)
+    _warn_if_unsure(report, stacklevel=3)
+    return report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +175,7 @@ def judge(
     mix_detail = critical_mix(network, algorithm, batch_sizes=batch_sizes, seeds=seeds)
     error = linearisation_error(problem, network, rolled)
     checks = _checks(measurement, error)
-    report = Report(
+    return Report(
         verdict=_verdict(probability),
         probability=probability,
         divergence_step=rolled.expected_divergence_step()[0],
@@ -201,14 +203,17 @@ def judge(
         _frontier=lambda **grid: _frontier(measurement, seeds, lr_detail, **grid),
         _at=lambda **changes: _at(measurement, seeds, limits, **changes),
     )
-    failed = [check for check in checks if not check.passed]
+
+
+def _warn_if_unsure(report: Report, *, stacklevel: int) -> None:
+    """Say once, at the caller's line, why a report's confidence is low."""
+    failed = [check for check in report.checks if not check.passed]
     if failed:
         warnings.warn(
             f"the prediction has low confidence: {failed[0].meaning} {failed[0].remedy}",
             LowConfidenceWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-    return report
 
 
 def _verdict(probability: float) -> str:
@@ -222,7 +227,10 @@ def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, **chang
     algorithm = measurement.algorithm.replace(**changes)
     algorithm.batch_sizes(measurement.problem)
     with preserved_rng():
-        return judge(measurement.with_algorithm(algorithm), seeds, limits=limits if set(changes) <= {"lr"} else None)
+        kept = limits if set(changes) <= {"lr"} else None
+        report = judge(measurement.with_algorithm(algorithm), seeds, limits=kept)
+    _warn_if_unsure(report, stacklevel=5)
+    return report
 
 
 def _frontier(

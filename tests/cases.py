@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from stabkit.losses import Loss
-from stabkit.models import MLP
-from stabkit.problem import UnlearningProblem
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stabkit.losses import Loss
+from stabkit.models import MLP
+from stabkit.problem import UnlearningProblem
 
 
 class ResidualBlockNet(nn.Module):

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
 from stabkit.datasets import delete_class, delete_random, digits
 from stabkit.models import MLP, SmallCNN
 from stabkit.training import train

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
+
 from stabkit.curvature.factors import SampleFactors
 from stabkit.sampling import SAMPLINGS
 from stabkit.stability import LinearDynamics

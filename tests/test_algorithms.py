@@ -5,8 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from cases import CASES
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
 from stabkit._serialise import to_plain
 from stabkit.algorithms import (
     AGU,
@@ -24,9 +27,6 @@ from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.sampling import SAMPLINGS, batch_streams, index_stream, noise_level
-from torch import nn
-
-from cases import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 

@@ -4,14 +4,14 @@ import math
 from dataclasses import replace
 
 import pytest
-import stabkit.coherence
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import random_factors, rotated, two_sets
+
+import stabkit.coherence
 from stabkit.coherence import coherence, spectral_norms
 from stabkit.curvature.factors import SampleFactors
-
-from strategies import random_factors, rotated, two_sets
 
 seeds = st.integers(0, 2**32 - 1)
 

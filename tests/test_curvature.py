@@ -4,8 +4,11 @@ import curvlinops
 import numpy as np
 import pytest
 import torch
+from cases import CASES, compare_products, dense_ggn, dense_hessian, dense_jacobian, dense_output_hessian
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
 from stabkit.curvature import (
     GGNOperator,
     HessianOperator,
@@ -20,9 +23,6 @@ from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.spectrum import extreme_eigenpairs
-from torch import nn
-
-from cases import CASES, compare_products, dense_ggn, dense_hessian, dense_jacobian, dense_output_hessian
 
 # Operators are true at any parameters, trained or not.
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")

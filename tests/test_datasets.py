@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
+from torch import nn
+
 from stabkit.datasets import delete_class, delete_random, digits
 from stabkit.models import MLP, SmallCNN
 from stabkit.training import train
-from torch import nn
 
 LABELS = st.lists(st.integers(0, 4), min_size=2, max_size=60).map(torch.tensor)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from stabkit import __version__
 from stabkit.cli import main
 

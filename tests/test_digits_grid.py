@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.digits_grid import GRIDS, MIXES, scores, settings_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
 
 
 @pytest.fixture(scope="module")

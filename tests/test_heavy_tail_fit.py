@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stabkit.heavy_tail import fit_power_law
 from stabkit.heavy_tail.scan import log_excess, scan
 from stabkit.heavy_tail.truncated import fit_truncated

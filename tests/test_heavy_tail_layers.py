@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+
 from stabkit.heavy_tail import LayerExponents, fit_power_law, layer_exponents
 from stabkit.heavy_tail.layers import gram_eigenvalues, marchenko_pastur
 from stabkit.heavy_tail.matrices import block_index
-from torch import nn
-from torch.nn.utils import parametrizations
 
 
 class Conv1D(nn.Module):

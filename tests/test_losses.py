@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from stabkit.losses import IGNORE_INDEX, CrossEntropy, CustomLoss, Loss, SquaredError, resolve_loss
 from torch import nn
 from torch.func import hessian
+
+from stabkit.losses import IGNORE_INDEX, CrossEntropy, CustomLoss, Loss, SquaredError, resolve_loss
 
 seeds = st.integers(0, 10**6)
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(2, 5))  # m, T, C

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
+from cases import CASES
+from torch import nn
+
 from stabkit.algorithms import GradDiff
 from stabkit.losses import IGNORE_INDEX
 from stabkit.metrics import Accuracies, accuracies, accuracy, parameters_of
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
 from stabkit.runner import run
-from torch import nn
-
-from cases import CASES
 
 untrained = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 

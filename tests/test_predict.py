@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stabkit
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import stabkit
 from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
 from tests.cases import CASES, Output
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 QUICK = {"rank": 20, "retain_samples": 96, "forget_samples": 48, "spectrum_samples": 96, "seeds": 2, "steps": 30}
 SMALL = {"rank": 6, "seeds": 2, "steps": 8, "batch_size": 4}
@@ -257,12 +258,15 @@ def test_a_progress_bar_goes_to_stderr(digits_mlp, class_deletion, capfd):
 
 def test_a_prediction_in_too_few_directions_says_so(digits_mlp, class_deletion):
     settings = {**QUICK, "rank": 1}
-    with pytest.warns(stabkit.LowConfidenceWarning, match="Share of the outputs' sensitivity.* Raise `rank`"):
+    with pytest.warns(stabkit.LowConfidenceWarning, match="Share of the outputs' sensitivity.* Raise `rank`") as caught:
         report = stabkit.predict(digits_mlp, *class_deletion, lr=1e-4, **settings)
     assert report.confidence == "low"
     check = {c.name: c for c in report.checks}["captured output sensitivity"]
     assert not check.passed
     assert check.value < check.threshold
+    with pytest.warns(stabkit.LowConfidenceWarning, match="Raise `rank`") as again:
+        report.at(lr=2e-4)
+    assert {w.filename for w in (*caught, *again)} == {__file__}  # the caller's line, not the library's
 
 
 # ------------------------------------------------------------------ errors

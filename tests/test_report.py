@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stabkit
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
+
+import stabkit
 from stabkit._table import Table
 from stabkit.boundary import Outcome
 from stabkit.render import MECHANISMS, headline, number

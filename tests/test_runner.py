@@ -7,6 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from cases import CASES, mean_loss
+from torch import nn
+
 from stabkit.algorithms import AGU, FineTune, GradDiff, GradientAscent
 from stabkit.algorithms.base import Algorithm
 from stabkit.models import MLP
@@ -14,9 +17,6 @@ from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
 from stabkit.runner import run
 from stabkit.sampling import SAMPLINGS, batch_streams
-from torch import nn
-
-from cases import CASES, mean_loss
 
 untrained = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 ALGORITHMS = [

@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stabkit import samples as samples_module
-from stabkit.samples import as_samples, map_tensors, tensors_of
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -21,6 +19,9 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+
+from stabkit import samples as samples_module
+from stabkit.samples import as_samples, map_tensors, tensors_of
 
 CPU = torch.device("cpu")
 N = 23

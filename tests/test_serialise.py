@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
 
 

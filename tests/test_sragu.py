@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+
 from stabkit import ExponentWarning
 from stabkit.algorithms.agu import AGU, normalised_sensitivity
 from stabkit.algorithms.sragu import SRAGU
 from stabkit.heavy_tail import gate_layers, gate_per_parameter, layer_exponents, spectral_gate
 from stabkit.problem import UnlearningProblem
-from torch import nn
-from torch.nn.utils import parametrizations
 
 WINDOWS = {"floor": st.floats(0, 1), "low": st.floats(1, 3), "span": st.floats(0.1, 8), "width": st.floats(0.05, 3)}
 

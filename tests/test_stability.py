@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import FAMILIES, random_factors, random_matrix, two_sets, unit_lr
+
 from stabkit.coherence import coherence
 from stabkit.sampling import SAMPLINGS, noise_level
 from stabkit.stability import (
@@ -22,8 +24,6 @@ from stabkit.stability import (
     self_loop,
 )
 from stabkit.stability.bounds import steepest
-
-from strategies import FAMILIES, random_factors, random_matrix, two_sets, unit_lr
 
 samplings = pytest.mark.parametrize("sampling", SAMPLINGS)
 seeds = st.integers(0, 2**32 - 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice, check_int, check_real
 

@@ -7,8 +7,9 @@ import json
 import math
 
 import pytest
-import stabkit
 import torch
+
+import stabkit
 from stabkit.metrics import accuracies
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
