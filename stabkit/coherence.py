@@ -20,10 +20,11 @@ class Coherence:
     """How far the samples' curvatures share directions. NaN where a set has no curvature at all.
 
     Attributes:
-        retain: σ_R = λ_max(S^{RR}) / max_i λ_max(H_i), at least 1: 1 when every sample curves along directions of its own.
+        retain: σ_R = λ_max(S^{RR}) / max_i ‖H_i‖₂ (T11), at least 1: 1 for rank-one samples that curve along directions of
+            their own.
         forget: σ_F.
-        cross: ‖G^{RF}‖₂ / √(‖G^{RR}‖₂ ‖G^{FF}‖₂), in [0, 1], with G_ij = tr(H_i H_j) = S_ij². With S itself the ratio passes
-            1, up to √r, where the sets spread over the same space along different axes: |v·w| is no inner product.
+        cross: ‖G^{RF}‖₂ / √(‖G^{RR}‖₂ ‖G^{FF}‖₂), in [0, 1], with G_ij = tr(H_i H_j) = S_ij². With S itself the ratio can
+            pass 1 where the sets spread over the same space along different axes: |v·w| is no inner product (theory §4).
         cosine: tr(H_R H_F) / (‖H_R‖_F ‖H_F‖_F) of the mean curvatures, in [0, 1].
         mixed: σ_mix over retain-forget pairs (T12).
         mix: The α it is for.
@@ -52,7 +53,8 @@ class Coherence:
         """σ as T13 takes it, for the whole population: σ_R at mix 0, σ_F at mix 1, σ_mix between.
 
         The eigenvalues of S grow in proportion to the samples it is made of, once they are many; that is how a sample's σ
-        is carried over to the n samples of the set, or to as many pairs as the larger set has samples.
+        is carried over to the n samples of the set, or to as many pairs as the larger set has samples. Where samples share
+        few directions it comes out too large, and the rule speaks less often (theory §4).
 
         Returns:
             The extrapolated σ.

@@ -22,7 +22,9 @@ GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients held at once
 class AGU(Algorithm):
     """P = diag(R / max R) with R_j the mean absolute per-sample gradient on the forget set (theory §8).
 
-    Our reading of Ghannam & Mahareek (2025), whose formulas are not public: sensitivities are taken once, at θ*.
+    Written from the abstract of Ghannam & Mahareek (2025), which gives no formulas: sensitivities on the forget set scale
+    the update, and a run stops on drift or leakage. Chosen here: the mean of absolute per-sample gradients, the division by
+    the largest, taking them once, at θ*, and both tolerances.
 
     Attributes:
         drift_tolerance: Stop once a step moves the parameters by less than this share of their norm; None: never.

@@ -20,12 +20,12 @@ from stabkit.problem import UnlearningProblem
 class SRAGU(AGU):
     """P = diag(ν_l(j) R̃_j): AGU's R̃ times a gate ν in [floor, 1] from layer l's heavy-tailed exponent (theory §8).
 
-    Our reading of SRAGU (arXiv 2602.09304), whose formulas are not public in full. Taken from its description: an
-    exponent per layer from the spectrum of the weights, a gate on it, AGU's sensitivities, stop on drift. Chosen here:
-    the exponent is the maximum-likelihood one with a searched tail; the gate is a product of two logistics; exponents
-    are measured once, at θ*; a layer whose exponent is not distinguishable from that of its own shuffled entries, or
-    rests on too few eigenvalues, is left as AGU has it, with a warning. Small networks have only such layers, and there
-    SRAGU is AGU.
+    Written from the abstract of SRAGU (arXiv 2602.09304), which gives no formulas: a heavy-tailed exponent per layer from
+    the spectrum of the weights, a bounded weight made of it, AGU's sensitivities. Chosen here: the exponent is the
+    maximum-likelihood one with a searched tail; the gate is a product of two logistics; exponents are measured once, at
+    θ*; runs stop on drift alone unless a leakage bound is set; a layer whose exponent is not distinguishable from that of
+    its own shuffled entries, or rests on too few eigenvalues, is left as AGU has it, with a warning. Small networks have
+    only such layers, and there SRAGU is AGU.
 
     Attributes:
         floor: Smallest gate, in [0, 1]; 1 gives AGU.

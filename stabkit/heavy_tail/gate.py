@@ -69,7 +69,7 @@ def spectral_gate(
     """ν(ξ) = floor + (1 - floor)·s(ξ), a smooth window: near 1 inside [low, high], near the floor far outside.
 
     s(ξ) = σ((ξ-low)/width)·σ((high-ξ)/width), divided by its value at the centre, where it is largest, so 0 < s <= 1
-    and s is about one half at either end. Theory §8; the papers leave the window's form open.
+    and s is about one half at either end (theory §8). The window's form is our choice.
 
     Args:
         exponent: ξ, a number or a tensor of them; finite.

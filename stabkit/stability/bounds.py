@@ -61,7 +61,8 @@ def self_loop(dynamics: LinearDynamics, lr: float) -> bool:
 
     With h the steepest direction of sample i of set S, the noise term of ⟨hhᵀ, T_η(hhᵀ)⟩ has at least the share 1/n of that
     sample: η² w_S λ_max(H_i)²/n under Poisson sampling, η² w_S (λ_max(H_i) - hᵀH_S h)²/n otherwise, where the mean is taken
-    out. w_S is the set's noise weight of T6. Above 1, so is ρ(T_η). Own; at least as sharp as T13 on one set.
+    out. w_S is the set's noise weight of T6. Above 1, so is ρ(T_η). Own; on one set under Poisson sampling at least as sharp
+    as the noise condition of T13 (theory §4).
 
     Args:
         dynamics: The linearised process; its samples' curvature must be positive semi-definite or signed.
@@ -91,7 +92,7 @@ class RuleVerdict:
 
     Attributes:
         diverges: Whether either condition is met.
-        curvature: λ_max of the mean Hessian it looks at: H of the one set in use, or D.
+        curvature: λ_max(D): of H_R at mix 0; of -H_F at mix 1, where it is positive only for signed curvature.
         step_condition: 2/η: reached by the curvature, the mean overshoots.
         noise_condition: (σ/η)(n/B - 1)^{-1/2}: passed by the curvature, the noise grows; infinite for a full batch.
     """
@@ -105,8 +106,9 @@ class RuleVerdict:
 def coherence_rule(dynamics: LinearDynamics, lr: float, *, sigma: float) -> RuleVerdict:
     """The rule of Dexter et al. 2024 (T13); with D and σ_mix in its place, its unlearning form.
 
-    A theorem on one set (mix 0) under Poisson sampling. With two sets it is a reconstruction, with n/B that of the larger
-    set: reported, never relied on.
+    A theorem on one set (mix 0) of positive semi-definite curvature under Poisson sampling. With two sets it is a
+    reconstruction, with n/B that of the larger set. There, and on one set under the other samplings, it fires on some stable
+    runs (theory §4): reported, never relied on.
 
     Args:
         dynamics: The linearised process.

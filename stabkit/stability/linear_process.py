@@ -97,7 +97,7 @@ class LyapunovExponent:
 
 
 def lyapunov_exponent(dynamics: LinearDynamics, *, lr: float, steps: int, runs: int, seed: int) -> LyapunovExponent:
-    """Growth rate of ln‖δ‖ a step for almost every run, by simulation: at most ½ ln ρ(T_η) (Jensen's inequality).
+    """Growth rate of ln‖δ‖ a step for almost every run, by simulation: at most ½ ln ρ(T_η) by Jensen (theory §3).
 
     Each run starts in a random direction and is renormalised every step. Only the second half of the steps is averaged: the
     first lets the direction settle.

@@ -111,7 +111,7 @@ def critical_lr_mean_square(dynamics: LinearDynamics, *, tolerance: float = 1e-6
 
 
 def critical_lr_within(dynamics: LinearDynamics, steps: int, growth: float, *, tolerance: float = 1e-4) -> float:
-    """The largest step size whose second moment grows at most by a factor within a horizon: K·ln ρ(T_η) <= ln(growth).
+    """The largest step size whose second moment grows at most by a factor within a horizon, K·ln ρ(T_η) <= ln G (T8).
 
     For any symmetric U, ρ(T_η) is at least ⟨U, T_η U⟩, a parabola in η that is 1 at η = 0. Its right crossing of the allowed
     rate is an upper bound, and the eigenmatrix found there gives the next parabola: a Newton iteration from above on a
@@ -120,7 +120,7 @@ def critical_lr_within(dynamics: LinearDynamics, steps: int, growth: float, *, t
     Args:
         dynamics: The linearised process.
         steps: Horizon K >= 1.
-        growth: Allowed factor, >= 1.
+        growth: Allowed factor G, >= 1; 1 asks for T7.
         tolerance: Relative accuracy of the step size.
 
     Returns:
