@@ -6,7 +6,9 @@ check = stabkit.verify(report, model, forget, retain)
 
 from stabkit._errors import (
     ExponentWarning,
+    FallbackWarning,
     LowConfidenceWarning,
+    MemoryWarning,
     StabkitWarning,
     TrainModeWarning,
     UntrainedModelWarning,
@@ -26,11 +28,13 @@ __all__ = [
     "SRAGU",
     "Algorithm",
     "ExponentWarning",
+    "FallbackWarning",
     "FineTune",
     "Frontier",
     "GradDiff",
     "GradientAscent",
     "LowConfidenceWarning",
+    "MemoryWarning",
     "Report",
     "RunResult",
     "StabkitWarning",

@@ -19,3 +19,11 @@ class LowConfidenceWarning(StabkitWarning):
 
 class ExponentWarning(StabkitWarning):
     """A layer's heavy-tailed exponent is missing or not trustworthy, so its gate is neutral."""
+
+
+class MemoryWarning(StabkitWarning):
+    """Memory ran out and the computation goes on in smaller pieces; the message says with what."""
+
+
+class FallbackWarning(StabkitWarning):
+    """A faster way of computing failed on this model and a slower one is used; results are the same."""

@@ -1,11 +1,12 @@
 """Small reference networks for demonstrations, tests and benchmarks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from stabkit._rng import preserved_rng
+from stabkit._validate import check_choice
 
 
 class MLP(nn.Sequential):
@@ -87,3 +88,149 @@ class SmallCNN(nn.Module):
             Logits of shape (b, outputs).
         """
         return self.head(self.features(x))
+
+
+class _ResidualBlock(nn.Module):
+    """Two convolutions with normalisation around a skip connection."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            norm(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            norm(outputs),
+        )
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), norm(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.branch(x) + self.skip(x))
+
+
+class ResNet(nn.Module):
+    """Residual network with the stem for small images (He et al. 2016): ResNet-18 as it stands.
+
+    `blocks=(3, 3, 3), width=16` is ResNet-20.
+
+    Attributes:
+        features: Stem and residual stages.
+        head: The linear layer.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        outputs: int,
+        *,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+        width: int = 64,
+        norm: str = "batch",
+        seed: int = 0,
+    ) -> None:
+        """Build it with seeded weights.
+
+        Args:
+            channels: Input channels.
+            outputs: Outputs per sample.
+            blocks: Residual blocks of each stage; every stage but the first halves the image and doubles the width.
+            width: Channels of the first stage.
+            norm: "batch" or "group" (groups of up to 8 channels; no running statistics).
+            seed: Seed of the initial weights; the global random state is not used up.
+        """
+        super().__init__()
+        check_choice(norm, name="norm", owner="ResNet", choices=("batch", "group"))
+
+        def normalisation(count: int) -> nn.Module:
+            return nn.BatchNorm2d(count) if norm == "batch" else nn.GroupNorm(max(1, count // 8), count)
+
+        with preserved_rng():
+            torch.manual_seed(seed)
+            layers: list[nn.Module] = [
+                nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                normalisation(width),
+                nn.ReLU(),
+            ]
+            inputs = width
+            for stage, count in enumerate(blocks):
+                for place in range(count):
+                    stride = 2 if stage and place == 0 else 1
+                    layers.append(_ResidualBlock(inputs, width * 2**stage, stride, normalisation))
+                    inputs = width * 2**stage
+            self.features = nn.Sequential(*layers)
+            self.head = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores.
+
+        Args:
+            x: Images of shape (b, channels, height, width).
+
+        Returns:
+            Logits of shape (b, outputs).
+        """
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class VisionTransformer(nn.Module):
+    """A small vision transformer with pre-normalisation and mean pooling (Dosovitskiy et al. 2021).
+
+    Attributes:
+        patches: Patch embedding.
+        positions: Learned position embedding, shape (1, tokens, width).
+        blocks: The encoder.
+        head: Normalisation and the linear layer.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        outputs: int,
+        *,
+        patch: int = 4,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        seed: int = 0,
+    ) -> None:
+        """Build it with seeded weights.
+
+        Args:
+            channels: Input channels.
+            size: Height and width of the input, a multiple of `patch`.
+            outputs: Outputs per sample.
+            patch: Side of a patch.
+            width: Numbers per token, a multiple of `heads`.
+            depth: Encoder layers.
+            heads: Attention heads.
+            seed: Seed of the initial weights; the global random state is not used up.
+        """
+        super().__init__()
+        with preserved_rng():
+            torch.manual_seed(seed)
+            self.patches = nn.Conv2d(channels, width, patch, stride=patch)
+            self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
+            self.blocks = nn.Sequential(
+                *(
+                    nn.TransformerEncoderLayer(
+                        width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                    )
+                    for _ in range(depth)
+                )
+            )
+            self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores.
+
+        Args:
+            x: Images of shape (b, channels, size, size).
+
+        Returns:
+            Logits of shape (b, outputs).
+        """
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.blocks(tokens).mean(1))

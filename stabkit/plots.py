@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 
 from stabkit.boundary import Frontier, Outcome
 from stabkit.report import Report
+from stabkit.spectrum import SpectralDensity
 
 COLOURS = {"stable": "#2a7f62", "marginal": "#b7791f", "diverges": "#b3382c"}
 
@@ -161,5 +162,40 @@ def plot_trajectories(
     for label, steps, losses in runs:
         finite = [loss if math.isfinite(loss) else math.nan for loss in losses]
         ax.plot(steps, finite, marker=".", linewidth=0.8, label=label)
+    ax.legend(frameon=False, fontsize="small")
+    return figure, ax
+
+
+def plot_density(
+    density: SpectralDensity, *, ax: Axes | None = None, width: float | None = None
+) -> tuple[Figure, Axes]:
+    """Spectral density on a logarithmic scale, with its error band.
+
+    Args:
+        density: The quadratures.
+        ax: Axes to draw in; new ones when None.
+        width: Standard deviation of the smoothing Gaussian, in units of the eigenvalues; the density's own when None.
+
+    Returns:
+        Figure and axes.
+    """
+    figure, ax = figure_of(ax)
+    curve = density.curve(width=width)
+    grid, mean, error = (part.numpy() for part in (curve.grid, curve.density, curve.standard_error))
+    floor = 0.1 / (density.size * curve.width * math.sqrt(2 * math.pi))  # a tenth of one eigenvalue's height
+    ax.fill_between(
+        grid,
+        np.maximum(mean - error, floor),
+        np.maximum(mean + error, floor),
+        color="#4a6fa5",
+        alpha=0.3,
+        label=f"± one standard error of {density.nodes.shape[0]} probes",
+    )
+    ax.plot(grid, np.maximum(mean, floor), color="#4a6fa5", label=f"mean, smoothed by {curve.width:.2g}")
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=floor)
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylabel("spectral density")
+    ax.set_title(f"spectrum of {density.size} eigenvalues")
     ax.legend(frameon=False, fontsize="small")
     return figure, ax

@@ -304,9 +304,8 @@ def _dynamics(measurement: Measurement, batch_sizes: tuple[int, int]) -> stabili
 
 
 def _step_limit(measurement: Measurement) -> float:
-    """2/λ_max(D) (T4)."""
-    largest = measurement.spectrum.pairs.largest
-    return 2 / largest if largest > 0 else math.inf
+    """2(1+β)/λ_max(D) (T4)."""
+    return stability.step_limit(measurement.spectrum.pairs.largest, momentum=measurement.algorithm.momentum)
 
 
 def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Sequence[int]) -> _Limits:

@@ -177,9 +177,9 @@ def _shares(shares: Sequence[object]) -> str:
 
 
 def _theory(report: Report) -> Section:
-    t, steps = report.thresholds, report.run.steps
+    t, steps, momentum = report.thresholds, report.run.steps, report.run.settings.get("momentum", 0.0)
     return Section(
-        title="Linear theory",
+        title="Linear theory" + (" (mean square and rules: without the momentum)" if momentum else ""),
         rows=(
             Row(
                 label="λ_max(D), λ_min(D)",
@@ -187,11 +187,15 @@ def _theory(report: Report) -> Section:
                 note=f"{t.curvature}, residuals {number(t.residuals[1])}, {number(t.residuals[0])}"
                 + ("" if t.converged else "; not converged"),
             ),
-            Row(label="2/λ_max(D)", value=number(t.step_limit), note="above it the mean overshoots (T4)"),
+            Row(
+                label="2(1+β)/λ_max(D)" if momentum else "2/λ_max(D)",
+                value=number(t.step_limit),
+                note="above it the mean overshoots (T4)",
+            ),
             Row(
                 label="mean stable forever",
                 value="yes" if t.mean_stable else "no",
-                note="λ_min(D) ≥ 0 and step size below 2/λ_max (T4); says little about a run of few steps",
+                note="λ_min(D) ≥ 0 and step size below that limit (T4); says little about a run of few steps",
             ),
             Row(
                 label="asymptotic critical mix",
@@ -211,7 +215,7 @@ def _theory(report: Report) -> Section:
             Row(
                 label="coherence rule",
                 value="diverges" if t.coherence_rule else "silent",
-                note="published rule (T13); silence is no promise",
+                note="published rule (T13); proof only on one set under Poisson sampling, and silence is no promise",
             ),
             Row(label="self-loop bound", value="diverges" if t.self_loop else "silent", note="theory §4"),
         ),

@@ -80,13 +80,15 @@ class Run:
 class Thresholds:
     """What the linear theory says (theory §§2-4), in the preconditioned coordinates.
 
+    Momentum enters the first five and the verdict; the mean square and the rules are those of the run without it.
+
     Attributes:
         curvature: "hessian" or "ggn": whose eigenvalues are in the next three fields.
         smallest: λ_min(D).
         largest: λ_max(D).
         residuals: Eigen-residuals of the two.
         converged: Whether the eigen-solver met its tolerance.
-        step_limit: 2/λ_max(D), above which the mean overshoots (T4); infinity without positive curvature.
+        step_limit: 2(1+β)/λ_max(D), above which the mean overshoots (T4); infinity without positive curvature.
         mean_stable: Whether λ_min(D) >= 0 and lr <= step_limit (T4).
         asymptotic_mix: Mix above which D is indefinite, from the damped pencil (T5), on the compressed curvature.
         damping: ε of that pencil.

@@ -141,7 +141,7 @@ def run(
         ]
         distance = float((theta - anchor).norm())
         trajectory.append(Checkpoint(step=step, retain_loss=losses[0], forget_loss=losses[1], distance=distance))
-        return not (all(map(math.isfinite, (losses[0], distance))) and losses[0] < problem.divergence_level)
+        return not (all(map(math.isfinite, (*losses, distance))) and losses[0] < problem.divergence_level)
 
     with preserved_rng():
         if look(0):

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from cases import CASES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -27,6 +26,7 @@ from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.sampling import SAMPLINGS, batch_streams, index_stream, noise_level
+from tests.cases import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import random_factors, rotated, two_sets
 
 import stabkit.coherence
 from stabkit.coherence import coherence, spectral_norms
 from stabkit.curvature.factors import SampleFactors
+from tests.strategies import random_factors, rotated, two_sets
 
 seeds = st.integers(0, 2**32 - 1)
 

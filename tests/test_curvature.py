@@ -1,10 +1,9 @@
-"""Curvature products, compressed linearisation and eigenpairs against dense truth (theory §11: 7, 8, 9)."""
+"""Curvature products and the compressed linearisation against dense truth (theory §11: 7, 8, 9)."""
 
 import curvlinops
 import numpy as np
 import pytest
 import torch
-from cases import CASES, compare_products, dense_ggn, dense_hessian, dense_jacobian, dense_output_hessian
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,26 +17,15 @@ from stabkit.curvature import (
     linearise,
 )
 from stabkit.curvature.jacobian import jvp_block, vjp_block
-from stabkit.curvature.operators import CurvatureOperator
 from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.spectrum import extreme_eigenpairs
+from tests.cases import CASES, compare_products, dense_ggn, dense_hessian, dense_jacobian, dense_output_hessian
 
 # Operators are true at any parameters, trained or not.
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 RTOL = 1e-9
-
-
-class DenseOperator(CurvatureOperator):
-    """A matrix in an operator's clothes."""
-
-    def __init__(self, matrix):
-        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
-        self.matrix = matrix
-
-    def _matmat(self, block):
-        return self.matrix @ block
 
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -158,72 +146,6 @@ def test_against_curvlinops():
         peer = theirs(model, loss, parameters, data)
         eye = torch.eye(problem.size, dtype=torch.float64)
         torch.testing.assert_close(ours @ eye, peer @ eye, rtol=RTOL, atol=1e-12)
-
-
-@cases
-@pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
-def test_extreme_eigenpairs(case, mix):
-    problem = case.problem()
-    operators = [HessianOperator(problem, s) for s in (problem.retain, problem.forget)]
-    dense = (1 - mix) * dense_hessian(problem, "retain") - mix * dense_hessian(problem, "forget")
-    truth = torch.linalg.eigvalsh(dense)
-    pairs = extreme_eigenpairs(MixedOperator(*operators, mix), ends=2, tolerance=1e-8, basis=12, max_products=5000)
-    expected = torch.cat([truth[:2], truth[-2:]])
-    torch.testing.assert_close(pairs.values, expected, rtol=1e-6, atol=1e-8)
-    assert pairs.converged
-    assert pairs.products > 0
-    assert float(pairs.residuals.max()) < 1e-4 * float(truth.abs().max())
-    image = dense @ pairs.vectors
-    torch.testing.assert_close(
-        pairs.residuals, (image - pairs.vectors * pairs.values).norm(dim=0), atol=1e-9, rtol=1e-6
-    )
-
-
-def test_unconverged_eigenpairs_say_so(random_deletion, digits_mlp):
-    problem = UnlearningProblem(digits_mlp, *random_deletion)
-    operator = curvature_operator(problem, problem.forget, kind="ggn")
-    pairs = extreme_eigenpairs(operator, ends=3, tolerance=0, max_products=20)
-    assert not pairs.converged
-    assert pairs.products <= 20 + 6
-    assert bool(pairs.residuals.isfinite().all())
-
-
-@given(
-    size=st.integers(1, 60),
-    rank=st.integers(0, 60),
-    ends=st.integers(1, 4),
-    block=st.integers(1, 4),
-    seed=st.integers(0, 99),
-)
-def test_lanczos_finds_the_ends_of_any_symmetric_matrix(size, rank, ends, block, seed):
-    """Low rank, repeated eigenvalues and zero matrices included: an invariant subspace must not stop it."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
-    values = torch.randint(-3, 4, (size,), generator=generator).double()
-    values[rank:] = 0
-    operator = DenseOperator(q @ torch.diag(values) @ q.T)
-    pairs = extreme_eigenpairs(operator, ends=ends, block=block, tolerance=1e-9, max_products=2000, seed=seed)
-    truth = values.sort().values
-    assert pairs.converged
-    torch.testing.assert_close(pairs.smallest, float(truth[0]), atol=1e-7, rtol=0)
-    torch.testing.assert_close(pairs.largest, float(truth[-1]), atol=1e-7, rtol=0)
-    gram = pairs.vectors.T @ pairs.vectors
-    torch.testing.assert_close(gram, torch.eye(gram.shape[0], dtype=gram.dtype), atol=1e-7, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"ends": 0}, r"`ends` of `extreme_eigenpairs`.*got 0"),
-        ({"block": 0}, r"`block` of `extreme_eigenpairs`.*got 0"),
-        ({"basis": 5}, r"`basis` of `extreme_eigenpairs`.*>= 6; got 5"),
-        ({"max_products": 0}, r"`max_products` of `extreme_eigenpairs`.*got 0"),
-        ({"tolerance": -1.0}, r"`tolerance` of `extreme_eigenpairs`.*got -1"),
-    ],
-)
-def test_settings_of_the_eigensolver_are_checked(setting, message):
-    with pytest.raises(ValueError, match=message):
-        extreme_eigenpairs(DenseOperator(torch.eye(3, dtype=torch.float64)), **setting)
 
 
 def test_an_operator_refuses_a_vector_of_another_length():

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from cases import CASES
 from torch import nn
 
 from stabkit.algorithms import GradDiff
@@ -13,6 +12,7 @@ from stabkit.metrics import Accuracies, accuracies, accuracy, parameters_of
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
 from stabkit.runner import run
+from tests.cases import CASES
 
 untrained = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import random_factors, two_sets, unit_lr
 from test_stability import batches
 
 from stabkit.sampling import SAMPLINGS
 from stabkit.stability import LinearDynamics, lyapunov_exponent, mean_square, moments, simulate
+from tests.strategies import random_factors, two_sets, unit_lr
 
 samplings = pytest.mark.parametrize("sampling", SAMPLINGS)
 options = pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Output, ResidualBlockNet, mean_loss
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -16,6 +15,7 @@ from stabkit.algorithms import AGU, FineTune, GradDiff
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
 from stabkit.runner import run
+from tests.cases import CASES, Output, ResidualBlockNet, mean_loss
 
 untrained = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 INF, NAN = float("inf"), float("nan")

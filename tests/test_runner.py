@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from cases import CASES, mean_loss
 from torch import nn
 
 from stabkit.algorithms import AGU, FineTune, GradDiff, GradientAscent
@@ -17,6 +16,7 @@ from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
 from stabkit.runner import run
 from stabkit.sampling import SAMPLINGS, batch_streams
+from tests.cases import CASES, mean_loss
 
 untrained = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 ALGORITHMS = [

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import FAMILIES, random_factors, random_matrix, two_sets, unit_lr
 
 from stabkit.coherence import coherence
+from stabkit.curvature import SampleFactors
 from stabkit.sampling import SAMPLINGS, noise_level
 from stabkit.stability import (
     LinearDynamics,
@@ -18,12 +18,15 @@ from stabkit.stability import (
     critical_lr_mean_square,
     critical_lr_within,
     critical_mix,
+    mean_growth,
     mean_square,
     mean_stability,
     rayleigh_bounds,
     self_loop,
+    step_limit,
 )
 from stabkit.stability.bounds import steepest
+from tests.strategies import FAMILIES, random_factors, random_matrix, two_sets, unit_lr
 
 samplings = pytest.mark.parametrize("sampling", SAMPLINGS)
 seeds = st.integers(0, 2**32 - 1)
@@ -436,6 +439,50 @@ def test_mean_stability_counts_rounding_as_zero_and_a_real_negative_not():
     assert mean_stability(torch.diag(torch.tensor([-1e-6, 2.0]))).critical_lr == 0
     assert mean_stability(torch.diag(torch.tensor([-1e-6, 2.0])), tolerance=1e-5).critical_lr == pytest.approx(1.0)
     assert mean_stability(torch.zeros(2, 2)).critical_lr == math.inf
+
+
+@given(
+    value=st.floats(-3, 3), lr=st.floats(0.01, 5), momentum=st.sampled_from([0.0, 0.3, 0.9, 0.99]), steps=st.just(4000)
+)
+def test_mean_growth_is_that_of_the_heavy_ball(value, lr, momentum, steps):
+    companion = np.array([[1 + momentum - lr * value, -momentum], [1, 0]])
+    expected = np.abs(np.linalg.eigvals(companion)).max()
+    found = float(mean_growth(torch.tensor([value]).double(), lr, momentum=momentum)[0])
+    assert found == pytest.approx(expected, rel=1e-6)
+    if momentum == 0:
+        assert found == pytest.approx(abs(1 - lr * value), rel=1e-6)
+    # The recursion itself, at rest at the start, from which the direction is seen to grow or fade.
+    now, before = 1.0, 1.0
+    for _ in range(steps):
+        now, before = now - lr * value * now + momentum * (now - before), now
+        if not 1e-100 < abs(now) + abs(before) < 1e100:
+            break
+    if abs(found - 1) > 0.02:
+        assert (abs(now) + abs(before) > 1) == (found > 1)
+
+
+@given(largest=st.floats(0.01, 100), momentum=st.sampled_from([0.0, 0.5, 0.9]))
+def test_the_step_limit_is_where_growth_begins(largest, momentum):
+    limit = step_limit(largest, momentum=momentum)
+    values = torch.tensor(largest).double()
+    below, above = (float(mean_growth(values, f * limit, momentum=momentum)) for f in (0.999, 1.001))
+    assert below <= 1 < above
+    assert step_limit(-largest, momentum=momentum) == step_limit(0.0) == math.inf
+
+
+def test_the_coherence_rule_is_no_proof_beyond_its_theorem():
+    """Alarms on stable processes, for two sets and for one without replacement: why it is reported and not relied on."""
+
+    def scalars(values):
+        factors = torch.tensor(values, dtype=torch.float64).sqrt().reshape(-1, 1, 1)
+        return SampleFactors(factors=factors, gradients=torch.zeros(len(values), 1).double(), population=len(values))
+
+    for mix, retain, forget, lr in ((0.0, [2.0, 1.0], [1.0], 1.1), (0.3, [1.0], [1.0, 0.0], 2.9)):
+        parts = {"retain": scalars(retain), "forget": scalars(forget)}
+        dynamics = LinearDynamics(**parts, mix=mix, batch_sizes=(1, 1), sampling="without_replacement")
+        sigma = coherence(parts["retain"], parts["forget"], mix=mix).for_rule()
+        assert mean_square(dynamics, lr).radius < 0.8
+        assert coherence_rule(dynamics, lr, sigma=sigma).diverges
 
 
 @given(two_sets(signed=False), st.floats(1e-3, 1))

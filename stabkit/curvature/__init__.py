@@ -1,27 +1,38 @@
 """Curvature of the loss: matrix-free operators, Jacobian products and per-sample factors in few coordinates."""
 
+from stabkit.curvature.data_operators import (
+    DataOperator,
+    FisherOperator,
+    GGNOperator,
+    HessianOperator,
+    curvature_operator,
+)
 from stabkit.curvature.factors import SampleFactors
+from stabkit.curvature.gram import Gram, curvature_gram
 from stabkit.curvature.jacobian import ScaledJacobian
 from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet, linearise
 from stabkit.curvature.operators import (
     CurvatureOperator,
-    GGNOperator,
-    HessianOperator,
     MixedOperator,
     PreconditionedOperator,
-    curvature_operator,
+    RestrictedOperator,
 )
 
 __all__ = [
     "CurvatureOperator",
+    "DataOperator",
+    "FisherOperator",
     "GGNOperator",
+    "Gram",
     "HessianOperator",
     "LinearisedNetwork",
     "LinearisedSet",
     "MixedOperator",
     "PreconditionedOperator",
+    "RestrictedOperator",
     "SampleFactors",
     "ScaledJacobian",
+    "curvature_gram",
     "curvature_operator",
     "linearise",
 ]

@@ -1,12 +1,13 @@
-"""Matrix-free curvature over whole data sets: Hessian, generalised Gauss-Newton, mixed and preconditioned operators.
+"""Symmetric matrix-free operators of order d, and how they combine: mixed, preconditioned, restricted.
 
-Every operator is symmetric d x d, never formed, and takes `@` on one vector (d,) or a block (d, k). A product walks the
-data once in mini-batches; a block shares the primal pass of each batch among its k vectors.
+Every operator takes `@` on one vector (d,) or a block (d, k) and is never formed. What walks the data is in
+`stabkit.curvature.data_operators`; the ones here cost what their parts cost.
 """
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,12 +15,8 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from stabkit._validate import check_real
-from stabkit.curvature.jacobian import jvp_block, vjp_block
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
-from stabkit.samples import Samples
-
-DEFAULT_BATCH = 512
 
 
 class CurvatureOperator(abc.ABC):
@@ -66,81 +63,6 @@ class CurvatureOperator(abc.ABC):
         return LinearOperator(self.shape, matvec=product, matmat=product, rmatvec=product, dtype=np.float64)
 
 
-class HessianOperator(CurvatureOperator):
-    """Mean Hessian of the loss over one set, H_S (theory §1).
-
-    Cost of a product with k vectors: per sample one gradient and k double backward passes, about 2k + 1 gradients.
-    Memory: one batch's graph, times the vectors multiplied at once.
-    """
-
-    def __init__(
-        self,
-        problem: UnlearningProblem,
-        samples: Samples,
-        *,
-        indices: Tensor | None = None,
-        batch_size: int = DEFAULT_BATCH,
-    ) -> None:
-        super().__init__(problem.size, problem.dtype, problem.device)
-        self._problem = problem
-        self._samples = samples
-        self._indices = torch.arange(samples.size) if indices is None else indices
-        self._batch_size = batch_size
-
-    def _matmat(self, block: Tensor) -> Tensor:
-        problem = self._problem
-        total = torch.zeros_like(block, dtype=torch.float64)
-        leaves = {name: p.detach().requires_grad_() for name, p in problem.parameters.items()}
-        parameters = list(leaves.values())
-        for inputs, targets in self._samples.batches(self._batch_size, self._indices):
-            with torch.enable_grad():
-                losses = problem.loss.per_sample(problem.outputs(leaves, inputs), targets)
-                gradient = torch.autograd.grad(losses.sum(), parameters, create_graph=True)
-            # v -> Hv = d(g·v)/dθ, batched over the k columns; the graph of g is built once.
-            columns = torch.autograd.grad(
-                gradient,
-                parameters,
-                grad_outputs=[
-                    v.reshape(-1, *p.shape)
-                    for v, p in zip(block.T.split([p.numel() for p in parameters], dim=1), parameters, strict=True)
-                ],
-                is_grads_batched=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            total += torch.cat([c.reshape(block.shape[1], -1) for c in columns], dim=1).T
-        return (total / self._indices.numel()).to(self.dtype)
-
-
-class GGNOperator(CurvatureOperator):
-    """Mean generalised Gauss-Newton matrix over one set, mean_i J_i^T Λ_i J_i (theory §5). Positive semi-definite.
-
-    Cost of a product with k vectors: per sample k forward-mode and k reverse passes, about 2k gradients.
-    """
-
-    def __init__(
-        self,
-        problem: UnlearningProblem,
-        samples: Samples,
-        *,
-        indices: Tensor | None = None,
-        batch_size: int = DEFAULT_BATCH,
-    ) -> None:
-        super().__init__(problem.size, problem.dtype, problem.device)
-        self._problem = problem
-        self._samples = samples
-        self._indices = torch.arange(samples.size) if indices is None else indices
-        self._batch_size = batch_size
-
-    def _matmat(self, block: Tensor) -> Tensor:
-        total = torch.zeros_like(block, dtype=torch.float64)
-        for inputs, targets in self._samples.batches(self._batch_size, self._indices):
-            outputs, tangents = jvp_block(self._problem, inputs, block)  # V -> JV: (b, O, k)
-            curved = self._problem.loss.hessian_apply(outputs, targets, tangents)  # ΛJV: (b, O, k)
-            total += vjp_block(self._problem, inputs, curved)  # J^TΛJV: (d, k)
-        return (total / self._indices.numel()).to(self.dtype)
-
-
 class MixedOperator(CurvatureOperator):
     """(1-α) H_R - α H_F, the matrix that governs the mean of a step (T3). Indefinite in general."""
 
@@ -171,19 +93,49 @@ class PreconditionedOperator(CurvatureOperator):
         return self._preconditioner.sqrt(self._operator @ self._preconditioner.sqrt(block))
 
 
-def curvature_operator(
-    problem: UnlearningProblem, samples: Samples, *, kind: str, indices: Tensor | None = None
-) -> CurvatureOperator:
-    """The Hessian or Gauss-Newton operator of one set.
+class RestrictedOperator(CurvatureOperator):
+    """The diagonal block of an operator that belongs to some layers' parameters: of order d_L, in the model's own order.
 
-    Args:
-        problem: The unlearning problem.
-        samples: Which set.
-        kind: "hessian" or "ggn".
-        indices: Which of its samples; all when None.
-
-    Returns:
-        The operator.
+    Attributes:
+        layers: The layers' names.
+        places: Where their parameters lie in the whole vector, shape (d_L,).
     """
-    cls = HessianOperator if kind == "hessian" else GGNOperator
-    return cls(problem, samples, indices=indices)
+
+    def __init__(self, operator: CurvatureOperator, problem: UnlearningProblem, layers: Sequence[str]) -> None:
+        """Choose the block.
+
+        Args:
+            operator: Operator over all d parameters. A product costs what one of it costs.
+            problem: The unlearning problem.
+            layers: Module names; one also stands for every module inside it.
+
+        Raises:
+            ValueError: If a layer has no trainable parameter, or there is no layer.
+        """
+        owned = problem.layer_of()
+        if not layers:
+            raise ValueError("`layers` of `RestrictedOperator` must name at least one layer; got none.")
+        for layer in layers:
+            if not any(_inside(name, layer) for name in owned.values()):
+                raise ValueError(
+                    f"`layers` of `RestrictedOperator` must name layers with trainable parameters; got {layer!r}. There "
+                    f"are {', '.join(repr(name) for name in dict.fromkeys(owned.values()))}."
+                )
+        chosen = [
+            torch.full((p.numel(),), any(_inside(owned[name], layer) for layer in layers))
+            for name, p in problem.parameters.items()
+        ]
+        self.layers = tuple(layers)
+        self.places = torch.cat(chosen).nonzero().flatten()
+        super().__init__(self.places.numel(), operator.dtype, operator.device)
+        self._operator = operator
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        places = self.places.to(self.device)
+        whole = torch.zeros(self._operator.shape[0], block.shape[1], dtype=self.dtype, device=self.device)
+        whole[places] = block
+        return (self._operator @ whole)[places]
+
+
+def _inside(name: str, layer: str) -> bool:
+    return name == layer or name.startswith(f"{layer}.") or layer == ""

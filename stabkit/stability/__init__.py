@@ -8,7 +8,7 @@ the expected course of a run with its drift, and `linear_process` sampled course
 from stabkit.stability.bounds import RuleVerdict, coherence_rule, rayleigh_bounds, self_loop
 from stabkit.stability.dynamics import LinearDynamics
 from stabkit.stability.linear_process import LinearProcess, LyapunovExponent, lyapunov_exponent, simulate
-from stabkit.stability.mean import CriticalMix, MeanStability, critical_mix, mean_stability
+from stabkit.stability.mean import CriticalMix, MeanStability, critical_mix, mean_growth, mean_stability, step_limit
 from stabkit.stability.mean_square import MeanSquare, critical_lr_mean_square, critical_lr_within, mean_square
 from stabkit.stability.moments import Moments, moments
 
@@ -26,10 +26,12 @@ __all__ = [
     "critical_lr_within",
     "critical_mix",
     "lyapunov_exponent",
+    "mean_growth",
     "mean_square",
     "mean_stability",
     "moments",
     "rayleigh_bounds",
     "self_loop",
     "simulate",
+    "step_limit",
 ]

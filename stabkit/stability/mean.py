@@ -19,7 +19,7 @@ class MeanStability:
     Attributes:
         smallest: λ_min(D).
         largest: λ_max(D).
-        step_limit: 2/λ_max(D): beyond it the steepest direction overshoots; infinite if nothing curves upward.
+        step_limit: 2(1+β)/λ_max(D): beyond it the steepest direction overshoots; infinite if nothing curves upward.
         critical_lr: Largest stable step: `step_limit`, or 0 if D has a negative eigenvalue.
     """
 
@@ -29,11 +29,43 @@ class MeanStability:
     critical_lr: float
 
 
-def mean_stability(mean_hessian: Tensor, *, tolerance: float = 1e-10) -> MeanStability:
+def step_limit(largest: float, *, momentum: float = 0.0) -> float:
+    """Step size beyond which the steepest direction overshoots (T4), with heavy-ball momentum (Polyak 1964).
+
+    Args:
+        largest: λ_max(D).
+        momentum: β in [0, 1).
+
+    Returns:
+        2(1+β)/λ_max(D); infinity if nothing curves upward.
+    """
+    return 2 * (1 + momentum) / largest if largest > 0 else math.inf
+
+
+def mean_growth(values: Tensor, lr: float, *, momentum: float = 0.0) -> Tensor:
+    """Factor by which the mean grows a step along eigenvectors of D, in the long run (T4).
+
+    The larger root of z² - (1 + β - ηλ) z + β, in magnitude; |1 - ηλ| without momentum.
+
+    Args:
+        values: Eigenvalues λ of D, any shape.
+        lr: Step size η > 0.
+        momentum: β in [0, 1).
+
+    Returns:
+        Factors, the same shape.
+    """
+    half = (1 + momentum - lr * values.double()) / 2
+    root = (half.square() - momentum).to(torch.complex128).sqrt()
+    return torch.maximum((half + root).abs(), (half - root).abs())
+
+
+def mean_stability(mean_hessian: Tensor, *, momentum: float = 0.0, tolerance: float = 1e-10) -> MeanStability:
     """Whether and up to which step size the mean of the run stays bounded (T4).
 
     Args:
         mean_hessian: D, shape (r, r), symmetric.
+        momentum: β in [0, 1).
         tolerance: Negative eigenvalues above -tolerance·|λ|_max count as zero.
 
     Returns:
@@ -41,7 +73,7 @@ def mean_stability(mean_hessian: Tensor, *, tolerance: float = 1e-10) -> MeanSta
     """
     values = torch.linalg.eigvalsh(mean_hessian)
     smallest, largest = float(values[0]), float(values[-1])
-    limit = 2 / largest if largest > 0 else math.inf
+    limit = step_limit(largest, momentum=momentum)
     indefinite = smallest < -tolerance * max(abs(smallest), abs(largest))
     return MeanStability(smallest=smallest, largest=largest, step_limit=limit, critical_lr=0.0 if indefinite else limit)
 

@@ -1,0 +1,81 @@
+"""How much memory a computation may take, and how to notice that it took too much."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
+FALLBACK = 2 * 2**30  # where the system does not tell what is free
+AUTOMATIC_SHARE = 0.25  # of what is free: two operators and their caller live side by side
+
+
+def memory_budget(memory: int | str | None, *, owner: str, device: torch.device) -> int:
+    """Bytes that a computation may hold.
+
+    Args:
+        memory: Bytes, or text such as "4GB" (powers of 1024); a quarter of what is free when None.
+        owner: Function or class it belongs to, for messages.
+        device: Whose memory.
+
+    Returns:
+        Bytes, at least 1.
+
+    Raises:
+        TypeError: If it is neither a whole number nor text.
+        ValueError: If it cannot be read, or is not positive.
+    """
+    if memory is None:
+        return max(1, int(AUTOMATIC_SHARE * free_memory(device)))
+    remedy = 'Use bytes or text such as "4GB".'
+    if isinstance(memory, bool) or not isinstance(memory, int | str):
+        raise TypeError(f"`memory` of `{owner}` must be a whole number or text; got {memory!r}. {remedy}")
+    amount = float(memory) if isinstance(memory, int) else _read(memory)
+    if not amount >= 1:
+        raise ValueError(f"`memory` of `{owner}` must be a positive amount; got {memory!r}. {remedy}")
+    return int(amount)
+
+
+def _read(text: str) -> float:
+    """Bytes from text; NaN where it cannot be read."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", text.lower())
+    if match is None:
+        return float("nan")
+    number, unit = match.groups()
+    return float(number) * UNITS[unit if unit in UNITS else unit + "b"]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device.
+
+    Args:
+        device: CPU or GPU.
+
+    Returns:
+        Bytes; 2 GB where the system does not tell.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return FALLBACK
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        True for PyTorch's out-of-memory errors of every device and for Python's own.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )

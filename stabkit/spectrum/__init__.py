@@ -1,0 +1,28 @@
+"""Spectra of curvature operators from products alone: extreme eigenpairs, density, trace, and the pencil of T5.
+
+`eigen` holds the eigenpairs at the ends and `checkpoint` their state on disk, `density` the whole distribution, `trace`
+trace and Frobenius norm, `pencil` the generalised eigenpairs of forget against retain curvature. Every number comes with a
+residual or a standard error.
+"""
+
+from stabkit.spectrum.density import DensityCurve, SpectralDensity, spectral_density
+from stabkit.spectrum.eigen import Eigenpairs, extreme_eigenpairs
+from stabkit.spectrum.estimate import Estimate
+from stabkit.spectrum.outcome import SolverOutcome
+from stabkit.spectrum.pencil import PencilEigenpairs, generalised_eigenpairs
+from stabkit.spectrum.trace import frobenius_norm, squared_frobenius, trace
+
+__all__ = [
+    "DensityCurve",
+    "Eigenpairs",
+    "Estimate",
+    "PencilEigenpairs",
+    "SolverOutcome",
+    "SpectralDensity",
+    "extreme_eigenpairs",
+    "frobenius_norm",
+    "generalised_eigenpairs",
+    "spectral_density",
+    "squared_frobenius",
+    "trace",
+]

@@ -1,0 +1,121 @@
+"""What the spectral estimators share: checked products, random probes, rank-revealing orthonormalisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabkit.curvature.operators import CurvatureOperator
+
+ROUNDING = 100  # rounding units of the dtype: no relative tolerance is tighter
+PROGRESS = 0.9  # the worst residual must fall below this share of what it was
+PATIENCE = 6  # within so many restarts, or the solver counts as stalled
+
+
+@dataclass(kw_only=True)
+class Stall:
+    """Watches the residuals from restart to restart.
+
+    Attributes:
+        mark: The worst residual when it last fell markedly.
+        idle: Restarts since.
+    """
+
+    mark: float = math.inf
+    idle: int = 0
+
+    def note(self, worst: float) -> bool:
+        """Take in the worst residual at a restart.
+
+        Args:
+            worst: The residual.
+
+        Returns:
+            Whether the solver has stalled.
+        """
+        if worst < PROGRESS * self.mark:
+            self.mark, self.idle = worst, 0
+        else:
+            self.idle += 1
+        return self.idle >= PATIENCE
+
+
+def product(operator: CurvatureOperator, block: Tensor, *, owner: str) -> Tensor:
+    """Block product of an operator, refused where it is not finite.
+
+    Args:
+        operator: Symmetric operator of order d.
+        block: Vectors, shape (d, k).
+        owner: The public function that asks, for the error.
+
+    Returns:
+        A @ block, shape (d, k).
+
+    Raises:
+        ValueError: If an entry is NaN or infinite.
+    """
+    image = operator @ block
+    wrong = image.numel() - int(torch.isfinite(image).sum())
+    if wrong:
+        raise ValueError(
+            f"`operator` of `{owner}` must have finite products; got {wrong} of {image.numel()} entries NaN or infinite. "
+            "Look for NaN in weights and data; where the numbers are only too large, compute in float64."
+        )
+    return image
+
+
+def rademacher(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random signs, one probe a row, so that any split into blocks draws the same probes.
+
+    Args:
+        size: Length d.
+        count: Number of probes.
+        generator: Where they come from.
+
+    Returns:
+        Entries -1 and 1, shape (count, d), float64, on the CPU.
+    """
+    rows = [torch.randint(0, 2, (size,), generator=generator) for _ in range(count)]
+    return torch.stack(rows).double() * 2 - 1
+
+
+def gaussian(size: int, count: int, operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
+    """Normal block of shape (d, count), drawn in float64 on the CPU, as the operator takes it."""
+    block = torch.randn(size, count, generator=generator, dtype=torch.float64)
+    return block.to(operator.device, operator.dtype)
+
+
+def orthonormal(
+    block: Tensor, basis: Tensor, *, width: int, floor: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Orthonormal directions that the block adds to a basis, strongest first, filled up with random ones.
+
+    Args:
+        block: W, shape (d, p).
+        basis: Orthonormal columns, shape (d, k), with k + width <= d.
+        width: Directions wanted.
+        floor: Singular values of W's new part up to this count as rounding.
+        generator: Of the random directions that replace those.
+
+    Returns:
+        Q, shape (d, width), orthonormal and orthogonal to the basis, and QᵀW, shape (width, p), float64 on the CPU.
+    """
+
+    def cleaned(x: Tensor) -> Tensor:
+        for _ in range(2):  # twice is enough (Kahan)
+            x = x - basis @ (basis.T @ x)
+        return x
+
+    block = cleaned(block)
+    q, upper = torch.linalg.qr(block)
+    left, strengths, _ = torch.linalg.svd(upper.double())
+    q = q @ left.to(q.dtype)
+    own = min(width, int((strengths > floor).sum()))
+    fresh = torch.randn(block.shape[0], width - own, generator=generator, dtype=torch.float64)
+    q = torch.cat([q[:, :own], fresh.to(q)], 1)
+    # Again: dividing a weak direction by its length has magnified what rounding left of the basis in it.
+    q = torch.linalg.qr(cleaned(torch.linalg.qr(cleaned(q)).Q)).Q
+    return q, (q.T @ block).double().cpu()
