@@ -523,7 +523,7 @@ class Doubling(Preconditioner):
     ("change", "error", "message"),
     [
         ({"rows": "hessian"}, ValueError, "`rows` of `curvature_gram` must be one of 'ggn', 'outputs'; got 'hessian'"),
-        ({"memory": 0}, ValueError, "`memory` of `curvature_gram` must be a whole number >= 1; got 0"),
+        ({"memory": 0}, ValueError, "`memory` of `curvature_gram` must be a positive amount; got 0"),
         (
             {"memory": 10**3},
             ValueError,

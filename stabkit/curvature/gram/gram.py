@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from stabkit._memory import memory_budget
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice, check_int
@@ -21,7 +22,6 @@ from stabkit.preconditioner import Diagonal, Identity, Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, map_tensors
 
-DEFAULT_MEMORY = 2**30
 LARGEST_BATCH = 64
 OWNER = "curvature_gram"
 
@@ -130,7 +130,7 @@ def curvature_gram(
     preconditioner: Preconditioner | None = None,
     rows: str = "ggn",
     dtype: torch.dtype = torch.float64,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | str | None = None,
     progress: bool = False,
 ) -> Gram:
     """Gram of per-sample curvature factors, summed over the layers; the (m·C) x d Jacobian is never held.
@@ -147,7 +147,8 @@ def curvature_gram(
             layer's per-sample gradients necessary.
         rows: "ggn" for factors of the Gauss-Newton curvature, "outputs" for J_i P^{1/2}.
         dtype: Of the matrix. Terms are computed in the problem's dtype.
-        memory: Bytes that may be held at once beside model and data, K included. Less memory means more passes.
+        memory: What may be held at once beside model and data, K included, in bytes or as text such as "4GB"; a quarter of
+            what is free when None. Less memory means more passes.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -159,14 +160,14 @@ def curvature_gram(
         ValueError: If an argument is out of its domain, the sets differ in outputs per sample, or K does not fit.
     """
     check_choice(rows, name="rows", owner=OWNER, choices=("ggn", "outputs"))
-    check_int(memory, name="memory", owner=OWNER, low=1)
+    budget = memory_budget(memory, owner=OWNER, device=problem.device)
     if dtype not in {torch.float32, torch.float64}:
         raise ValueError(f"`dtype` of `{OWNER}` must be torch.float32 or torch.float64; got {dtype}.")
     root = _root(problem, preconditioner)
     chosen = _chosen_samples(sets, indices)
     with preserved_rng(), torch.no_grad():
         outputs = _outputs_per_sample(problem, chosen)
-        return _Builder(problem, chosen, outputs, root, rows, dtype, memory, progress).build()
+        return _Builder(problem, chosen, outputs, root, rows, dtype, budget, progress).build()
 
 
 class _Builder:
