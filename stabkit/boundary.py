@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit._validate import check_real
 from stabkit.algorithms.base import Algorithm
 from stabkit.curvature.lowrank import LinearisedNetwork
 from stabkit.rollout import Rollout, rollout
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 DECADES_AROUND = (3, 2)  # below and above the guess, in the first scan
 POINTS_PER_DECADE = 5
-EXTENSIONS = 3  # further scans of three decades downwards, while even the smallest step diverges
+EXTENSIONS = 3  # downwards by three decades each, while even the smallest step diverges
 MIX_POINTS = 21
 REFINEMENTS = 2
 REFINED_POINTS = 7
@@ -35,8 +36,9 @@ class CriticalValue:
 
     Attributes:
         value: Where P(diverge) first passes one half; the upper end of the scan (`found` false) if it never does.
-        low: Largest tested value below the first crossing of the earliest seed: the lower end of the seeds' spread.
-        high: First crossing of the latest seed: the upper end of the seeds' spread.
+        low: Largest tested value below the first crossing of the earliest seed: the lower end of the seeds' spread. The
+            scan's lower end where a seed crosses even there, and its upper end where none crosses.
+        high: First crossing of the latest seed: the upper end of the seeds' spread, and of the scan if one never crosses.
         found: Whether P(diverge) passed one half anywhere in the scan.
         scanned: Lower and upper end of the scan.
     """
@@ -66,22 +68,27 @@ def critical_lr(
         guess: A step size of the right order, such as 2/λ_max(D); the scan reaches from 1/1000 to 100 times it.
 
     Returns:
-        The critical value. Cost: rollouts of about 40 settings a seed.
+        The critical value. Cost: rollouts of 40 settings a seed, and of 15 more for every three decades further down that
+        even the smallest step diverges.
+
+    Raises:
+        ValueError: If the guess is not a finite number above 0.
     """
+    check_real(guess, name="guess", owner="critical_lr", low=0, low_open=True)
 
     def roll(values: Sequence[float]) -> Rollout:
         mixes = [algorithm.mix] * len(values)
         return rollout(network, algorithm, lr=values, mix=mixes, batch_sizes=batch_sizes, seeds=seeds)
 
     below, above = DECADES_AROUND
-    low, high = guess * 10.0**-below, guess * 10.0**above
-    for _ in range(EXTENSIONS + 1):
-        points = 1 + round(POINTS_PER_DECADE * math.log10(high / low))
-        found = _first_crossing(roll, np.geomspace(low, high, points).tolist(), np.geomspace)
-        if not found.found or found.low > low:
+    low = guess * 10.0**-below
+    scan = _Scan(roll, np.geomspace(low, guess * 10.0**above, 1 + POINTS_PER_DECADE * (below + above)))
+    for _ in range(EXTENSIONS):
+        if not scan.pooled[0]:
             break
-        low, high = low * 1e-3, low * 10 ** (1 / POINTS_PER_DECADE)
-    return found
+        low = scan.values[0]
+        scan.add(np.geomspace(low * 1e-3, low, 1 + POINTS_PER_DECADE * 3)[:-1])
+    return scan.first_crossing(np.geomspace)
 
 
 def critical_mix(
@@ -104,34 +111,46 @@ def critical_mix(
         steps = [algorithm.lr] * len(values)
         return rollout(network, algorithm, lr=steps, mix=values, batch_sizes=batch_sizes, seeds=seeds)
 
-    return _first_crossing(roll, np.linspace(0, 1, MIX_POINTS).tolist(), np.linspace)
+    return _Scan(roll, np.linspace(0, 1, MIX_POINTS)).first_crossing(np.linspace)
 
 
-def _first_crossing(
-    roll: Callable[[Sequence[float]], Rollout], values: list[float], space: Callable[[float, float, int], np.ndarray]
-) -> CriticalValue:
-    """Scan ascending values, then refine around the brackets in which the seeds and their mean first cross."""
-    scanned = (values[0], values[-1])
-    result = roll(values)
-    pooled, crossed = result.probability >= 0.5, result.score >= 0  # (G,) and (S, G)
-    for _ in range(REFINEMENTS):
-        low, high = _bracket(values, pooled)
-        if low == high:
-            break
-        finer = space(low, high, REFINED_POINTS + 2)[1:-1].tolist()
-        added = roll(finer)
-        order = np.argsort([*values, *finer])
-        values = np.array([*values, *finer])[order].tolist()
-        pooled = torch.cat([pooled, added.probability >= 0.5])[order]
-        crossed = torch.cat([crossed, added.score >= 0], dim=1)[:, order]
-    brackets = [_bracket(values, row) for row in (pooled, *crossed)]
-    return CriticalValue(
-        value=brackets[0][1],
-        low=min(low for low, _ in brackets),
-        high=max(high for _, high in brackets),
-        found=bool(pooled.any()),
-        scanned=scanned,
-    )
+class _Scan:
+    """Values of one setting in ascending order, and at which of them the seeds and their mean P(diverge) cross."""
+
+    def __init__(self, roll: Callable[[Sequence[float]], Rollout], values: np.ndarray) -> None:
+        self._roll = roll
+        self.values: list[float] = values.tolist()
+        self.pooled, self.crossed = self._crossings(self.values)  # (G,) and (S, G)
+
+    def _crossings(self, values: list[float]) -> tuple[Tensor, Tensor]:
+        """Where P(diverge) passes one half, and where each seed crosses."""
+        result = self._roll(values)
+        return result.probability >= 0.5, result.score >= 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Roll out further values."""
+        pooled, crossed = self._crossings(values.tolist())
+        merged = np.array([*self.values, *values.tolist()])
+        order = np.argsort(merged)
+        self.values = merged[order].tolist()
+        self.pooled = torch.cat([self.pooled, pooled])[order]
+        self.crossed = torch.cat([self.crossed, crossed], dim=1)[:, order]
+
+    def first_crossing(self, space: Callable[[float, float, int], np.ndarray]) -> CriticalValue:
+        """Refine where the seeds' mean first crosses, and read the seeds' own first crossings off the same values."""
+        for _ in range(REFINEMENTS):
+            low, high = _bracket(self.values, self.pooled)
+            if low == high:
+                break
+            self.add(space(low, high, REFINED_POINTS + 2)[1:-1])
+        brackets = [_bracket(self.values, row) for row in (self.pooled, *self.crossed)]
+        return CriticalValue(
+            value=brackets[0][1],
+            low=min(low for low, _ in brackets),
+            high=max(high for _, high in brackets),
+            found=bool(self.pooled.any()),
+            scanned=(self.values[0], self.values[-1]),
+        )
 
 
 def _bracket(values: list[float], crosses: Tensor) -> tuple[float, float]:
@@ -232,7 +251,17 @@ def frontier(
 
     Returns:
         The map. Cost: one rollout of n_lr·n_mix settings a seed; no network pass.
+
+    Raises:
+        ValueError: If there is no step size or no mix, or one is out of its domain.
     """
+    for name, values in (("lr", lr), ("mix", mix)):
+        if len(values) == 0:
+            raise ValueError(f"`{name}` of `frontier` must name at least one value; got none.")
+    for value in lr:
+        check_real(value, name="lr", owner="frontier", low=0, low_open=True)
+    for value in mix:
+        check_real(value, name="mix", owner="frontier", low=0, high=1)
     lrs, mixes = np.unique(np.asarray(lr, dtype=float)), np.unique(np.asarray(mix, dtype=float))
     eta, alpha = (grid.reshape(-1) for grid in np.meshgrid(lrs, mixes, indexing="ij"))
     result = rollout(

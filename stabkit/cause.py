@@ -13,6 +13,7 @@ from stabkit.measure import Measurement
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cause, Share
 from stabkit.rollout import Rollout
+from stabkit.stability import mean_growth
 
 TOP_SAMPLES = 10
 
@@ -20,31 +21,32 @@ TOP_SAMPLES = 10
 def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth: float) -> Cause:
     """The eigenvector of the mixed curvature that breaks first (T4), and where the rolled-out run goes.
 
-    Growth a step is |1 - η λ|: above 1 for η·λ > 2 and for λ < 0. A direction is named as the mechanism if it grows by at
-    least a factor e within the run.
+    Growth a step is above 1 for η·λ > 2(1+β), with momentum β, and for λ < 0. A direction is named as the mechanism if it
+    grows by at least a factor e within the run.
 
     Args:
         measurement: Spectrum and linearised network.
         rolled: Rollout of the one setting that is asked about.
-        mean_square_growth: K·ln ρ(T_η) (T8).
+        mean_square_growth: K·ln ρ(T_η) (T8), which is that of plain steps: with momentum it names no mechanism.
 
     Returns:
         The cause. Cost: none on the network.
     """
     problem, spectrum, algorithm = measurement.problem, measurement.spectrum, measurement.algorithm
     values = spectrum.pairs.values
-    place = int((1 - algorithm.lr * values).abs().argmax())
+    growth = mean_growth(values, algorithm.lr, momentum=algorithm.momentum)
+    place = int(growth.argmax())
     value = float(values[place])
     retain, forget = float(spectrum.retain[place]), float(spectrum.forget[place])
     vector = spectrum.pairs.vectors[:, place].to(problem.device, problem.dtype)
     displacement = measurement.network.displacement(rolled.coordinates[0, 0].to(problem.device))
 
-    factor = abs(1 - algorithm.lr * value)
+    factor = float(growth[place])
     mechanism = "none"
     if factor > 1 and algorithm.steps * math.log(factor) >= 1:
         ascended = algorithm.mix * forget >= -min(0.0, (1 - algorithm.mix) * retain)
         mechanism = "overshoot" if value > 0 else "ascent" if ascended else "saddle"
-    elif mean_square_growth >= 2:  # of the square: a factor e of the displacement
+    elif algorithm.momentum == 0 and mean_square_growth >= 2:  # of the square: a factor e of the displacement
         mechanism = "noise"
     elif float(rolled.probability[0]) >= 0.5:
         mechanism = "nonlinear"

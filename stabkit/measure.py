@@ -104,8 +104,10 @@ class Measurement:
 
         Returns:
             This measurement about the other settings, and free of charge, if step size, steps, batches, sampling or momentum
-            changed. A new mix has its spectrum and coherence measured; any other setting, everything.
+            changed. A new mix has its spectrum and coherence measured; any other setting, or another algorithm, everything.
         """
+        if type(algorithm) is not type(self.algorithm):
+            return measure(self.problem, algorithm, self.settings)
         changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
         if changed <= FREE_SETTINGS:
             free = tuple(replace(cost, seconds=0.0, gradient_equivalents=0.0) for cost in self.costs)

@@ -23,7 +23,8 @@ from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet
 from stabkit.runner import CHECK_EVERY, check_steps
 from stabkit.sampling import batch_streams
 
-SCORE_CAP = 3.0  # log of the retain loss over the divergence level at which a setting stops rolling
+SCORE_CAP = 3.0  # score at which a setting stops rolling: e³ times the divergence level
+PLAYERS_SEED = 2**31  # added to a stream's seed, so that who stands in for whom is independent of the batches
 LOGISTIC_SLOPE = 4.0  # of the probability in the score; set by hand, not fitted
 
 
@@ -32,14 +33,16 @@ class Rollout:
     """What the linearised network did, for S seeds and G settings.
 
     Attributes:
-        lr: Step sizes, shape (G,).
+        lr: Step sizes, shape (G,), as they were given.
         mix: Mixes, shape (G,).
-        score: Largest log ratio of the retain loss to the divergence level, capped at `SCORE_CAP`, shape (S, G). Positive:
-            this seed's run crosses.
+        score: Largest log ratio of the retain loss to the divergence level, capped at `SCORE_CAP`, shape (S, G). From 0 on
+            this seed's run crosses. `SCORE_CAP` where any loss is not finite; a loss that is negative at θ* is counted
+            from there.
         divergence_step: First checked step past the level, shape (S, G); NaN where it is never passed.
         stopped_step: Last step taken, shape (S, G); earlier than K where a stop rule ended the run.
         steps: The checked steps, shape (T,).
-        retain_loss: Mean loss of the retain samples at the checks, shape (S, G, T); constant after a run has ended.
+        retain_loss: Mean loss of the retain samples at the checks, infinity in place of NaN, shape (S, G, T); constant after
+            a run has ended.
         forget_loss: The same for the forget samples.
         coordinates: c where the run crossed the level, or at its end, shape (S, G, r).
     """
@@ -86,8 +89,9 @@ def rollout(
 ) -> Rollout:
     """Roll out an algorithm at several settings at once.
 
-    Where the network holds every sample of both sets, a seed draws the very batches that `run` draws. Where it holds a
-    sample of m < n, batches are drawn from it with replacement, which has the variance of draws from the whole set.
+    A seed draws the very batches that `run` draws. Where the network holds only a sample of m < n, those samples play
+    themselves and stand in for the others, each for equally many up to one, so that a batch's mean varies as over the
+    whole set (the table under T6).
 
     Args:
         network: The compressed network.
@@ -95,22 +99,21 @@ def rollout(
         lr: Step sizes, G of them.
         mix: Mixes, G of them.
         batch_sizes: B_R and B_F.
-        seeds: One run each.
+        seeds: One run each; whole numbers >= 0.
         check_every: Steps between two looks at the losses, as in `run`.
         dtype: Floating dtype of the iteration; the features' own when None.
         progress: Whether to show a progress bar.
 
     Returns:
-        The rollout. Cost a step: 4·S·G·(B_R + B_F)·O·r operations; no network pass. Memory G·(m_R + m_F)·O at a check.
+        The rollout. Cost a step: 4·S·G·(B_R + B_F)·O·r operations; no network pass. Memory G·(m_R + m_F)·O at a check,
+        and n_R + n_F indices.
 
     Raises:
-        ValueError: If `lr` and `mix` differ in length or are empty, or there is no seed.
+        ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, or a value is out of its domain.
     """
     check_int(check_every, name="check_every", owner="rollout", low=1)
-    dtype = dtype or network.retain.features.dtype
-    device = network.retain.features.device
-    etas = torch.as_tensor(lr, dtype=dtype, device=device).reshape(-1)
-    alphas = torch.as_tensor(mix, dtype=dtype, device=device).reshape(-1)
+    etas = torch.as_tensor(lr, dtype=torch.float64).reshape(-1)
+    alphas = torch.as_tensor(mix, dtype=torch.float64).reshape(-1)
     if etas.shape != alphas.shape or etas.numel() == 0:
         raise ValueError(
             f"`lr` and `mix` of `rollout` must be equally many, and at least one; got {etas.numel()} and {alphas.numel()}."
@@ -118,29 +121,37 @@ def rollout(
     for eta, alpha in zip(etas.tolist(), alphas.tolist(), strict=True):
         check_real(eta, name="lr", owner="rollout", low=0, low_open=True)
         check_real(alpha, name="mix", owner="rollout", low=0, high=1)
-    if not seeds:
+    if len(seeds) == 0:
         raise ValueError("`seeds` of `rollout` must name at least one seed; got none.")
+    for seed in seeds:
+        check_int(seed, name="seeds", owner="rollout", low=0)
+    for size, part in zip(batch_sizes, (network.retain, network.forget), strict=True):
+        check_int(size, name="batch_sizes", owner="rollout", low=1, high=part.population, remedy="Use smaller batches.")
     checks = check_steps(algorithm.steps, check_every)
+    like = network.retain.features.new_empty(0, dtype=dtype)
     parts = [
-        _roll_seed(network, algorithm, etas, alphas, batch_sizes, seed, checks)
+        _roll_seed(network, algorithm, etas.to(like), alphas.to(like), batch_sizes, int(seed), checks)
         for seed in progress_bar(list(seeds), "rollout", progress)
     ]
     return Rollout(
-        lr=etas.double().cpu(),
-        mix=alphas.double().cpu(),
+        lr=etas.cpu(),
+        mix=alphas.cpu(),
         steps=torch.tensor(checks),
         **{name: torch.stack([p[name] for p in parts]) for name in parts[0]},
     )
 
 
 class _Part:
-    """One set during a rollout: its samples in the working dtype and its stream of batches."""
+    """One set during a rollout: its samples in the working dtype and its stream of batches of them."""
 
-    def __init__(self, part: LinearisedSet, stream: Iterator[Tensor], batch_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, part: LinearisedSet, stream: Iterator[Tensor], batch_size: int, seed: int, dtype: torch.dtype
+    ) -> None:
+        players = _players(part, seed)
         self.outputs = part.outputs.to(dtype)
         self.features = part.features.to(dtype)
         self.targets = part.targets.to(dtype) if part.targets.is_floating_point() else part.targets
-        self.stream = stream
+        self.stream = (players[members] for members in stream)
         self.batch_size = batch_size
 
     def at(self, c: Tensor, indices: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,6 +160,17 @@ class _Part:
         settings = c.shape[0]
         moved = base.reshape(1, -1) + c @ rows.T  # f_i + Φ_i c: (G, b·O)
         return moved.reshape(settings * base.shape[0], *base.shape[1:]), _repeat(targets, settings), rows
+
+
+def _players(part: LinearisedSet, seed: int) -> Tensor:
+    """Which of the m held samples plays each of the n: itself where held; the others are shared out evenly at random."""
+    m, n = part.samples, part.population
+    players = torch.full((n,), -1)
+    players[part.indices.cpu()] = torch.arange(m)
+    generator = torch.Generator().manual_seed(PLAYERS_SEED + seed)
+    rounds = torch.rand(-(-(n - m) // m), m, generator=generator).argsort(1)  # each round plays every held sample once
+    players[players < 0] = rounds.flatten()[: n - m]
+    return players
 
 
 def _repeat(values: Tensor, times: int) -> Tensor:
@@ -167,17 +189,11 @@ def _roll_seed(
     """One seed's run at all settings; settings that have ended leave the working set."""
     settings, rank, dtype, device = etas.numel(), network.rank, etas.dtype, etas.device
     sets = (network.retain, network.forget)
-    streams = batch_streams(
-        (sets[0].samples, sets[1].samples),
-        batch_sizes,
-        algorithm.sampling,
-        seed,
-        populations=(sets[0].population, sets[1].population),
-    )
-    retain, forget = (_Part(sets[i], streams[i], batch_sizes[i], dtype) for i in (0, 1))
+    streams = batch_streams((sets[0].population, sets[1].population), batch_sizes, algorithm.sampling, seed)
+    retain, forget = (_Part(sets[i], streams[i], batch_sizes[i], 2 * seed + i, dtype) for i in (0, 1))
     metric, anchor = network.metric.to(dtype), network.anchor.to(dtype)
     rule = algorithm.stop_rule()
-    log_level = math.log(max(network.divergence_level, torch.finfo(torch.float64).tiny))
+    floor, room = _scale(network, retain)
 
     score = torch.full((settings,), -math.inf, dtype=torch.float64)
     divergence_step = torch.full((settings,), math.nan, dtype=torch.float64)
@@ -189,20 +205,23 @@ def _roll_seed(
     c = torch.zeros(settings, rank, dtype=dtype, device=device)
     velocity = torch.zeros_like(c)
 
-    def look(position: int, step: int) -> Tensor:
-        """Record the losses of the working set from this check on; which of its settings go on."""
+    def look(position: int, step: int, seen: Tensor) -> Tensor:
+        """Record the losses of some rows of the working set from this check on; which of them go on."""
+        rows, at = alive[seen], c[seen.to(device)]
         for place, part in enumerate((retain, forget)):
-            outputs, targets, _ = part.at(c, slice(None))
-            mean = network.loss.per_sample(outputs, targets).reshape(alive.numel(), -1).mean(1).double().cpu()
-            losses[place, alive, position:] = mean.nan_to_num(nan=math.inf).unsqueeze(1)
-        ratio = (losses[0, alive, position].log() - log_level).clamp_max(SCORE_CAP)
-        score[alive] = torch.maximum(score[alive], ratio)
-        before = divergence_step[alive].isnan()
-        coordinates[alive[before]] = c.double().cpu()[before]
-        divergence_step[alive[before & (ratio >= 0)]] = float(step)
+            outputs, targets, _ = part.at(at, slice(None))
+            mean = network.loss.per_sample(outputs, targets).reshape(rows.numel(), -1).mean(1).double().cpu()
+            losses[place, rows, position:] = mean.nan_to_num(nan=math.inf, posinf=math.inf).unsqueeze(1)
+        now = losses[:, rows, position]
+        ratio = ((now[0] - floor) / room).clamp_min(0).log().clamp_max(SCORE_CAP)
+        ratio[~now.isfinite().all(0)] = SCORE_CAP
+        score[rows] = torch.maximum(score[rows], ratio)
+        before = divergence_step[rows].isnan()
+        coordinates[rows[before]] = at.double().cpu()[before]
+        divergence_step[rows[before & (ratio >= 0)]] = float(step)
         return ratio < SCORE_CAP
 
-    going = look(0, 0)
+    going = look(0, 0, torch.ones(settings, dtype=torch.bool))
     position = 1
     for step in range(1, algorithm.steps + 1):
         if not bool(going.all()):
@@ -221,9 +240,11 @@ def _roll_seed(
             stopped_step[alive[ended]] = float(step)
         c = c + change
         going = ~ended
-        if step == checks[position] or bool(ended.any()):
-            going &= look(position, step)
-        position += step == checks[position]
+        due = step == checks[position]
+        seen = torch.ones_like(ended) if due else ended  # a setting that ends is looked at when it does, the others not
+        if bool(seen.any()):
+            going[seen] &= look(position, step, seen)
+        position += due
     return {
         "score": score,
         "divergence_step": divergence_step,
@@ -234,6 +255,14 @@ def _roll_seed(
     }
 
 
+def _scale(network: LinearisedNetwork, retain: _Part) -> tuple[float, float]:
+    """Where the retain loss is counted from, and how far above that the level lies: 0 and the level, but for losses < 0."""
+    start = float(network.loss.per_sample(retain.outputs, retain.targets).double().mean())
+    floor, level = min(0.0, start), network.divergence_level
+    # A level that the loss at θ* has passed leaves no room below it; the run has diverged before its first step.
+    return (floor, level - floor) if level > floor else (level - 1, 1.0)
+
+
 def _mixed_gradient(
     network: LinearisedNetwork, retain: _Part, forget: _Part, c: Tensor, alpha: Tensor, *, leakage: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -242,12 +271,13 @@ def _mixed_gradient(
     divergence: Tensor | None = None
     for part, weight in ((retain, 1 - alpha), (forget, -alpha)):
         indices = next(part.stream).to(c.device)
-        if indices.numel() == 0 or not bool((weight != 0).any()):
+        watched = leakage and part is forget  # even where the forget set does not drive the run
+        if indices.numel() == 0 or not (watched or bool((weight != 0).any())):
             continue
         outputs, targets, rows = part.at(c, indices)
         residual = network.loss.residual(outputs, targets).reshape(c.shape[0], -1)  # s_i: (G, b·O)
-        gradient += weight * (residual @ rows) / part.batch_size
-        if part is forget and leakage:
+        gradient += torch.where(weight == 0, 0.0, weight * (residual @ rows) / part.batch_size)
+        if watched:
             original = _repeat(part.outputs[indices], c.shape[0])
             divergence = network.loss.divergence(original, outputs, targets).reshape(c.shape[0], -1).mean(1)
     return gradient, divergence

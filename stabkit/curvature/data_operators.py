@@ -27,6 +27,10 @@ from stabkit.samples import Inputs, Samples
 
 LARGEST_BATCH = 512
 BatchProduct = Callable[[Tensor], Tensor]  # one vector (d,) -> one vector (d,), summed over the batch
+# Problem, function of the parameters, u -> J^T u, outputs; gives v -> Jv.
+Way = Callable[
+    [UnlearningProblem, Callable[[Parameters], Tensor], Callable[[Tensor], Tensor], Tensor], Callable[[Tensor], Tensor]
+]
 
 
 class DataOperator(CurvatureOperator):
@@ -193,7 +197,7 @@ class HessianOperator(DataOperator):
 class _JacobianOperator(DataOperator):
     """mean_i J_i^T W_i J_i with J the derivative of some function of the parameters, W symmetric in its values."""
 
-    _told = False  # that forward mode failed
+    _way: Way | None = None  # how Jv is computed, once that is known
 
     def _function(self, inputs: Inputs, targets: Tensor) -> Callable[[Parameters], Tensor]:
         """Of the parameters: outputs of shape (b, ...)."""
@@ -219,47 +223,40 @@ class _JacobianOperator(DataOperator):
     def _push_forward(
         self, function: Callable[[Parameters], Tensor], pull: Callable[[Tensor], Tensor], outputs: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        """v -> Jv by forward mode, traced once where the batch is kept; by transposing the pull-back where it must be."""
-        problem = self._problem
-        if self.kept:
-            traced = self._traced(function)
-            if traced is not None and self._is_sound(traced, pull, outputs):
-                return traced
-            # What cannot be traced can still be pushed forward, only with its primal pass each time.
+        """v -> Jv, the quickest way that was sound on the first batch."""
+        ways: list[Way] = [_forward, _reverse]
+        if self.kept:  # only then is a trace used more than once
+            ways.insert(0, _traced)
+        if self._way not in ways:
+            self._way = self._soundest(ways, function, pull, outputs)
+        return self._way(self._problem, function, pull, outputs)
 
-        def forward(vector: Tensor) -> Tensor:
-            return jvp(function, (problem.parameters,), (problem.unflatten(vector),))[1].detach()
-
-        reason = "it differs from the transposed reverse mode"
-        try:
-            if self._is_sound(forward, pull, outputs):
-                return forward
-        except (RuntimeError, NotImplementedError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-        if not self._told:
-            self._told = True
-            warnings.warn(
-                f"`{type(self).__name__}` computes Jv in reverse mode, as forward mode failed on this model ({reason}). "
-                "Products are right and cost about half as much again.",
-                FallbackWarning,
-                stacklevel=2,
-            )
-        return _transposed(pull, outputs)
-
-    def _traced(self, function: Callable[[Parameters], Tensor]) -> Callable[[Tensor], Tensor] | None:
-        """v -> Jv without the primal pass; None where the function cannot be traced."""
-        problem = self._problem
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # tracing warns of its own bookkeeping
-                _, push = linearize(function, problem.parameters)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return None
-        return lambda vector: push(problem.unflatten(vector)).detach()
+    def _soundest(
+        self,
+        ways: list[Way],
+        function: Callable[[Parameters], Tensor],
+        pull: Callable[[Tensor], Tensor],
+        outputs: Tensor,
+    ) -> Way:
+        """The first way that works and agrees with reverse mode; the last one is reverse mode itself."""
+        reason = ""
+        for way in ways[:-1]:
+            try:
+                push = way(self._problem, function, pull, outputs)
+                if self._is_sound(push, pull, outputs):
+                    return way
+                reason = "it disagrees with reverse mode"
+            except Exception as error:  # tracing and forward mode fail in as many ways as there are operations
+                if is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"`{type(self).__name__}` computes Jv in reverse mode, as forward mode failed on this model ({reason}). "
+            "Products are right and cost about half as much again.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return ways[-1]
 
     def _is_sound(self, push: Callable[[Tensor], Tensor], pull: Callable[[Tensor], Tensor], outputs: Tensor) -> bool:
         """Whether v -> Jv gives the same twice, and <u, Jv> = <Jᵀu, v> for one random pair."""
@@ -298,8 +295,36 @@ def _pull_back(
     return outputs.detach(), pull
 
 
-def _transposed(pull: Callable[[Tensor], Tensor], outputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """v -> Jv as the derivative of u -> J^T u, in the direction v, by reverse mode alone."""
+def _traced(
+    problem: UnlearningProblem,
+    function: Callable[[Parameters], Tensor],
+    pull: Callable[[Tensor], Tensor],
+    outputs: Tensor,
+) -> Callable[[Tensor], Tensor]:
+    """Forward mode, traced once and without the primal pass from then on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of its own bookkeeping
+        _, push = linearize(function, problem.parameters)
+    return lambda vector: push(problem.unflatten(vector)).detach()
+
+
+def _forward(
+    problem: UnlearningProblem,
+    function: Callable[[Parameters], Tensor],
+    pull: Callable[[Tensor], Tensor],
+    outputs: Tensor,
+) -> Callable[[Tensor], Tensor]:
+    """Forward mode with its primal pass each time."""
+    return lambda vector: jvp(function, (problem.parameters,), (problem.unflatten(vector),))[1].detach()
+
+
+def _reverse(
+    problem: UnlearningProblem,
+    function: Callable[[Parameters], Tensor],
+    pull: Callable[[Tensor], Tensor],
+    outputs: Tensor,
+) -> Callable[[Tensor], Tensor]:
+    """The derivative of u -> J^T u in the direction v, by reverse mode alone."""
     dummy = torch.zeros_like(outputs, requires_grad=True)
     with torch.enable_grad():
         pulled = pull(dummy)

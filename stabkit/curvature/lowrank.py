@@ -21,6 +21,7 @@ from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
 
 OVERSAMPLING = 10
+PROBES = 8  # behind `LinearisedNetwork.captured`
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,8 +81,8 @@ class LinearisedNetwork:
         anchor: V^T P^{1/2} θ*, shape (r,): <θ - θ*, θ*> = anchor · c.
         anchor_norm: ‖θ*‖.
         singular_values: Of the (weighted) J P^{1/2}, the r kept, descending.
-        captured: Share of its squared Frobenius norm that the r directions carry, estimated for retain and forget alike.
-        gradient_equivalents: Per-sample gradient evaluations spent.
+        captured: Share of ‖J P^{1/2}‖_F² that the r directions carry, estimated for each set; the smaller of the two.
+        gradient_equivalents: Per-sample gradient evaluations spent; a forward pass counts as a third.
     """
 
     retain: LinearisedSet
@@ -95,7 +96,7 @@ class LinearisedNetwork:
     anchor_norm: float
     singular_values: Tensor
     captured: float
-    gradient_equivalents: int
+    gradient_equivalents: float
 
     @property
     def rank(self) -> int:
@@ -125,8 +126,8 @@ def linearise(
 ) -> LinearisedNetwork:
     """Compress J P^{1/2} of sampled examples by a randomised singular value decomposition (Halko et al. 2011).
 
-    The mean gradients of both sets are put into the sketch, so the first step of any mix is represented. Rows of both
-    sets are scaled to equal total weight, so a small forget set keeps its directions.
+    The mean gradients of both sets join the sketch, which so holds the first step of any mix. Each set's rows are weighted
+    by 1/√m, so a small forget set keeps its directions.
 
     Args:
         problem: The unlearning problem.
@@ -137,26 +138,39 @@ def linearise(
         seed: Seed of the sample and of the sketch.
 
     Returns:
-        The compressed network. Cost: about 2·min(O, r)·m per-sample gradients; memory d·r for the basis and m·O·r for the
-        features.
+        The compressed network. Cost: about 2·min(O, r)·m per-sample gradients, or 2·r·m where a sample's O·d derivatives
+        are too many to hold; memory d·r for the basis and m·O·r for the features.
     """
     check_int(rank, name="rank", owner="linearise", low=1)
+    for name, count in (("retain_samples", retain_samples), ("forget_samples", forget_samples)):
+        if count is not None:
+            check_int(count, name=name, owner="linearise", low=1, remedy="None takes all of them.")
     generator = torch.Generator().manual_seed(seed)
     sets: list[Samples] = [problem.retain, problem.forget]
     indices = [problem.retain.subset(retain_samples, seed), problem.forget.subset(forget_samples, seed + 1)]
     jacobians = [ScaledJacobian(problem, s, i, preconditioner) for s, i in zip(sets, indices, strict=True)]
     evaluated = [problem.evaluate(s, indices=i) for s, i in zip(sets, indices, strict=True)]
-    outputs_per_sample = jacobians[0].outputs_per_sample
-    rows = sum(i.numel() for i in indices) * outputs_per_sample
+    rows = sum(i.numel() * j.outputs_per_sample for i, j in zip(indices, jacobians, strict=True))
     width = min(rank + OVERSAMPLING, rows, problem.size)
 
-    sketch = torch.zeros(problem.size, width, dtype=problem.dtype, device=problem.device)
-    for jacobian, chosen, (outputs, targets, _) in zip(jacobians, indices, evaluated, strict=True):
-        m = chosen.numel()
-        noise = torch.randn(m, outputs_per_sample, width, generator=generator).to(problem.device, problem.dtype)
-        noise[:, :, 0] = problem.loss.residual(outputs, targets).flatten(1)
-        sketch += jacobian.transpose_matmul(noise) / m**0.5
-    basis = torch.linalg.qr(sketch).Q
+    # Columns of P^{1/2} J^T: noise, summed over the sets; either set's mean gradient; random signs, kept to be held against.
+    sketch = torch.zeros(problem.size, width + 2, dtype=problem.dtype, device=problem.device)
+    probed = []
+    for place, (jacobian, (outputs, targets, _)) in enumerate(zip(jacobians, evaluated, strict=True)):
+        m, o = outputs.shape[0], jacobian.outputs_per_sample
+        noise = torch.randn(m, o, width, generator=generator) / m**0.5
+        signs = 2.0 * torch.randint(0, 2, (m, o, PROBES), generator=generator) - 1.0
+        drawn = torch.cat([noise, signs], dim=2).to(problem.device, problem.dtype)
+        residual = problem.loss.residual(outputs, targets).reshape(m, o, 1) / m
+        pulled = jacobian.transpose_matmul(torch.cat([drawn, residual], dim=2))
+        sketch[:, :width] += pulled[:, :width]
+        sketch[:, width + place] = pulled[:, -1]
+        probed.append(pulled[:, width:-1].clone())
+    basis = torch.linalg.qr(sketch).Q  # d columns where the sketch has more
+    spent = sum(
+        i.numel() * (_passes(j, width + PROBES + 1) + _passes(j, basis.shape[1]) + 1 / 3)
+        for i, j in zip(indices, jacobians, strict=True)
+    )
     features = [jacobian @ basis for jacobian in jacobians]
 
     # Weighted features: their right singular vectors rotate the sketch's basis to the leading directions.
@@ -189,23 +203,18 @@ def linearise(
         anchor=(root.T @ theta).double(),
         anchor_norm=float(theta.double().norm()),
         singular_values=kept[:keep].sqrt(),
-        captured=_captured(jacobians, basis, linearised, generator),
-        gradient_equivalents=2 * min(outputs_per_sample, width) * sum(i.numel() for i in indices),
+        captured=min(_captured(basis, block) for block in probed),
+        gradient_equivalents=spent,
     )
 
 
-def _captured(
-    jacobians: list[ScaledJacobian], basis: Tensor, sets: list[LinearisedSet], generator: torch.Generator
-) -> float:
-    """Share of ‖J P^{1/2}‖_F² inside the basis, the smaller of the two sets', by Hutchinson probes on the outputs' side."""
-    # For u with random signs, E‖P^{1/2}J^T u‖² is the squared norm, and E‖V^T P^{1/2} J^T u‖² the part inside.
-    probes = 8
-    shares = []
-    for jacobian, part in zip(jacobians, sets, strict=True):
-        signs = torch.randint(0, 2, (part.samples, jacobian.outputs_per_sample, probes), generator=generator)
-        cotangents = (2.0 * signs - 1.0).to(basis.device, basis.dtype)
-        full = jacobian.transpose_matmul(cotangents)
-        shares.append(
-            float((basis.T @ full).square().sum() / full.square().sum().clamp_min(torch.finfo(full.dtype).tiny))
-        )
-    return min(min(shares), 1.0)
+def _captured(basis: Tensor, probed: Tensor) -> float:
+    """Share of ‖J P^{1/2}‖_F² inside the basis, from P^{1/2} J^T u for random signs u (Hutchinson)."""
+    # E‖P^{1/2} J^T u‖² is the squared norm, and E‖V^T P^{1/2} J^T u‖² the part inside.
+    whole = float(probed.double().square().sum())
+    return min(float((basis.T @ probed).double().square().sum()) / whole, 1.0) if whole > 0 else 1.0
+
+
+def _passes(jacobian: ScaledJacobian, vectors: int) -> int:
+    """Passes a sample that one product with a block takes."""
+    return jacobian.outputs_per_sample if jacobian._by_rows(vectors) else vectors
