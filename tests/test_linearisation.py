@@ -1,0 +1,257 @@
+"""The compressed linearisation: how near the best it is, what it says of itself, and what it costs (theory §§5-6)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import stabkit.curvature.jacobian
+from stabkit.curvature import linearise
+from stabkit.curvature.lowrank import OVERSAMPLING
+from stabkit.models import MLP
+from stabkit.preconditioner import Diagonal, Identity
+from stabkit.problem import UnlearningProblem
+from tests.cases import CASES, TiedLanguageModel, dense_jacobian
+
+pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+
+
+def dense_rows(problem, p):
+    """J P^{1/2} of either set, its rows weighted by 1/√m."""
+    blocks = []
+    for which in ("retain", "forget"):
+        jacobian = dense_jacobian(problem, which)[2].detach() * p.sqrt()
+        blocks.append(jacobian.flatten(0, 1) / jacobian.shape[0] ** 0.5)
+    return blocks
+
+
+def wide_problem(seed=0, *, interpolated=False):
+    """Wide enough for a spectrum with a long tail: 100 rows in 206 parameters."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MLP(8, 2, hidden=(18,), activation=nn.Tanh).double()
+    x = torch.randn(50, 8, generator=g, dtype=torch.float64)
+    y = torch.randn(50, 2, generator=g, dtype=torch.float64)
+    if interpolated:
+        y = model(x).detach()
+    return UnlearningProblem(model, (x[:15], y[:15]), (x[15:], y[15:]), loss="mse")
+
+
+def everything(problem, preconditioner, **settings):
+    return linearise(problem, preconditioner, **{"retain_samples": None, "forget_samples": None, **settings})
+
+
+@given(rank=st.integers(1, 60), seed=st.integers(0, 20), preconditioned=st.booleans())
+def test_the_truncated_decomposition_is_near_the_best_of_its_rank(rank, seed, preconditioned):
+    """Halko et al. 2011, theorem 10.5: with p columns more, the squared error is at most 1 + r/(p - 1) tails on average."""
+    problem = wide_problem(seed % 3)
+    p = torch.ones(problem.size, dtype=torch.float64)
+    if preconditioned:
+        p = torch.rand(problem.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    network = everything(problem, Diagonal(p), rank=rank, seed=seed)
+    rows = torch.cat(dense_rows(problem, p))
+    tail = torch.linalg.svdvals(rows)[rank:].square().sum()
+    error = (rows - rows @ network.basis @ network.basis.T).square().sum()
+    assert network.rank == rank
+    assert float(error) >= (1 - 1e-9) * float(tail)  # nothing of that rank is nearer
+    assert float(error) <= (1 + rank / (OVERSAMPLING - 1)) * float(tail)
+
+
+def test_a_falling_spectrum_is_found_to_its_end():
+    """Where the tail past the oversampling is negligible, values and directions are those of the dense decomposition."""
+    problem = wide_problem()
+    p = torch.logspace(0, -100, problem.size, dtype=torch.float64)
+    network = everything(problem, Diagonal(p), rank=8)
+    _, values, directions = torch.linalg.svd(torch.cat(dense_rows(problem, p)), full_matrices=False)
+    torch.testing.assert_close(network.singular_values, values[:8], rtol=1e-3, atol=0)
+    cosines = (network.basis * directions[:8].T).sum(0).abs()
+    assert float(cosines[:4].min()) > 0.999
+
+
+@cases
+@given(rank=st.integers(1, 12), seed=st.integers(0, 100))
+def test_features_are_products_with_the_basis(case, rank, seed):
+    problem = case.problem()
+    p = torch.rand(problem.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    network = everything(problem, Diagonal(p), rank=rank, seed=seed)
+    assert network.rank == network.basis.shape[1] == network.singular_values.numel() == rank
+    eye = torch.eye(rank, dtype=torch.float64)
+    torch.testing.assert_close(network.basis.T @ network.basis, eye, rtol=0, atol=1e-10)
+    energy = torch.zeros(rank, rank, dtype=torch.float64)
+    for which, rows in zip(("retain", "forget"), dense_rows(problem, p), strict=True):
+        part = getattr(network, which)
+        outputs, targets, _ = dense_jacobian(problem, which)
+        torch.testing.assert_close(part.outputs, outputs)
+        assert torch.equal(part.targets, targets)
+        weighted = part.features.flatten(0, 1) / part.samples**0.5
+        torch.testing.assert_close(weighted, rows @ network.basis, rtol=1e-8, atol=1e-9)
+        energy += weighted.T @ weighted
+    # Right singular vectors: their images are orthogonal, as long as the singular values, and in falling order.
+    torch.testing.assert_close(
+        energy, network.singular_values.square().diag(), rtol=1e-7, atol=1e-7 * float(energy.max())
+    )
+    assert bool((network.singular_values.diff() <= 0).all())
+
+
+@given(rank=st.integers(1, 100), seed=st.integers(0, 30))
+def test_captured_is_the_smaller_share_of_the_two_sets(rank, seed):
+    problem = wide_problem(seed % 3)
+    network = everything(problem, Identity(), rank=rank, seed=seed)
+    shares = [
+        float((rows @ network.basis).square().sum() / rows.square().sum())
+        for rows in dense_rows(problem, torch.ones(problem.size, dtype=torch.float64))
+    ]
+    assert 0 <= network.captured <= 1
+    spread = (min(shares) * max(0.0, 1 - min(shares))) ** 0.5  # of eight probes, with the signs as unlucky as they come
+    assert network.captured == pytest.approx(min(shares), abs=1e-6 + 0.9 * spread)
+
+
+def test_captured_is_averaged_right():
+    """Over many seeds the estimate is the dense share, up to the bias of a ratio."""
+    problem = wide_problem()
+    found, shares = [], []
+    rows = dense_rows(problem, torch.ones(problem.size, dtype=torch.float64))
+    for seed in range(60):
+        network = everything(problem, Identity(), rank=5, seed=seed)
+        found.append(network.captured)
+        shares.append(min(float((r @ network.basis).square().sum() / r.square().sum()) for r in rows))
+    assert torch.tensor(found).mean() == pytest.approx(float(torch.tensor(shares).mean()), abs=0.03)
+
+
+@pytest.mark.parametrize("interpolated", [False, True])
+def test_as_many_directions_as_rows_hold_everything(interpolated):
+    """Also where every gradient is zero, and the sketch has nothing from them."""
+    problem = wide_problem(interpolated=interpolated)
+    network = everything(problem, Identity(), rank=1000)
+    rows = torch.cat(dense_rows(problem, torch.ones(problem.size, dtype=torch.float64)))
+    assert network.captured == pytest.approx(1, abs=1e-9)
+    torch.testing.assert_close(rows @ network.basis @ network.basis.T, rows, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(
+        network.singular_values[: rows.shape[0]], torch.linalg.svdvals(rows), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_either_sets_gradient_is_in_the_sketch():
+    """Five strong directions, 195 faint ones, and two a little less faint that are the gradients: 17 random columns would
+    find a small part of those two."""
+    size = torch.full((202,), 1e-3, dtype=torch.float64)
+    size[:5], size[100], size[201] = 1.0, 2e-3, 2e-3
+    x, y = size.diag(), torch.zeros(202, 1, dtype=torch.float64)
+    y[100], y[201] = 1.0, 1.0
+    model = nn.Linear(202, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    problem = UnlearningProblem(model, (x[101:], y[101:]), (x[:101], y[:101]), loss="mse")
+    for seed in range(5):
+        network = everything(problem, Identity(), rank=7, seed=seed)
+        for part, axis in ((network.retain, 100), (network.forget, 201)):
+            gradient = part.factors(problem.loss).gradients.mean(0)
+            assert float(gradient.norm()) == pytest.approx(2 * 2e-3 / 101, rel=0.01)
+            assert float(network.basis[axis].norm()) > 0.99
+
+
+def test_a_small_set_keeps_its_directions():
+    """One forget sample beside 200 retain samples on other axes: equal weight, so its direction leads."""
+    x = torch.zeros(201, 3, dtype=torch.float64)
+    x[0, 2], x[1:, 0], x[1:, 1] = 1.0, 1.0, 0.5 * (-1.0) ** torch.arange(200)
+    model, y = nn.Linear(3, 1, bias=False).double(), x.sum(1, keepdim=True)
+    nn.init.zeros_(model.weight)
+    network = everything(UnlearningProblem(model, (x[:1], y[:1]), (x[1:], y[1:]), loss="mse"), Identity(), rank=2)
+    assert float(network.basis[2].norm()) == pytest.approx(1)
+    torch.testing.assert_close(network.singular_values, torch.ones(2, dtype=torch.float64))
+
+
+def test_sets_whose_samples_have_different_numbers_of_outputs():
+    g = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = TiedLanguageModel().double().eval()
+    forget, retain = (torch.randint(0, 7, shape, generator=g) for shape in ((3, 5), (6, 3)))
+    sets = [{"input_ids": t, "labels": t} for t in (forget, retain)]
+    problem = UnlearningProblem(model, *sets, loss="causal_lm")
+    network = everything(problem, Identity(), rank=1000)
+    assert (network.retain.features.shape[1], network.forget.features.shape[1]) == (21, 35)
+    for which in ("retain", "forget"):
+        _, _, jacobian = dense_jacobian(problem, which)
+        features = getattr(network, which).features
+        torch.testing.assert_close(features @ network.basis.T, jacobian, rtol=1e-6, atol=1e-7)
+
+
+def test_a_network_that_does_not_move_is_held_whole():
+    """No derivative at all: one direction, which carries nothing, and all there is."""
+    problem = CASES[1].problem()
+    network = everything(problem, Diagonal(torch.zeros(problem.size)), rank=5)
+    assert (network.rank, network.captured) == (1, 1.0)
+    assert float(network.retain.features.abs().max()) == 0
+
+
+def test_a_seed_decides_it_and_the_random_state_is_left_alone():
+    problem = wide_problem()
+    before, vector = torch.get_rng_state(), problem.vector()
+    first, again, other = (
+        linearise(problem, Identity(), rank=6, retain_samples=20, forget_samples=9, seed=s) for s in (4, 4, 5)
+    )
+    assert torch.equal(first.basis, again.basis)
+    assert torch.equal(first.retain.indices, again.retain.indices)
+    assert first.captured == again.captured
+    assert not torch.equal(first.retain.indices, other.retain.indices)
+    assert not torch.equal(first.forget.indices, other.forget.indices)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(problem.vector(), vector)
+    assert (first.retain.samples, first.forget.samples) == (20, 9)
+    assert (first.retain.population, first.forget.population) == (35, 15)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("rank", [1, 4, 30])
+def test_costs_are_those_of_the_passes_made(monkeypatch, by_rows, rank):
+    """Every sample's forward, and every derivative taken of it, counted where it is taken."""
+    problem = wide_problem()
+    counted = {"derivatives": 0, "forward": 0}
+    module = stabkit.curvature.jacobian
+    if not by_rows:
+        monkeypatch.setattr(module, "ROW_BYTES", 0)
+    rows, pull, push, evaluate = module.jacobian_rows, module.vjp_block, module.jvp_block, UnlearningProblem.evaluate
+
+    def counted_rows(problem, inputs):
+        counted["derivatives"] += 2 * inputs.shape[0]  # O = 2 outputs
+        return rows(problem, inputs)
+
+    def counted_block(function):
+        def wrapped(problem, inputs, block):
+            counted["derivatives"] += block.shape[-1] * inputs.shape[0]
+            return function(problem, inputs, block)
+
+        return wrapped
+
+    def counted_evaluate(self, samples, parameters=None, indices=None):
+        result = evaluate(self, samples, parameters, indices)
+        counted["forward"] += result[0].shape[0]
+        return result
+
+    monkeypatch.setattr(module, "jacobian_rows", counted_rows)
+    monkeypatch.setattr(module, "vjp_block", counted_block(pull))
+    monkeypatch.setattr(module, "jvp_block", counted_block(push))
+    monkeypatch.setattr(UnlearningProblem, "evaluate", counted_evaluate)
+    network = linearise(problem, Identity(), rank=rank, retain_samples=21, forget_samples=10)
+    assert counted["forward"] == 31
+    assert network.gradient_equivalents == pytest.approx(counted["derivatives"] + counted["forward"] / 3)
+    assert counted["derivatives"] == 31 * (4 if by_rows else 2 * rank + 2 * OVERSAMPLING + 11)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "`rank` of `linearise` must be a whole number >= 1; got 0"),
+        ({"rank": 2.5}, TypeError, r"`rank` of `linearise` .*got 2\.5"),
+        ({"retain_samples": 0}, ValueError, "`retain_samples` of `linearise` .*>= 1; got 0. None takes all"),
+        ({"forget_samples": -1}, ValueError, "`forget_samples` of `linearise` .*>= 1; got -1. None takes all"),
+    ],
+)
+def test_what_is_wrong_is_said(settings, error, message):
+    with pytest.raises(error, match=message):
+        linearise(CASES[1].problem(), Identity(), **settings)
