@@ -109,6 +109,8 @@ class Measurement:
         if type(algorithm) is not type(self.algorithm):
             return measure(self.problem, algorithm, self.settings)
         changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
+        if changed & algorithm.preconditioner_reads:
+            return measure(self.problem, algorithm, self.settings)
         if changed <= FREE_SETTINGS:
             free = tuple(replace(cost, seconds=0.0, gradient_equivalents=0.0) for cost in self.costs)
             return replace(self, algorithm=algorithm, costs=free)

@@ -227,7 +227,7 @@ def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, **chang
     algorithm = measurement.algorithm.replace(**changes)
     algorithm.batch_sizes(measurement.problem)
     with preserved_rng():
-        kept = limits if set(changes) <= {"lr"} else None
+        kept = limits if set(changes) <= {"lr"} - algorithm.preconditioner_reads else None
         report = judge(measurement.with_algorithm(algorithm), seeds, limits=kept)
     _warn_if_unsure(report, stacklevel=5)
     return report
@@ -245,6 +245,10 @@ def _frontier(
     algorithm = measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
     mixes = np.linspace(0, 1, FRONTIER_POINTS) if mix is None else np.asarray(mix, dtype=float)
+    if mixes.size == 0:
+        raise ValueError(
+            "`mix` of `Report.frontier` must hold at least one value; got none. None takes 20 from 0 to 1."
+        )
 
     def rolled(lrs: np.ndarray, mixes: np.ndarray, seeds: Sequence[int], progress: bool) -> Frontier:
         return frontier(

@@ -189,9 +189,9 @@ class Cause:
     """What breaks first, and where.
 
     Attributes:
-        mechanism: "overshoot" (lr·λ_max(D) > 2 grows fastest), "ascent" (curvature that the forget set makes negative does),
-            "saddle" (curvature that the retain set itself makes negative), "noise" (only the mean square grows), "nonlinear"
-            (predicted to diverge without any of these) or "none".
+        mechanism: "overshoot" (lr·λ_max(D) > 2(1+β) grows fastest), "ascent" (curvature that the forget set makes negative
+            does), "saddle" (curvature that the retain set itself makes negative), "noise" (only the mean square grows; not
+            named with momentum), "nonlinear" (predicted to diverge without any of these) or "none".
         eigenvalue: Eigenvalue of D in that direction; without a growing one, the one nearest to growing.
         retain_curvature: vᵀH_R v there, preconditioned.
         forget_curvature: vᵀH_F v there.
@@ -324,7 +324,7 @@ class Report:
 
         Args:
             lr: Step sizes; 20 around the boundaries of all mixes when None.
-            mix: Mixes; 20 from 0 to 1 when None.
+            mix: Mixes; 20 from 0 to 1 when None. The preconditioner is that of the report's own setting throughout.
             progress: Whether to show a progress bar.
 
         Returns:

@@ -28,30 +28,22 @@ def noise_level(batch: int, population: int, sampling: str) -> float:
     return (population - batch) / (batch * (population - 1)) if population > 1 else 0.0
 
 
-def index_stream(
-    size: int, batch: int, sampling: str, generator: torch.Generator, *, population: int | None = None
-) -> Iterator[Tensor]:
+def index_stream(size: int, batch: int, sampling: str, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless batches of sample indices under one sampling scheme.
 
     Args:
-        size: Number m of samples to draw from.
+        size: Number n of samples to draw from.
         batch: Batch size B; the expected one under Poisson sampling.
         sampling: One of `SAMPLINGS`.
         generator: Source of randomness, on the CPU.
-        population: Number n of samples that the m stand for. Where n > m, indices are drawn with replacement, as many
-            as a batch from the n would have: repeats among the m play the part of further samples.
 
     Yields:
         Indices of shape (B,), or of a random length, possibly 0, under Poisson sampling.
     """
-    n = size if population is None else population
     while True:
-        if sampling == "poisson" and n > size:
-            count = int(torch.binomial(torch.tensor(float(n)), torch.tensor(min(1.0, batch / n)), generator))
-            yield torch.randint(0, size, (count,), generator=generator)
-        elif sampling == "poisson":
+        if sampling == "poisson":
             yield (torch.rand(size, generator=generator) < batch / size).nonzero().flatten()
-        elif sampling == "with_replacement" or n > size:
+        elif sampling == "with_replacement":
             yield torch.randint(0, size, (batch,), generator=generator)
         else:
             order = torch.randperm(size, generator=generator)
@@ -60,12 +52,7 @@ def index_stream(
 
 
 def batch_streams(
-    sizes: tuple[int, int],
-    batches: tuple[int, int],
-    sampling: str,
-    seed: int,
-    *,
-    populations: tuple[int, int] | None = None,
+    sizes: tuple[int, int], batches: tuple[int, int], sampling: str, seed: int
 ) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
     """The retain and the forget stream of one seeded run, independent of each other.
 
@@ -74,13 +61,11 @@ def batch_streams(
         batches: Batch sizes B_R and B_F.
         sampling: One of `SAMPLINGS`.
         seed: The run's seed.
-        populations: How many samples those stand for, as `index_stream` has it; the sizes themselves when None.
 
     Returns:
         Two endless iterators of index tensors.
     """
     retain, forget = (
-        index_stream(sizes[i], batches[i], sampling, torch.Generator().manual_seed(2 * seed + i), population=n)
-        for i, n in enumerate(populations or sizes)
+        index_stream(sizes[i], batches[i], sampling, torch.Generator().manual_seed(2 * seed + i)) for i in (0, 1)
     )
     return retain, forget

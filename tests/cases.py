@@ -94,7 +94,9 @@ def _poisson_regression() -> UnlearningProblem:
 
 def _residual() -> UnlearningProblem:
     g = torch.Generator().manual_seed(4)
-    model = ResidualBlockNet().double()
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = ResidualBlockNet().double()
     with torch.no_grad():
         model.norm.running_mean.normal_(generator=g)
         model.norm.running_var.uniform_(0.5, 2, generator=g)

@@ -282,18 +282,6 @@ def test_every_index_enters_at_the_rate_of_the_batch(sampling):
     assert np.var(lengths) == pytest.approx(variance, rel=0.1)
 
 
-def test_a_sample_stands_for_a_larger_set():
-    """Where 10 samples stand for 1000, a batch of 20 has 20 draws; under Poisson sampling a binomial number."""
-    for sampling in ("with_replacement", "without_replacement"):
-        drawn = take(index_stream(10, 20, sampling, seeded(0), population=1000), 300)
-        assert all(indices.shape == (20,) for indices in drawn)
-        counts = torch.bincount(torch.cat(drawn), minlength=10).float()
-        frequencies_fit(counts, 0.1, 6000)
-    lengths = np.array([i.numel() for i in take(index_stream(10, 20, "poisson", seeded(0), population=1000), 4000)])
-    assert lengths.mean() == pytest.approx(20, abs=5 * (20 * 0.98 / 4000) ** 0.5)
-    assert lengths.var() == pytest.approx(20 * 0.98, rel=0.12)
-
-
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize(("population", "batch"), [(9, 4), (40, 7), (5, 5), (6, 1)])
 def test_variance_of_a_batch_mean_is_the_noise_level(sampling, population, batch):

@@ -4,7 +4,7 @@ import curvlinops
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -63,12 +63,13 @@ def test_loss_derivatives_equal_autograd(case):
 
 
 @cases
+@settings(max_examples=8)
 @given(mix=st.floats(0, 1), seed=st.integers(0, 10**6))
 def test_mixed_and_preconditioned_products(case, mix, seed):
     problem = case.problem()
     generator = torch.Generator().manual_seed(seed)
     p = torch.rand(problem.size, generator=generator, dtype=torch.float64)
-    retain, forget = (GGNOperator(problem, s) for s in (problem.retain, problem.forget))
+    retain, forget = (GGNOperator(problem, s, batch_size=64, memory=1) for s in (problem.retain, problem.forget))
     dense = (1 - mix) * dense_ggn(problem, "retain") - mix * dense_ggn(problem, "forget")
     root = p.sqrt().unsqueeze(1)
     operator = PreconditionedOperator(MixedOperator(retain, forget, mix), Diagonal(p))

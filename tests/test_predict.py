@@ -221,6 +221,24 @@ def test_a_users_own_algorithm_is_predicted_and_verified_unchanged(digits_mlp, c
     assert checked.runs[0].lr == 0.02
 
 
+class Warming(stabkit.Algorithm):
+    """A preconditioner that depends on the mix, and says so."""
+
+    name = "warming"
+    preconditioner_reads = frozenset({"mix"})
+
+    def preconditioner(self, problem):
+        return Diagonal(torch.full((problem.size,), 1 + 9 * self.mix, dtype=problem.dtype))
+
+
+@unsure
+def test_a_preconditioner_that_reads_a_setting_is_computed_anew(digits_mlp, class_deletion):
+    report = stabkit.predict(digits_mlp, *class_deletion, algorithm=Warming(lr=0.02, mix=0.1), **QUICK)
+    fresh = stabkit.predict(digits_mlp, *class_deletion, algorithm=Warming(lr=0.02, mix=0.6), **QUICK)
+    assert report.at(mix=0.6).thresholds == fresh.thresholds
+    assert report.at(lr=0.04).thresholds.largest == report.thresholds.largest
+
+
 @dataclass
 class Loss:
     """A callable with its own name."""

@@ -263,6 +263,13 @@ def test_the_default_frontier_brackets_the_boundary_of_every_mix_it_can(report):
     assert front.critical_lr[here] == pytest.approx(report.critical_lr, rel=1.0)
 
 
+def test_a_frontier_without_mixes_is_refused(report):
+    with pytest.raises(ValueError, match=r"`mix` of `Report.frontier` must hold at least one value; got none"):
+        report.frontier(mix=[])
+    with pytest.raises(ValueError, match=r"`lr` .*got"):
+        report.frontier(lr=[])
+
+
 def test_run_reads_its_settings(report):
     assert isinstance(report.run, Run)
     assert (report.run.lr, report.run.mix, report.run.steps) == (0.5, 0.5, 30)

@@ -72,6 +72,8 @@ class Algorithm(abc.ABC):
     """
 
     name: ClassVar[str]
+    # Settings among those below that a subclass's preconditioner reads: a prediction for another value measures anew.
+    preconditioner_reads: ClassVar[frozenset[str]] = frozenset()
 
     lr: float = 0.01
     mix: float = 0.5

@@ -107,7 +107,7 @@ class ScaledJacobian:
 
     def __matmul__(self, block: Tensor) -> Tensor:
         scaled = self._preconditioner.sqrt(block)
-        if self._by_rows(block.shape[1]):
+        if self.by_rows(block.shape[1]):
             return torch.cat([rows @ scaled for rows, _ in self._rows()])
         parts = [
             jvp_block(self._problem, inputs, scaled)[1]
@@ -127,7 +127,7 @@ class ScaledJacobian:
         k = cotangents.shape[2]
         total = torch.zeros(self._problem.size, k, dtype=self._problem.dtype, device=self._problem.device)
         start = 0
-        if self._by_rows(k):
+        if self.by_rows(k):
             for rows, count in self._rows():
                 total += rows.flatten(0, 1).T @ cotangents[start : start + count].flatten(0, 1)
                 start += count
@@ -138,7 +138,15 @@ class ScaledJacobian:
                 start += count
         return self._preconditioner.sqrt(total)
 
-    def _by_rows(self, vectors: int) -> bool:
+    def by_rows(self, vectors: int) -> bool:
+        """Whether a product goes by rows of the Jacobian.
+
+        Args:
+            vectors: Number k of vectors in the block.
+
+        Returns:
+            True where that takes fewer passes, O instead of k, and one sample's rows fit into memory.
+        """
         row_bytes = self.outputs_per_sample * self._problem.size * self._problem.dtype.itemsize
         return self.outputs_per_sample < vectors and row_bytes <= ROW_BYTES
 

@@ -217,4 +217,4 @@ def _captured(basis: Tensor, probed: Tensor) -> float:
 
 def _passes(jacobian: ScaledJacobian, vectors: int) -> int:
     """Passes a sample that one product with a block takes."""
-    return jacobian.outputs_per_sample if jacobian._by_rows(vectors) else vectors
+    return jacobian.outputs_per_sample if jacobian.by_rows(vectors) else vectors
