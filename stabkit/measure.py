@@ -36,7 +36,7 @@ class MeasureSettings:
 
     Attributes:
         curvature: "hessian" or "ggn", of the spectrum.
-        rank: Directions of the linearisation.
+        rank: Directions of the linearisation; found when None.
         retain_samples: Retain samples to linearise; all when None.
         forget_samples: Forget samples to linearise; all when None.
         spectrum_samples: Samples of each set behind the spectrum; all when None.
@@ -44,7 +44,7 @@ class MeasureSettings:
     """
 
     curvature: str
-    rank: int
+    rank: int | None
     retain_samples: int | None
     forget_samples: int | None
     spectrum_samples: int | None

@@ -52,7 +52,7 @@ def predict(
     loss: str | PerSampleLoss | Loss = "cross_entropy",
     batchnorm: str = "frozen",
     curvature: str = "hessian",
-    rank: int = 100,
+    rank: int | None = 100,
     retain_samples: int | None = 512,
     forget_samples: int | None = 256,
     spectrum_samples: int | None = 512,
@@ -82,7 +82,7 @@ def predict(
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         batchnorm: "frozen": running statistics, in the prediction and in the run it is about.
         curvature: Whose extreme eigenvalues to report, "hessian" or "ggn".
-        rank: Directions of the linearisation.
+        rank: Directions of the linearisation; found, so that 95 % of the outputs' sensitivity is captured, when None.
         retain_samples: Retain samples to linearise; all when None.
         forget_samples: Forget samples to linearise; all when None.
         spectrum_samples: Samples of each set behind the eigenvalues; all when None.
@@ -99,7 +99,8 @@ def predict(
     check_choice(curvature, name="curvature", owner="predict", choices=("ggn", "hessian"))
     check_int(seeds, name="seeds", owner="predict", low=1)
     check_int(seed, name="seed", owner="predict", low=0)
-    check_int(rank, name="rank", owner="predict", low=1)
+    if rank is not None:
+        check_int(rank, name="rank", owner="predict", low=1, remedy="None finds one.")
     for name, value in (
         ("retain_samples", retain_samples),
         ("forget_samples", forget_samples),

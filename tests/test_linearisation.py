@@ -255,3 +255,27 @@ def test_costs_are_those_of_the_passes_made(monkeypatch, by_rows, rank):
 def test_what_is_wrong_is_said(settings, error, message):
     with pytest.raises(error, match=message):
         linearise(CASES[1].problem(), Identity(), **settings)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.05, 0.01, 0.0])
+def test_the_rank_grows_until_enough_is_captured(digits_mlp, random_deletion, tolerance):
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    options = {"retain_samples": 40, "forget_samples": 20, "seed": 1}
+    found = linearise(problem, Identity(), rank=None, tolerance=tolerance, **options)
+    assert found.captured >= 1 - tolerance - 1e-5 or found.rank == found.retain.samples * 10 + found.forget.samples * 10
+    fixed = linearise(problem, Identity(), rank=found.rank, **options)
+    assert fixed.captured == pytest.approx(found.captured, abs=0.02)
+    if found.rank > 50:
+        smaller = linearise(problem, Identity(), rank=50, **options)
+        assert smaller.captured < 1 - tolerance
+        assert found.gradient_equivalents >= smaller.gradient_equivalents + fixed.gradient_equivalents * 0.9
+    else:
+        assert found.gradient_equivalents == fixed.gradient_equivalents
+
+
+def test_rank_and_tolerance_are_checked(digits_mlp, random_deletion):
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    with pytest.raises(ValueError, match=r"`rank` of `linearise` must be a whole number >= 1; got 0\. None finds one"):
+        linearise(problem, Identity(), rank=0)
+    with pytest.raises(ValueError, match=r"`tolerance` of `linearise` must be .*\[0, 1\]; got 1\.5"):
+        linearise(problem, Identity(), rank=None, tolerance=1.5)

@@ -199,13 +199,13 @@ class _JacobianOperator(DataOperator):
 
     _way: Way | None = None  # how Jv is computed, once that is known
 
+    @abc.abstractmethod
     def _function(self, inputs: Inputs, targets: Tensor) -> Callable[[Parameters], Tensor]:
         """Of the parameters: outputs of shape (b, ...)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _weigh(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
         """W times tangents of shape (b, O, 1)."""
-        raise NotImplementedError
 
     def _batch_product(self, inputs: Inputs, targets: Tensor) -> BatchProduct:
         problem = self._problem

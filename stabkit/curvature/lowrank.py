@@ -7,12 +7,12 @@ step is a plain gradient step, so one compression serves every step size, mix an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from stabkit._validate import check_int
+from stabkit._validate import check_int, check_real
 from stabkit.curvature.factors import SampleFactors
 from stabkit.curvature.jacobian import ScaledJacobian
 from stabkit.losses import Loss
@@ -21,6 +21,7 @@ from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
 
 OVERSAMPLING = 10
+FIRST_RANK = 50  # where the rank is to be found
 PROBES = 8  # behind `LinearisedNetwork.captured`
 
 
@@ -119,7 +120,8 @@ def linearise(
     problem: UnlearningProblem,
     preconditioner: Preconditioner,
     *,
-    rank: int = 100,
+    rank: int | None = 100,
+    tolerance: float = 0.05,
     retain_samples: int | None = 512,
     forget_samples: int | None = 256,
     seed: int = 0,
@@ -132,22 +134,47 @@ def linearise(
     Args:
         problem: The unlearning problem.
         preconditioner: P of the algorithm.
-        rank: Number r of directions to keep; fewer when the samples give fewer.
+        rank: Number r of directions to keep; fewer when the samples give fewer. When None it is doubled, from 50 on, until
+            all but `tolerance` is captured.
+        tolerance: Share of ‖J P^{1/2}‖_F² that may be missing where the rank is None.
         retain_samples: Retain examples to sample; all when None.
         forget_samples: Forget examples to sample; all when None.
         seed: Seed of the sample and of the sketch.
 
     Returns:
         The compressed network. Cost: about 2·min(O, r)·m per-sample gradients, or 2·r·m where a sample's O·d derivatives
-        are too many to hold; memory d·r for the basis and m·O·r for the features.
+        are too many to hold; memory d·r for the basis and m·O·r for the features. A rank that is found costs that again
+        for each doubling.
     """
-    check_int(rank, name="rank", owner="linearise", low=1)
+    if rank is not None:
+        check_int(rank, name="rank", owner="linearise", low=1, remedy="None finds one.")
+    check_real(tolerance, name="tolerance", owner="linearise", low=0, high=1)
     for name, count in (("retain_samples", retain_samples), ("forget_samples", forget_samples)):
         if count is not None:
             check_int(count, name=name, owner="linearise", low=1, remedy="None takes all of them.")
+    samples = retain_samples, forget_samples
+    if rank is not None:
+        return _compressed(problem, preconditioner, rank, samples, seed)
+    tried, spent = FIRST_RANK, 0.0
+    while True:
+        network = _compressed(problem, preconditioner, tried, samples, seed)
+        spent += network.gradient_equivalents
+        if network.captured >= 1 - tolerance or network.rank < tried:  # fewer than asked for: there are no more
+            return replace(network, gradient_equivalents=spent)
+        tried *= 2
+
+
+def _compressed(
+    problem: UnlearningProblem,
+    preconditioner: Preconditioner,
+    rank: int,
+    counts: tuple[int | None, int | None],
+    seed: int,
+) -> LinearisedNetwork:
+    """The linearisation at a given rank."""
     generator = torch.Generator().manual_seed(seed)
     sets: list[Samples] = [problem.retain, problem.forget]
-    indices = [problem.retain.subset(retain_samples, seed), problem.forget.subset(forget_samples, seed + 1)]
+    indices = [problem.retain.subset(counts[0], seed), problem.forget.subset(counts[1], seed + 1)]
     jacobians = [ScaledJacobian(problem, s, i, preconditioner) for s, i in zip(sets, indices, strict=True)]
     evaluated = [problem.evaluate(s, indices=i) for s, i in zip(sets, indices, strict=True)]
     rows = sum(i.numel() * j.outputs_per_sample for i, j in zip(indices, jacobians, strict=True))
