@@ -17,6 +17,7 @@ from stabkit._validate import check_choice
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
+NAMED = ("cross_entropy", "causal_lm", "mse")
 IGNORE_INDEX = -100
 NEWTON_STEPS = 200
 UNBOUNDED = 1e6  # a mean loss that falls by so many times its size has no minimum
@@ -238,7 +239,8 @@ class CrossEntropy(Loss):
     def constant_level(self, outputs: Tensor, targets: Tensor) -> float:
         """Entropy of the label frequencies, every labelled sample weighing alike, in nats.
 
-        A sample without a single label has loss 0 and counts as such.
+        A sample without a single label has loss 0 and counts as such. Where all labels are the same, which a constant
+        predicts perfectly, it is that of guessing: ln C.
 
         Args:
             outputs: Logits of at least one sample; only their class count is read.
@@ -252,6 +254,8 @@ class CrossEntropy(Loss):
         frequency = torch.zeros(int(labels.max()) + 1, dtype=torch.float64, device=labels.device)
         frequency.scatter_add_(0, labels.reshape(-1), weights.reshape(-1))
         frequency = frequency[frequency > 0]
+        if frequency.numel() == 1:
+            return float(frequency / targets.shape[0]) * math.log(self.aligned(outputs, targets[:1])[0].shape[-1])
         entropy = -(frequency * (frequency / frequency.sum()).log()).sum()
         return float(entropy / targets.shape[0])
 
@@ -418,7 +422,8 @@ class CustomLoss(Loss):
 
     def __init__(self, function: PerSampleLoss) -> None:
         self.function = function
-        self.name = getattr(function, "__name__", type(function).__name__)
+        name = getattr(function, "__name__", type(function).__name__)
+        self.name = f"custom {name}" if name in NAMED else name  # the caller's own is not the library's
 
     def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The caller's loss of every sample.
@@ -578,5 +583,5 @@ def resolve_loss(loss: str | PerSampleLoss | Loss) -> Loss:
         raise TypeError(
             f"`loss` must be 'cross_entropy', 'causal_lm', 'mse' or a callable giving per-sample losses; got {loss!r}."
         )
-    check_choice(loss, name="loss", owner="UnlearningProblem", choices=("cross_entropy", "causal_lm", "mse"))
+    check_choice(loss, name="loss", owner="UnlearningProblem", choices=NAMED)
     return SquaredError() if loss == "mse" else CrossEntropy(shift=loss == "causal_lm")

@@ -31,7 +31,7 @@ def accuracies(problem: UnlearningProblem, model: nn.Module, *, test: Samples | 
 
     Args:
         problem: The unlearning problem.
-        model: Its parameters are read; buffers are the problem's own, as runs leave them.
+        model: Its parameters and buffers are read; its BatchNorm uses its own running statistics.
         test: Held-out samples; the problem's own when None.
 
     Returns:
@@ -44,14 +44,14 @@ def accuracies(problem: UnlearningProblem, model: nn.Module, *, test: Samples | 
 
 
 def parameters_of(problem: UnlearningProblem, model: nn.Module) -> Parameters:
-    """A model's trainable parameters, by the problem's names.
+    """A model's parameters and buffers, by name, those included that the problem holds fixed.
 
     Args:
         problem: The unlearning problem.
         model: A model of the same architecture.
 
     Returns:
-        Parameters on the problem's device, in its dtype.
+        Tensors on the problem's device, floating-point ones in its dtype.
 
     Raises:
         ValueError: If a parameter is missing or has another shape.
@@ -64,7 +64,10 @@ def parameters_of(problem: UnlearningProblem, model: nn.Module) -> Parameters:
                 f"`model` must have a parameter {name!r} of shape {tuple(value.shape)}, as the problem's model has; got "
                 f"{got}. Use a model of the same architecture."
             )
-    return {name: own[name].detach().to(problem.device, problem.dtype) for name in problem.parameters}
+    return {
+        name: tensor.detach().to(problem.device, problem.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in (*own.items(), *model.named_buffers())
+    }
 
 
 def accuracy(problem: UnlearningProblem, samples: Samples, parameters: Parameters) -> float | None:

@@ -245,7 +245,7 @@ def _frontier(
 ) -> Frontier:
     algorithm = measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
-    mixes = np.linspace(0, 1, FRONTIER_POINTS) if mix is None else np.asarray(mix, dtype=float)
+    mixes = np.linspace(0, 1, FRONTIER_POINTS) if mix is None else np.atleast_1d(np.asarray(mix, dtype=float))
     if mixes.size == 0:
         raise ValueError(
             "`mix` of `Report.frontier` must hold at least one value; got none. None takes 20 from 0 to 1."
@@ -263,7 +263,7 @@ def _frontier(
         )
 
     if lr is not None:
-        return rolled(np.asarray(lr, dtype=float), mixes, seeds, progress)
+        return rolled(np.atleast_1d(np.asarray(lr, dtype=float)), mixes, seeds, progress)
     # A coarse look with one seed says which step sizes are worth a fine grid: all boundaries and half a decade more.
     coarse = np.geomspace(detail.value * 1e-4, detail.value * 1e4, 4 * FRONTIER_POINTS // 5 + 1)
     looked = rolled(coarse, np.linspace(mixes.min(), mixes.max(), 6), seeds[:1], False).critical_lr
@@ -327,7 +327,7 @@ def _thresholds(measurement: Measurement, batch_sizes: tuple[int, int], limits: 
     algorithm, pairs = measurement.algorithm, measurement.spectrum.pairs
     dynamics, limit = _dynamics(measurement, batch_sizes), _step_limit(measurement)
     retain_mean = measurement.retain.mean()
-    damping = DAMPING * float(torch.linalg.eigvalsh(retain_mean)[-1])
+    damping = DAMPING * float(torch.linalg.eigvalsh(retain_mean)[-1]) or torch.finfo(torch.float64).tiny ** 0.5
     mean_square = stability.mean_square(dynamics, algorithm.lr)
     rule = stability.coherence_rule(dynamics, algorithm.lr, sigma=measurement.coherence.for_rule())
     return Thresholds(
@@ -429,6 +429,10 @@ def _advice(
             )
         return tuple(advice)
     advice = []
+    if lr_detail.found and lr_detail.value <= lr_detail.scanned[0]:
+        return (
+            f"No step size down to {lr_detail.value:.2g} is safe: the model is at or past the divergence level already.",
+        )
     if lr_detail.found:
         advice.append(f"Keep mix {algorithm.mix:.3g} and lower the step size to {lr_detail.low / 2:.2g} or less.")
     if mix_detail.found and mix_detail.low > 0:

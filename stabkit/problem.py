@@ -56,7 +56,7 @@ class UnlearningProblem:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Read, copy and check everything.
+        """Read and check everything. The model is copied; data are read when needed and must stay as they are meanwhile.
 
         Args:
             model: The trained network. It must return a tensor, or an object with `.logits`.

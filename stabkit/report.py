@@ -312,6 +312,9 @@ class Report:
     _frontier: Callable[..., Frontier] | None = field(default=None, compare=False, repr=False)
     _at: Callable[..., Report] | None = field(default=None, compare=False, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_frontier": None, "_at": None}  # a copy in a file has the values alone
+
     @property
     def confidence(self) -> str:
         """Either "high", if every check passed, or "low"."""

@@ -36,8 +36,8 @@ class Rollout:
         lr: Step sizes, shape (G,), as they were given.
         mix: Mixes, shape (G,).
         score: Largest log ratio of the retain loss to the divergence level, capped at `SCORE_CAP`, shape (S, G). From 0 on
-            this seed's run crosses. `SCORE_CAP` where any loss is not finite; a loss that is negative at θ* is counted
-            from there.
+            this seed's run crosses. `SCORE_CAP` where any loss is not finite, or the level is passed at θ*; a loss that
+            is negative at θ* is counted from there.
         divergence_step: First checked step past the level, shape (S, G); NaN where it is never passed.
         stopped_step: Last step taken, shape (S, G); earlier than K where a stop rule ended the run.
         steps: The checked steps, shape (T,).
@@ -168,7 +168,8 @@ def _players(part: LinearisedSet, seed: int) -> Tensor:
     players = torch.full((n,), -1)
     players[part.indices.cpu()] = torch.arange(m)
     generator = torch.Generator().manual_seed(PLAYERS_SEED + seed)
-    rounds = torch.rand(-(-(n - m) // m), m, generator=generator).argsort(1)  # each round plays every held sample once
+    # Each round plays every held sample once.
+    rounds = torch.rand(-(-(n - m) // m), m, generator=generator, dtype=torch.float32).argsort(1)
     players[players < 0] = rounds.flatten()[: n - m]
     return players
 
@@ -216,6 +217,8 @@ def _roll_seed(
         ratio = ((now[0] - floor) / room).clamp_min(0).log().clamp_max(SCORE_CAP)
         ratio[~now.isfinite().all(0)] = SCORE_CAP
         score[rows] = torch.maximum(score[rows], ratio)
+        if step == 0:
+            score[rows[ratio >= 0]] = SCORE_CAP  # past the level before the first step: nothing is left to predict
         before = divergence_step[rows].isnan()
         coordinates[rows[before]] = at.double().cpu()[before]
         divergence_step[rows[before & (ratio >= 0)]] = float(step)

@@ -6,6 +6,7 @@ A `DataLoader`, a `Dataset`, an `(x, y)` pair of tensors, a dictionary of tensor
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ Data = DataLoader | Dataset | tuple[Any, Any] | Mapping[str, Tensor] | Iterable[
 # Rows of every storage that a set draws on, by the storage's key: what tells whether two sets share samples.
 Identity = dict[object, np.ndarray]
 
+REREAD = 8  # samples read twice, to find random augmentation
 IN_MEMORY_BYTES = 4 * 2**30
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
@@ -314,6 +316,19 @@ def _root_indices(dataset: Any, indices: np.ndarray) -> Identity:
     return {id(dataset): indices}
 
 
+@contextlib.contextmanager
+def _kept(generator: torch.Generator | None) -> Iterator[None]:
+    """Give the caller's generator back as it was."""
+    if generator is None:
+        yield
+        return
+    state = generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
 def _read_loader(loader: DataLoader, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
@@ -323,7 +338,15 @@ def _read_loader(loader: DataLoader, name: str, device: torch.device, dtype: tor
     elif isinstance(loader.sampler, SequentialSampler | RandomSampler):
         return _read_dataset(dataset, loader.collate_fn, name, device, dtype)
     else:
-        chosen = sorted({int(index) for index in loader.sampler})
+        with _kept(getattr(loader.sampler, "generator", None)):
+            drawn = [int(index) for index in loader.sampler]
+        chosen = sorted(set(drawn))
+        if len(chosen) < len(drawn):
+            raise ValueError(
+                f"the sampler of `{name}` must name every sample once; got {type(loader.sampler).__name__}, which drew "
+                f"{len(drawn)} and {len(chosen)} different ones. Pass the data set itself: how batches are drawn is said by "
+                "`sampling`."
+            )
     return _read_dataset(Subset(dataset, chosen), loader.collate_fn, name, device, dtype)
 
 
@@ -339,13 +362,14 @@ def _read_dataset(
         return _split(collate([dataset[i] for i in indices.tolist()]), name)
 
     inputs, targets = fetch(torch.zeros(1, dtype=torch.int64))
-    again, _ = fetch(torch.zeros(1, dtype=torch.int64))
-    for first, second in zip(tensors_of(inputs), tensors_of(again), strict=True):
-        if first.shape != second.shape or not torch.equal(first.nan_to_num(), second.nan_to_num()):
-            raise ValueError(
-                f"`{name}` must give the same sample each time; sample 0 read twice differs. Random augmentation makes "
-                "the loss surface random: pass the set without it."
-            )
+    for index in torch.linspace(0, size - 1, min(size, REREAD)).long().unique():
+        once, again = (fetch(index.reshape(1))[0] for _ in range(2))
+        for first, second in zip(tensors_of(once), tensors_of(again), strict=True):
+            if first.shape != second.shape or not torch.equal(first.nan_to_num(), second.nan_to_num()):
+                raise ValueError(
+                    f"`{name}` must give the same sample each time; sample {int(index)} read twice differs. Random "
+                    "augmentation makes the loss surface random: pass the set without it."
+                )
     one = sum(t.numel() * t.element_size() for t in (*tensors_of(inputs), targets))
     if one * size > IN_MEMORY_BYTES:
         return Samples(name, size, fetch, identity, device, dtype)

@@ -42,7 +42,7 @@ def index_stream(size: int, batch: int, sampling: str, generator: torch.Generato
     """
     while True:
         if sampling == "poisson":
-            yield (torch.rand(size, generator=generator) < batch / size).nonzero().flatten()
+            yield (torch.rand(size, generator=generator, dtype=torch.float32) < batch / size).nonzero().flatten()
         elif sampling == "with_replacement":
             yield torch.randint(0, size, (batch,), generator=generator)
         else:

@@ -18,7 +18,7 @@ from stabkit._table import Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import ALGORITHMS, Algorithm
 from stabkit.boundary import Outcome
-from stabkit.losses import Loss, PerSampleLoss
+from stabkit.losses import NAMED, Loss, PerSampleLoss
 from stabkit.metrics import Accuracies, accuracies
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Report
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SAME_LOSS = 1e-3  # relative difference of losses that another device or dtype may make
 FIRST_RUN_SEED = 10_000  # real runs draw other batches than the rollouts did
 
 
@@ -238,7 +239,8 @@ def verify(
     places: list[tuple[str, float, bool | None]] = [
         ("asked", report.run.lr, {"stable": False, "diverges": True}.get(report.verdict))
     ]
-    if math.isfinite(report.critical_lr):
+    # A scan that crosses from its first value on has found no boundary to stand on either side of.
+    if math.isfinite(report.critical_lr) and report.critical_lr > report.critical_lr_detail.scanned[0]:
         places += [
             ("below", report.critical_lr / factor, False),
             ("at", report.critical_lr, None),
@@ -302,13 +304,12 @@ def _algorithm(report: Report, algorithm: Algorithm | None) -> Algorithm:
 def _loss(report: Report, loss: str | PerSampleLoss | Loss | None) -> str | PerSampleLoss | Loss:
     if loss is not None:
         return loss
-    named = ("cross_entropy", "causal_lm", "mse")
-    if report.run.loss not in named:
+    if report.run.loss not in NAMED:
         raise ValueError(
             f"`loss` of `verify` must be given, as the report's {report.run.loss!r} is a callable; got None. Pass the "
             "callable that was predicted with."
         )
-    return check_choice(report.run.loss, name="loss", owner="verify", choices=named)
+    return check_choice(report.run.loss, name="loss", owner="verify", choices=NAMED)
 
 
 def _check_same(report: Report, problem: UnlearningProblem) -> None:
@@ -322,6 +323,15 @@ def _check_same(report: Report, problem: UnlearningProblem) -> None:
             raise ValueError(
                 f"`{name}` of `verify` must be the one of the report, with {expected} {what}; got {got}. Predict again "
                 "for other data or another model."
+            )
+    for name, before, now in (
+        ("retain", report.run.retain_loss, problem.retain_loss),
+        ("forget", report.run.forget_loss, problem.forget_loss),
+    ):
+        if not math.isclose(before, now, rel_tol=SAME_LOSS, abs_tol=SAME_LOSS * report.run.divergence_level):
+            raise ValueError(
+                f"`model` and `{name}` of `verify` must be those of the report, whose {name} loss is {before:.6g}; got "
+                f"{now:.6g}. Predict again for other data or another model."
             )
 
 

@@ -287,6 +287,79 @@ def test_a_prediction_in_too_few_directions_says_so(digits_mlp, class_deletion):
     assert {w.filename for w in (*caught, *again)} == {__file__}  # the caller's line, not the library's
 
 
+class Masked(nn.Module):
+    """Control flow that depends on values, as attention masks bring it; no batching transform passes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.layers(x) if float(x.detach().abs().max()) > -1 else self.layers(-x)
+
+
+class Recurrent(nn.Module):
+    """Single-precision recurrent kernels have neither forward mode nor a batching rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.head = nn.LSTM(2, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x.reshape(-1, 2, 2))[0][:, -1])
+
+
+@untrained
+@unsure
+@pytest.mark.filterwarnings("ignore::stabkit.FallbackWarning")
+@pytest.mark.parametrize("algorithm", ["graddiff", "agu"])
+@pytest.mark.parametrize("model", [Masked, Recurrent])
+@pytest.mark.parametrize("rank", [2, 30])
+def test_models_that_cannot_be_batched_go_sample_by_sample(algorithm, model, rank):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = model()
+    report = stabkit.predict(net, FORGET, RETAIN, algorithm=algorithm, lr=0.1, **{**SMALL, "rank": rank})
+    assert 0 <= report.probability <= 1
+    if model is Masked:  # the same network without the question
+        plain = stabkit.predict(net.layers, FORGET, RETAIN, algorithm=algorithm, lr=0.1, **{**SMALL, "rank": rank})
+        assert report.probability == pytest.approx(plain.probability, rel=1e-3)
+        assert report.thresholds.largest == pytest.approx(plain.thresholds.largest, rel=1e-3)
+
+
+def test_a_model_past_the_level_is_said_to_diverge_at_once():
+    model = MLP(4, 3, hidden=(5,), seed=3)
+    with torch.no_grad():
+        model[-1].weight.mul_(30)
+    with pytest.warns(stabkit.UntrainedModelWarning):
+        report = stabkit.predict(model, FORGET, RETAIN, lr=0.01, **SMALL)
+    assert (report.verdict, report.divergence_step) == ("diverges", 0)
+    assert report.probability > 0.99
+    assert report.advice[0].startswith("No step size down to")
+    with pytest.warns(stabkit.UntrainedModelWarning):
+        checked = stabkit.verify(report, model, FORGET, RETAIN)
+    assert [(r.place, r.hit) for r in checked.runs] == [("asked", True)]
+
+
+def test_the_default_dtype_of_the_session_changes_nothing(digits_mlp, class_deletion):
+    plain = stabkit.predict(digits_mlp, *class_deletion, lr=0.05, **QUICK).to_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = stabkit.predict(digits_mlp, *class_deletion, lr=0.05, **QUICK).to_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for report in (plain, other):
+        report.pop("costs")
+    assert plain == other
+
+
+@untrained
+def test_a_retain_set_of_one_class_is_held_against_guessing():
+    y = torch.cat([torch.ones(10), torch.zeros(30)]).long()
+    problem = UnlearningProblem(MLP(4, 2, hidden=(5,)), (X[:10], y[:10]), (X[10:], y[10:]))
+    assert problem.divergence_level == pytest.approx(math.log(2))
+
+
 # ------------------------------------------------------------------ errors
 
 

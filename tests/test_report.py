@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import json
 import math
+import pickle
 import re
 import typing
 from html.parser import HTMLParser
@@ -93,6 +95,13 @@ def test_files_that_are_not_reports_are_refused(report):
     del missing["cause"]
     with pytest.raises(ValueError, match=r"`Report` needs the fields .*'cause'.* not a stabkit report"):
         Report.from_dict(missing)
+
+
+def test_a_report_can_be_pickled_and_copied(report):
+    for again in (pickle.loads(pickle.dumps(report)), copy.deepcopy(report)):
+        assert again == report
+        with pytest.raises(RuntimeError, match="`at` of `Report`"):
+            again.at(lr=0.1)
 
 
 def test_a_loaded_report_says_what_it_cannot_do(loaded):
@@ -268,6 +277,7 @@ def test_a_frontier_without_mixes_is_refused(report):
         report.frontier(mix=[])
     with pytest.raises(ValueError, match=r"`lr` .*got"):
         report.frontier(lr=[])
+    assert report.frontier(lr=0.1, mix=0.5).probability.shape == (1, 1)
 
 
 def test_run_reads_its_settings(report):

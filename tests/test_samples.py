@@ -144,7 +144,7 @@ def test_sets_too_large_for_memory_are_read_by_index(form, monkeypatch):
     fetch = type(dataset).__getitem__
     monkeypatch.setattr(type(dataset), "__getitem__", lambda self, i: reads.append(i) or fetch(self, i))
     samples = read(data)
-    assert max(reads) == 0  # only the first row, to learn its shape
+    assert len(set(reads)) <= 8 < N  # a few rows, to learn their shape and that they are the same twice
     inputs, targets = samples.batch(torch.tensor([5, 2]))
     torch.testing.assert_close(inputs, X[[5, 2]])
     torch.testing.assert_close(targets, Y[[5, 2]])
@@ -329,3 +329,28 @@ def test_trees_keep_their_structure():
     doubled = map_tensors(lambda t: 2 * t, tree)
     assert torch.equal(doubled["a"][1][0], 2 * Y)
     assert doubled["b"] == 3
+
+
+def test_a_sampler_is_read_once_and_its_generator_given_back():
+    data = TensorDataset(X, Y)
+    generator = torch.Generator().manual_seed(4)
+    before = generator.get_state()
+    chosen = SubsetRandomSampler(range(3, 9), generator=generator)
+    assert read(DataLoader(data, batch_size=2, sampler=chosen)).size == 6
+    assert torch.equal(generator.get_state(), before)
+    weighted = WeightedRandomSampler(torch.ones(N), 10 * N, generator=generator)
+    with pytest.raises(ValueError, match=rf"got WeightedRandomSampler, which drew {10 * N} and {N} different ones"):
+        read(DataLoader(data, batch_size=2, sampler=weighted))
+
+
+def test_rare_augmentation_is_found():
+    class Flipping(Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, index):
+            self.reads = getattr(self, "reads", 0) + 1
+            return X[index] + (self.reads % 2) * (index > N // 2), Y[index]
+
+    with pytest.raises(ValueError, match=r"the same sample each time; sample \d+ read twice differs"):
+        read(Flipping())

@@ -165,6 +165,36 @@ def test_what_does_not_belong_to_the_report_is_refused(digits_mlp, sets, report,
         stabkit.verify(report, arguments.pop("model", digits_mlp), forget, retain, **arguments)
 
 
+@pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+def test_data_of_the_same_size_that_were_not_predicted_on_are_refused(digits_mlp, sets, report):
+    forget, retain = sets
+    swapped = retain[0], retain[1].roll(1)
+    with pytest.raises(
+        ValueError, match=r"`model` and `retain` of `verify` must be those of the report, whose retain loss"
+    ):
+        stabkit.verify(report, digits_mlp, forget, swapped)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning", "ignore::stabkit.LowConfidenceWarning")
+def test_a_retrained_model_keeps_its_own_statistics():
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+
+    def network(shift):
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)).eval()
+        with torch.no_grad():
+            model[0].running_mean.fill_(shift)
+            model[1].weight.copy_(torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]))
+            model[1].bias.zero_()
+        return model
+
+    labels = (x[:, 0] < 5).long()  # by the shifted statistics every sample is of class 1
+    sets = (x[:20], labels[:20]), (x[20:], labels[20:])
+    report = stabkit.predict(network(0.0), *sets, lr=0.01, rank=4, steps=3, batch_size=8)
+    checked = stabkit.verify(report, network(0.0), *sets, gold=network(5.0))
+    assert checked.gold.retain == 1.0
+    assert checked.before.retain < 0.9
+
+
 def test_random_state_is_left_alone(digits_mlp, sets, report):
     before = torch.get_rng_state()
     stabkit.verify(report, digits_mlp, *sets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import ClassVar
 
 import torch
@@ -97,7 +98,15 @@ def normalised_sensitivity(problem: UnlearningProblem) -> Tensor:
     total = torch.zeros(problem.size, dtype=torch.float64, device=problem.device)
     batch = max(1, GRADIENT_BYTES // (2 * problem.size * problem.dtype.itemsize))
     for inputs, targets in problem.forget.batches(batch):
-        gradients = per_sample(problem.parameters, inputs, targets)
+        try:
+            gradients = per_sample(problem.parameters, inputs, targets)
+        except RuntimeError:
+            # What cannot be batched over samples goes one by one.
+            singles = [
+                grad(single)(problem.parameters, map_tensors(itemgetter(i), inputs), targets[i])
+                for i in range(targets.shape[0])
+            ]
+            gradients = {name: torch.stack([s[name] for s in singles]) for name in problem.parameters}
         total += problem.flatten({name: g.detach().abs().sum(0) for name, g in gradients.items()})
     largest = float(total.max())
     if largest == 0:

@@ -4,7 +4,7 @@ Two ways to the same product. Forward and reverse mode cost k passes for k vecto
 k is, and hold the Jacobian of a few samples at a time; they win when a sample has fewer outputs than there are vectors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.func import jacrev, jvp, vjp, vmap
 
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
-from stabkit.samples import Inputs, Samples, map_tensors
+from stabkit.samples import Inputs, Samples, map_tensors, tensors_of
 
 ROW_BYTES = 256 * 2**20  # of Jacobian rows held at once
 BLOCK_BYTES = 512 * 2**20  # of parameter-sized vectors held at once by a batched forward or reverse pass
@@ -43,7 +43,25 @@ def jvp_block(problem: UnlearningProblem, inputs: Inputs, block: Tensor) -> tupl
 
     with torch.no_grad():
         outputs = function(problem.parameters)
-        parts = [vmap(push, in_dims=1, out_dims=-1)(chunk) for chunk in block.split(_vectors_at_once(problem), dim=1)]
+    try:
+        with torch.no_grad():
+            chunks = block.split(_vectors_at_once(problem), dim=1)
+            parts = [vmap(push, in_dims=1, out_dims=-1)(chunk) for chunk in chunks]
+    except RuntimeError:
+        # No forward mode, or none in batches: J v as the derivative of u -> J^T u, by reverse mode alone.
+        leaves = {name: p.detach().requires_grad_() for name, p in problem.parameters.items()}
+        dummy = torch.zeros_like(outputs, requires_grad=True)
+        with torch.enable_grad():
+            pulled = torch.autograd.grad(
+                function(leaves),
+                list(leaves.values()),
+                grad_outputs=dummy,
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            flat = torch.cat([p.reshape(-1) for p in pulled])
+        parts = [torch.autograd.grad(flat, dummy, grad_outputs=v, retain_graph=True)[0].unsqueeze(-1) for v in block.T]
     return outputs, torch.cat(parts, dim=-1).reshape(outputs.shape[0], -1, block.shape[1])
 
 
@@ -63,7 +81,11 @@ def vjp_block(problem: UnlearningProblem, inputs: Inputs, cotangents: Tensor) ->
     parts = []
     for chunk in cotangents.split(_vectors_at_once(problem), dim=2):
         shaped = chunk.reshape(*outputs.shape, chunk.shape[-1])
-        (pulled,) = vmap(pull, in_dims=-1, out_dims=-1)(shaped)
+        try:
+            (pulled,) = vmap(pull, in_dims=-1, out_dims=-1)(shaped)
+        except RuntimeError:
+            columns = [pull(u.contiguous())[0] for u in shaped.movedim(-1, 0)]  # one after the other
+            pulled = {name: torch.stack([c[name] for c in columns], dim=-1) for name in problem.parameters}
         parts.append(torch.cat([pulled[name].reshape(-1, chunk.shape[-1]) for name in problem.parameters]))
     return torch.cat(parts, dim=1).detach()
 
@@ -82,10 +104,31 @@ def jacobian_rows(problem: UnlearningProblem, inputs: Inputs) -> Tensor:
     def single(parameters: Parameters, sample: Inputs) -> Tensor:
         return problem.outputs(parameters, map_tensors(lambda t: t.unsqueeze(0), sample)).reshape(-1)
 
-    with torch.no_grad():
-        rows = vmap(jacrev(single), in_dims=(None, 0))(problem.parameters, inputs)
+    try:
+        with torch.no_grad():
+            rows = vmap(jacrev(single), in_dims=(None, 0))(problem.parameters, inputs)
+    except RuntimeError:
+        # Recurrent layers, masks and control flow that depend on values: sample by sample, and as right.
+        count = next(tensors_of(inputs)).shape[0]
+        return torch.stack([_rows_of_one(problem, single, inputs, i) for i in range(count)])
     parts = [rows[name].flatten(2) for name in problem.parameters]
     return torch.cat(parts, dim=2)
+
+
+def _rows_of_one(
+    problem: UnlearningProblem, single: Callable[[Parameters, Inputs], Tensor], inputs: Inputs, index: int
+) -> Tensor:
+    """Jacobian of one sample, (O, d), by plain reverse mode."""
+    leaves = {name: p.detach().requires_grad_() for name, p in problem.parameters.items()}
+    with torch.enable_grad():
+        outputs = single(leaves, map_tensors(lambda t: t[index], inputs))
+    rows = []
+    for output in outputs:
+        row = torch.autograd.grad(
+            output, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        rows.append(torch.cat([r.reshape(-1) for r in row]))
+    return torch.stack(rows)
 
 
 class ScaledJacobian:

@@ -185,7 +185,7 @@ def _compressed(
     probed = []
     for place, (jacobian, (outputs, targets, _)) in enumerate(zip(jacobians, evaluated, strict=True)):
         m, o = outputs.shape[0], jacobian.outputs_per_sample
-        noise = torch.randn(m, o, width, generator=generator) / m**0.5
+        noise = torch.randn(m, o, width, generator=generator, dtype=torch.float32) / m**0.5
         signs = 2.0 * torch.randint(0, 2, (m, o, PROBES), generator=generator) - 1.0
         drawn = torch.cat([noise, signs], dim=2).to(problem.device, problem.dtype)
         residual = problem.loss.residual(outputs, targets).reshape(m, o, 1) / m
