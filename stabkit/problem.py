@@ -70,8 +70,8 @@ class UnlearningProblem:
 
         Raises:
             TypeError: If the model is not a module, or data or targets have a wrong type.
-            ValueError: If data are empty, overlapping, not finite or out of range, or the model is not deterministic or
-                has no trainable parameter.
+            ValueError: If data are empty, overlapping, not finite or out of range, the model is not deterministic or has no
+                trainable parameter, or device or dtype cannot be used.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` of `UnlearningProblem` must be a torch.nn.Module; got {type(model).__name__}.")
@@ -83,7 +83,12 @@ class UnlearningProblem:
                 "`model` of `UnlearningProblem` must have a trainable parameter; got none with requires_grad=True. "
                 "Unfreeze the layers that unlearning may change."
             )
-        self.device = torch.device(device) if device is not None else first.device
+        if dtype not in {None, torch.float32, torch.float64}:
+            raise ValueError(
+                f"`dtype` of `UnlearningProblem` must be torch.float32 or torch.float64; got {dtype!r}. None takes the "
+                "model's, but at least float32."
+            )
+        self.device = _checked_device(device) if device is not None else first.device
         self.dtype = dtype or (first.dtype if first.dtype in {torch.float32, torch.float64} else torch.float32)
         _warn_train_mode(model)
         with preserved_rng():
@@ -300,12 +305,31 @@ class UnlearningProblem:
                 f"{float((outputs - again).abs().max()):.3g}. Remove random layers that ignore eval()."
             )
         self.loss.check_targets(outputs, samples.targets(), name=samples.name)
+        if outputs.dim() < 2:
+            raise ValueError(
+                f"`model` must return a row of outputs per sample; got shape {tuple(outputs.shape)} for "
+                f"{outputs.shape[0]} samples of `{samples.name}`. Return shape (m, 1), for instance without the squeeze."
+            )
         losses = self.loss.per_sample(outputs, targets)
         if not bool(torch.isfinite(losses).all()):
             raise ValueError(
                 f"losses of `{samples.name}` must be finite at the trained parameters; got {losses.tolist()}. Check the "
                 "loss and the inputs' scale."
             )
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    """The device, if it is there."""
+    remedy = "Use None for where the model is, or 'cpu'."
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` of `UnlearningProblem` must name a device; got {device!r}. {remedy}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"`device` of `UnlearningProblem` must be available; got {device!r} where there is no CUDA. {remedy}"
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -111,7 +111,16 @@ def run(
     Returns:
         The new model and what happened. Cost: B_R + B_F gradients a step, and a forward pass over the monitored samples
         at each look.
+
+    Raises:
+        TypeError: If problem or algorithm is something else.
     """
+    for name, value, kind in (("problem", problem, UnlearningProblem), ("algorithm", algorithm, Algorithm)):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"`{name}` of `run` must be an object of {kind.__name__}; got {value!r:.60}. For instance "
+                "run(UnlearningProblem(model, forget, retain), GradDiff(lr=0.01))."
+            )
     check_int(seed, name="seed", owner="run", low=0)
     check_int(check_every, name="check_every", owner="run", low=1)
     if monitor_samples is not None:

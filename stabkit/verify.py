@@ -292,6 +292,12 @@ def _verified(
 
 def _algorithm(report: Report, algorithm: Algorithm | None) -> Algorithm:
     if algorithm is not None:
+        if not isinstance(algorithm, Algorithm) or algorithm.name != report.run.algorithm:
+            got = repr(algorithm.name) if isinstance(algorithm, Algorithm) else repr(algorithm)
+            raise ValueError(
+                f"`algorithm` of `verify` must be the object that was predicted, a {report.run.algorithm!r}; got {got}. "
+                "Leave it out for the library's own algorithms."
+            )
         return algorithm.replace(**report.run.settings)
     if report.run.algorithm not in ALGORITHMS:
         raise ValueError(

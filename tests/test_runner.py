@@ -448,3 +448,17 @@ def test_a_progress_bar_is_drawn_on_request(digits_mlp, random_deletion, capsys)
     shown = capsys.readouterr()
     assert "run graddiff" in shown.err
     assert shown.out == ""
+
+
+def test_what_cannot_be_run_is_said(digits_mlp, random_deletion):
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    with pytest.raises(TypeError, match=r"`algorithm` of `run` must be an object of Algorithm; got 'graddiff'"):
+        run(problem, "graddiff")
+    with pytest.raises(TypeError, match=r"`problem` of `run` must be an object of UnlearningProblem; got MLP"):
+        run(digits_mlp, GradDiff())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without one")
+def test_a_gpu_that_is_not_there_is_said(digits_mlp, random_deletion):
+    with pytest.raises(ValueError, match=r"`device` .* must be available; got 'cuda' where there is no CUDA"):
+        UnlearningProblem(digits_mlp, *random_deletion, device="cuda")

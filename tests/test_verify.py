@@ -99,6 +99,13 @@ def test_without_a_critical_step_only_the_asked_run_is_made(digits_mlp, sets, re
     assert [r.place for r in stabkit.verify(unbounded, digits_mlp, *sets).runs] == ["asked"]
 
 
+def test_another_algorithm_is_refused(digits_mlp, sets, report):
+    with pytest.raises(ValueError, match=r"must be the object that was predicted, a 'graddiff'; got 'agu'"):
+        stabkit.verify(report, digits_mlp, *sets, algorithm=stabkit.AGU())
+    with pytest.raises(ValueError, match=r"must be the object that was predicted, a 'graddiff'; got 'graddiff'"):
+        stabkit.verify(report, digits_mlp, *sets, algorithm="graddiff")
+
+
 def test_a_marginal_verdict_is_not_counted(digits_mlp, sets, report):
     marginal = dataclasses.replace(report, verdict="marginal", critical_lr=math.inf)
     (only,) = stabkit.verify(marginal, digits_mlp, *sets).runs
