@@ -252,15 +252,22 @@ def main() -> None:
             rows[name] = product_rows(problem_of(model, (3, 32, 32), samples, 10, device), device)
             print(threads, name, json.dumps(rows[name], indent=1), flush=True)
         result[f"products_{threads}_threads"] = rows
+        write(result, output)
     torch.set_num_threads(1)
     problem = problem_of(ResNet(3, 10, blocks=(3, 3, 3), width=16), (3, 32, 32), 32, 10, device)
     result["spectrum_resnet20"] = spectrum_rows(problem, device)
     print(json.dumps(result["spectrum_resnet20"], indent=1), flush=True)
+    write(result, output)
     result["cost_curves"] = cost_curves(device)
     print({name: round(curve["slope"], 2) for name, curve in result["cost_curves"].items()}, flush=True)
     assert all(math.isfinite(curve["slope"]) for curve in result["cost_curves"].values())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result, output)
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Put down what is measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def run_demo(output: str | os.PathLike[str], *, seed: int = 0, progress: bool = 
         progress: Whether to show progress bars.
 
     Returns:
-        What was measured. Cost: one training, six measurements, some thirty runs; about a minute on two cores.
+        What was measured. Cost: one training, six measurements, some thirty runs; about a minute and a half on one core.
     """
     check_int(seed, name="seed", owner="run_demo", low=0)
     start = time.perf_counter()
