@@ -33,10 +33,13 @@ from stabkit.algorithms import (
 from stabkit.boundary import Frontier
 from stabkit.heavy_tail import layer_exponents
 from stabkit.metrics import Audit, audit
-from stabkit.predict import predict
+from stabkit.monitor import Monitor
+from stabkit.predict import predict, predict_cost
 from stabkit.problem import UnlearningProblem
+from stabkit.recommendations import Recommendations
 from stabkit.report import Report
 from stabkit.runner import RunResult, run
+from stabkit.tune import tune
 from stabkit.verify import Verification, verify
 
 __all__ = [
@@ -54,7 +57,9 @@ __all__ = [
     "L1Sparse",
     "LowConfidenceWarning",
     "MemoryWarning",
+    "Monitor",
     "RandomLabels",
+    "Recommendations",
     "RemainNewton",
     "Report",
     "RunResult",
@@ -70,7 +75,9 @@ __all__ = [
     "audit",
     "layer_exponents",
     "predict",
+    "predict_cost",
     "retrain",
     "run",
+    "tune",
     "verify",
 ]

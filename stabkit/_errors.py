@@ -1,5 +1,11 @@
 """The warnings stabkit issues, one class per cause, so that a user can silence exactly one of them."""
 
+import os
+import sys
+from types import FrameType
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+
 
 class StabkitWarning(UserWarning):
     """Base of every warning that stabkit issues."""
@@ -27,3 +33,20 @@ class MemoryWarning(StabkitWarning):
 
 class FallbackWarning(StabkitWarning):
     """A faster way of computing failed on this model and a slower one is used; results are the same."""
+
+
+def caller_level() -> int:
+    """The `stacklevel` with which `warnings.warn`, called on the same line, points at the line that called stabkit.
+
+    That is the caller of the outermost function of the package: PyTorch or a progress bar may stand between two of its own.
+
+    Returns:
+        Frames up to there, counted as `warnings.warn` counts them.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    level = found = 1
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            found = level + 1
+        frame, level = frame.f_back, level + 1
+    return found

@@ -1,4 +1,4 @@
-"""Frozen dataclasses to plain JSON values and back, without loss and without pickle."""
+"""Frozen dataclasses to plain JSON values and files and back, without loss and without pickle."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import dataclasses
 import json
 import math
 import os
+import reprlib
 import tempfile
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 T = TypeVar("T")
 
+SHOWN = 200  # characters of a path or text in a message
 _NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
@@ -78,6 +80,100 @@ def from_plain(kind: Any, value: Any) -> Any:
     if kind is float and value is not None:
         return _NOT_FINITE[value] if isinstance(value, str) else float(value)
     return value
+
+
+class Stored:
+    """How a frozen dataclass of plain values is written to JSON and read again.
+
+    Attributes:
+        schema: Version of its fields, written with them; what another version wrote is refused.
+    """
+
+    schema: ClassVar[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: dictionaries, lists, strings, numbers and None.
+
+        Returns:
+            The fields, with the schema's version.
+        """
+        return {"schema": self.schema, **to_plain(self)}
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Strict JSON; infinities are written as strings.
+
+        Args:
+            path: File to write as well, atomically.
+
+        Returns:
+            The text.
+        """
+        text = dumps(self.to_dict())
+        if path is not None:
+            write_atomically(path, text)
+        return text
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
+        """The object that `to_dict` came from.
+
+        Args:
+            plain: What `to_dict` gave.
+
+        Returns:
+            An equal object. What it cannot do from its values alone, it cannot do any more.
+
+        Raises:
+            TypeError: If it is no dictionary.
+            ValueError: If the schema is another one, or the fields are not those of this kind.
+        """
+        what = f"`plain` of `{cls.__name__}.from_dict` must"
+        if not isinstance(plain, dict):
+            raise TypeError(f"{what} be a dictionary, as `to_dict` gives; got {reprlib.repr(plain)}.")
+        schema = plain.get("schema")
+        if schema != cls.schema:
+            raise ValueError(
+                f"{what} have schema {cls.schema}; got {schema!r}. Make it anew with this version of stabkit."
+            )
+        try:
+            return from_plain(cls, {key: value for key, value in plain.items() if key != "schema"})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{what} hold what `to_dict` gives; got something else ({type(error).__name__}: {error}). Make it anew."
+            ) from error
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Self:
+        """Read from a file or from JSON text.
+
+        Args:
+            source: Path, or text that begins with a brace.
+
+        Returns:
+            An object equal to the one that was written.
+
+        Raises:
+            TypeError: If it is neither path nor text.
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds no JSON, or no object of this kind.
+        """
+        what = f"`source` of `{cls.__name__}.from_json` must"
+        if not isinstance(source, str | os.PathLike):
+            raise TypeError(
+                f"{what} be a path or JSON text; got {reprlib.repr(source)}. `from_dict` reads dictionaries."
+            )
+        text = os.fspath(source)
+        shown = repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")
+        is_text = text.lstrip().startswith("{")
+        if not is_text and not os.path.isfile(source):
+            raise FileNotFoundError(
+                f"{what} name a file or be JSON text, which begins with a brace; got {shown}. Check the path."
+            )
+        try:
+            plain = json.loads(text if is_text else Path(source).read_text(encoding="utf-8"))
+        except ValueError as error:  # not UTF-8, or not JSON
+            raise ValueError(f"{what} hold JSON, as `to_json` writes it; got {shown} ({error}).") from error
+        return cls.from_dict(plain)
 
 
 def dumps(plain: Any) -> str:

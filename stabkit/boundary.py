@@ -14,7 +14,9 @@ from torch import Tensor
 from stabkit._validate import check_real
 from stabkit.algorithms.base import Algorithm
 from stabkit.curvature.lowrank import LinearisedNetwork
+from stabkit.problem import UnlearningProblem
 from stabkit.rollout import Rollout, rollout
+from stabkit.staged import staged_rollout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +28,9 @@ EXTENSIONS = 3  # downwards by three decades each, while even the smallest step 
 MIX_POINTS = 21
 REFINEMENTS = 2
 REFINED_POINTS = 7
+STAGED_DOUBLINGS = 10  # either way of the guess
+STAGED_MIXES = 9
+STAGED_HALVINGS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,111 @@ def critical_mix(
     return _Scan(roll, np.linspace(0, 1, MIX_POINTS)).first_crossing(np.linspace)
 
 
+def staged_critical_lr(
+    problem: UnlearningProblem,
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    *,
+    batch_sizes: tuple[int, int],
+    seed: int,
+    guess: float,
+) -> tuple[CriticalValue, float]:
+    """Critical step size at the algorithm's mix by staged rollouts.
+
+    Args:
+        problem: The unlearning problem.
+        network: Its linearisation at θ*.
+        algorithm: Everything but the step size is read from it.
+        batch_sizes: B_R and B_F.
+        seed: The one run that is rolled out.
+        guess: Where to begin, such as the critical step size of one linearisation.
+
+    Returns:
+        The critical value, to a factor of 1.1, its `low` and `high` the interval it was halved down to; and gradients spent.
+        Cost: some eight staged rollouts: at the guess, by factors of 2 away from it, three halvings.
+
+    Raises:
+        ValueError: If the guess is not a finite number above 0.
+    """
+    check_real(guess, name="guess", owner="staged_critical_lr", low=0, low_open=True)
+    places = [guess * 2.0**k for k in range(-STAGED_DOUBLINGS, STAGED_DOUBLINGS + 1)]
+    search = _StagedSearch(problem, network, batch_sizes, seed, lambda lr: algorithm.replace(lr=lr))
+    return search.find(places, STAGED_DOUBLINGS, lambda a, b: math.sqrt(a * b)), search.gradients
+
+
+def staged_critical_mix(
+    problem: UnlearningProblem,
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    *,
+    batch_sizes: tuple[int, int],
+    seed: int,
+    guess: float,
+) -> tuple[CriticalValue, float]:
+    """Critical mix at the algorithm's step size by staged rollouts.
+
+    Args:
+        problem: The unlearning problem.
+        network: Its linearisation at θ*.
+        algorithm: Everything but the mix is read from it.
+        batch_sizes: B_R and B_F.
+        seed: The one run that is rolled out.
+        guess: Where to begin, in [0, 1].
+
+    Returns:
+        The critical value, to 0.02, and gradients spent. Cost: some eight staged rollouts.
+
+    Raises:
+        ValueError: If the guess is outside of [0, 1].
+    """
+    check_real(guess, name="guess", owner="staged_critical_mix", low=0, high=1)
+    places = np.linspace(0, 1, STAGED_MIXES).tolist()
+    search = _StagedSearch(problem, network, batch_sizes, seed, lambda mix: algorithm.replace(mix=mix))
+    return search.find(places, round(guess * (STAGED_MIXES - 1)), lambda a, b: (a + b) / 2), search.gradients
+
+
+class _StagedSearch:
+    """Where staged rollouts begin to diverge, from a guess outwards."""
+
+    def __init__(
+        self,
+        problem: UnlearningProblem,
+        network: LinearisedNetwork,
+        batch_sizes: tuple[int, int],
+        seed: int,
+        changed: Callable[[float], Algorithm],
+    ) -> None:
+        self._problem, self._network, self._batch_sizes, self._seed = problem, network, batch_sizes, seed
+        self._changed = changed
+        self.gradients = 0.0
+
+    def _diverges(self, value: float) -> bool:
+        """Whether P(diverge) is at least one half."""
+        found = staged_rollout(
+            self._problem, self._network, self._changed(value), batch_sizes=self._batch_sizes, seeds=[self._seed]
+        )
+        self.gradients += found.gradient_equivalents
+        return bool(found.rollout.probability[0] >= 0.5)
+
+    def find(self, places: Sequence[float], start: int, middle: Callable[[float, float], float]) -> CriticalValue:
+        """Walk to where neighbours differ, then halve."""
+        scanned = places[0], places[-1]
+        place, diverges = start, self._diverges(places[start])
+        while 0 <= (following := place - 1 if diverges else place + 1) < len(places):
+            after = self._diverges(places[following])
+            if after != diverges:
+                break
+            place = following
+        else:
+            edge = places[place]
+            return CriticalValue(value=edge, low=edge, high=edge, found=diverges, scanned=scanned)
+        low, high = sorted((places[place], places[following]))
+        for _ in range(STAGED_HALVINGS):
+            between = middle(low, high)
+            low, high = (low, between) if self._diverges(between) else (between, high)
+        return CriticalValue(value=high, low=low, high=high, found=True, scanned=scanned)
+
+
 class _Scan:
     """Values of one setting in ascending order, and at which of them the seeds and their mean P(diverge) cross."""
 
@@ -169,7 +279,7 @@ class Frontier:
         algorithm: Name of the algorithm.
         lr: Step sizes, ascending, shape (n_lr,).
         mix: Mixes, ascending, shape (n_mix,).
-        probability: P(diverge), shape (n_lr, n_mix).
+        probability: P(diverge), shape (n_lr, n_mix); in each mix's column the largest so far, as a larger step is no safer.
         score: Mean over seeds of the logarithm of the worst retain loss over the divergence level, shape (n_lr, n_mix).
         divergence_step: Median predicted divergence step, NaN where none is predicted, shape (n_lr, n_mix).
         retain_loss: Predicted retain loss at the end of the run or when it blew up, mean over seeds, shape (n_lr, n_mix).
@@ -275,7 +385,7 @@ def frontier(
         algorithm=algorithm.name,
         lr=lrs,
         mix=mixes,
-        probability=result.probability.numpy().reshape(shape),
+        probability=np.maximum.accumulate(result.probability.numpy().reshape(shape), axis=0),
         score=result.score.mean(0).numpy().reshape(shape),
         divergence_step=np.array(steps).reshape(shape),
         retain_loss=result.retain_loss[:, :, -1].mean(0).numpy().reshape(shape),

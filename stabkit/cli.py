@@ -40,8 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("--quick", action="store_true", help="eight settings a cell, to try it out")
     verify.add_argument("--page", help="the Markdown page to write (default: verify.md in the folder)")
     verify.add_argument("--json", action="store_true", help="print the summary as JSON instead of the page")
+    fit = jobs.add_parser("calibrate", help="fit P(diverge) to the calibration cells that a folder holds")
+    fit.add_argument("--folder", default="verify", help="where `bench verify` left its files (default: verify)")
+    fit.add_argument("--output", required=True, help="the file to write, such as stabkit/calibration.json")
     options = parser.parse_args(arguments)
-    return _demo(options) if options.command == "demo" else _verify_cells(options)
+    if options.command == "demo":
+        return _demo(options)
+    return _verify_cells(options) if options.job == "verify" else _calibrate(options)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -71,4 +76,19 @@ def _verify_cells(options: argparse.Namespace) -> int:
         return 2
     page = write_page(summary, options.page or Path(options.folder) / "verify.md")
     print(dumps(summary) if options.json else page.read_text(encoding="utf-8"))
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from stabkit.bench import calibrate
+
+    try:
+        fitted = calibrate(options.folder, options.output)
+    except ValueError as error:
+        print(f"stabkit bench calibrate: {error}", file=sys.stderr)
+        return 2
+    for kind, found in fitted.items():
+        print(
+            f"{kind}: slope {found.slope:.3g}, intercept {found.intercept:.3g}, Brier {found.brier:.3g}, {found.runs} runs"
+        )
     return 0

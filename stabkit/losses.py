@@ -276,6 +276,11 @@ class CrossEntropy(Loss):
                 f"targets of `{name}` must be integer class labels for loss={self.name!r}; got {targets.dtype}. "
                 "Use targets.long(), or loss='mse' for regression."
             )
+        if self.shift and targets.dim() < 2:
+            raise ValueError(
+                f"targets of `{name}` must be token labels of shape (n, T) for loss='causal_lm'; got shape "
+                f"{tuple(targets.shape)}. Use loss='cross_entropy' for one label a sample."
+            )
         last, second = outputs.shape[1:-1], outputs.shape[2:]
         if outputs.dim() < 2 or targets.shape[1:] not in {last, second}:
             raise ValueError(
@@ -285,9 +290,10 @@ class CrossEntropy(Loss):
             )
         logits, _, _ = self._align(outputs[:1], targets[:1])
         classes = logits.shape[-1]
+        if not bool((self._shifted(targets.reshape(targets.shape[0], -1)) != IGNORE_INDEX).any()):
+            where, got = (" after the first position", "none") if self.shift else ("", f"only {IGNORE_INDEX}")
+            raise ValueError(f"targets of `{name}` must hold at least one label{where}; got {got}.")
         used = targets[targets != IGNORE_INDEX]
-        if used.numel() == 0:
-            raise ValueError(f"targets of `{name}` must hold at least one label; got only {IGNORE_INDEX}.")
         low, high = int(used.min()), int(used.max())
         if low < 0 or high >= classes:
             bad = low if low < 0 else high

@@ -54,6 +54,8 @@ class MeasureSettings:
         forget_samples: Forget samples to linearise; all when None.
         spectrum_samples: Samples of each set behind the spectrum; all when None.
         seed: Seed of samples, sketches and start vectors.
+        mode: Name of what chose the above.
+        staged: Whether the verdict is to come from staged rollouts.
     """
 
     curvature: str
@@ -62,6 +64,8 @@ class MeasureSettings:
     forget_samples: int | None
     spectrum_samples: int | None
     seed: int
+    mode: str = "standard"
+    staged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,10 +121,12 @@ class Measurement:
 
         Returns:
             This measurement about the other settings, and free of charge, if step size, steps, batches, sampling or momentum
-            changed. A new mix has its spectrum and coherence measured; any other setting, or another algorithm, everything.
+            changed. A new mix, or another algorithm where P = I for both, has its spectrum and coherence measured; any other
+            setting, or another algorithm, everything.
         """
         if type(algorithm) is not type(self.algorithm):
-            return measure(self.problem, algorithm, self.settings)
+            plain = type(algorithm).preconditioner is type(self.algorithm).preconditioner is Algorithm.preconditioner
+            return measure(self.problem, algorithm, self.settings, reuse=self if plain else None)
         changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
         if changed & algorithm.preconditioner_reads:
             return measure(self.problem, algorithm, self.settings)

@@ -17,6 +17,7 @@ from stabkit.boundary import Frontier, Outcome
 from stabkit.coherence import Coherence
 from stabkit.heavy_tail import LayerSpectrum
 from stabkit.metrics import Audit, Estimate, ModelAudit
+from stabkit.recommendations import Recommendations
 from stabkit.report import Report
 from stabkit.spectrum import SpectralDensity
 from stabkit.stability import StabilityMap
@@ -49,6 +50,44 @@ def _edges(values: np.ndarray, *, logarithmic: bool) -> np.ndarray:
         middle = (centres[1:] + centres[:-1]) / 2
         edges = np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])
     return np.exp(edges) if logarithmic else edges
+
+
+def plot_front(found: Recommendations, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Forget loss against retain loss: the Pareto front, the setting that was asked about and the ways out.
+
+    Args:
+        found: The recommendations.
+        ax: Axes to draw in; new ones when None.
+
+    Returns:
+        Figure and axes.
+    """
+    figure, axes = figure_of(ax)
+    front = found.front
+    axes.plot(
+        [p.retain_loss for p in front],
+        [p.forget_loss for p in front],
+        color="grey",
+        marker=".",
+        linewidth=1,
+        label="Pareto front",
+    )
+    for name, item in (("as asked", found.asked), *((i.remedy, i) for i in found.items)):
+        if not (math.isfinite(item.retain_loss) and math.isfinite(item.forget_loss)):
+            continue
+        colour = COLOURS["stable" if item.holds else "diverges"]
+        marker = "*" if item is found.asked else "o"
+        axes.scatter([item.retain_loss], [item.forget_loss], color=colour, marker=marker, s=60, zorder=3)
+        axes.annotate(name, (item.retain_loss, item.forget_loss), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="predicted retain loss",
+        ylabel="predicted forget loss",
+        title=f"{found.algorithm}: green holds, red does not (risk {found.risk:.3g})",
+    )
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    return figure, axes
 
 
 def plot_frontier(

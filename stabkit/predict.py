@@ -14,19 +14,31 @@ import torch
 from torch import nn
 
 from stabkit import stability
-from stabkit._errors import LowConfidenceWarning
+from stabkit._errors import LowConfidenceWarning, caller_level
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice, check_int
 from stabkit._version import __version__
 from stabkit.algorithms import Algorithm, resolve_algorithm
-from stabkit.boundary import CriticalValue, Frontier, critical_lr, critical_mix, frontier
+from stabkit.boundary import (
+    CriticalValue,
+    Frontier,
+    critical_lr,
+    critical_mix,
+    frontier,
+    staged_critical_lr,
+    staged_critical_mix,
+)
+from stabkit.calibration import calibration
 from stabkit.cause import find_cause, linearisation_error
 from stabkit.losses import Loss, PerSampleLoss
-from stabkit.measure import Measurement, MeasureSettings, measure
+from stabkit.measure import Measurement, measure
+from stabkit.modes import CostEstimate, Sizes, choose_settings, estimate_cost
 from stabkit.problem import UnlearningProblem
+from stabkit.remedy import recommend
 from stabkit.report import Check, CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
 from stabkit.rollout import Rollout, rollout
 from stabkit.samples import Data
+from stabkit.staged import staged_rollout
 
 STABLE_BELOW, DIVERGES_ABOVE = 0.25, 0.75  # of P(diverge); between them the verdict is "marginal"
 HORIZON_GROWTH = 1e3  # of the mean square, at `Thresholds.horizon_lr`
@@ -34,6 +46,7 @@ LYAPUNOV_STEPS, LYAPUNOV_RUNS = 100, 16
 DAMPING = 1e-3  # ε of T5, as a share of λ_max(H_R)
 MAX_LINEARISATION_ERROR = 1.0
 MIN_CAPTURED = 0.5
+CAPTURED = "captured output sensitivity"
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
 
 
@@ -57,10 +70,12 @@ def predict(
     loss: str | PerSampleLoss | Loss = "cross_entropy",
     batchnorm: str = "frozen",
     curvature: str = "hessian",
-    rank: int | None = 100,
-    retain_samples: int | None = 512,
-    forget_samples: int | None = 256,
-    spectrum_samples: int | None = 512,
+    mode: str = "standard",
+    budget: float | str | None = None,
+    rank: int | str | None = None,
+    retain_samples: int | str | None = None,
+    forget_samples: int | str | None = None,
+    spectrum_samples: int | str | None = None,
     seeds: int = 3,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -92,10 +107,15 @@ def predict(
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         batchnorm: "frozen": running statistics, in the prediction and in the run it is about.
         curvature: Whose extreme eigenvalues to report, "hessian" or "ggn".
-        rank: Directions of the linearisation; found, so that 95 % of the outputs' sensitivity is captured, when None.
-        retain_samples: Retain samples to linearise; all when None.
-        forget_samples: Forget samples to linearise; all when None.
-        spectrum_samples: Samples of each set behind the eigenvalues; all when None.
+        mode: "fast": a small linearisation and spectrum. "standard": larger ones. "thorough": beside those, the run is
+            rolled out in stages, the network linearised anew wherever the last linearisation stops being true, which finds
+            runs that break because features move. "auto": the most thorough of them within `budget`.
+        budget: For "auto": gradient-equivalents, or seconds as text, such as "30s"; what the run itself takes when None.
+        rank: Directions of the linearisation; the mode's when None, and found, so that 95 % of the outputs' sensitivity is
+            captured, when "auto".
+        retain_samples: Retain samples to linearise; the mode's when None, and "all" takes all.
+        forget_samples: Forget samples to linearise, likewise.
+        spectrum_samples: Samples of each set behind the eigenvalues, likewise.
         seeds: Rollouts behind the probability.
         seed: Seed of everything random here; the caller's random state is left as it was.
         device: Where to compute; where the model is when None.
@@ -104,20 +124,15 @@ def predict(
 
     Returns:
         The report. Cost: some 25 Hessian-vector products over the spectrum's samples and 2·O per-sample gradients of the
-        linearised ones; the rest needs no network pass. `report.costs` has what it came to.
+        linearised ones; the rest needs no network pass, but for the stages of a thorough one, each a linearisation of some
+        224 samples. `predict_cost` tells it before, `report.costs` after.
     """
     check_choice(curvature, name="curvature", owner="predict", choices=("ggn", "hessian"))
     check_int(seeds, name="seeds", owner="predict", low=1)
     check_int(seed, name="seed", owner="predict", low=0)
-    if rank is not None:
-        check_int(rank, name="rank", owner="predict", low=1, remedy="None finds one.")
-    for name, value in (
-        ("retain_samples", retain_samples),
-        ("forget_samples", forget_samples),
-        ("spectrum_samples", spectrum_samples),
-    ):
-        if value is not None:
-            check_int(value, name=name, owner="predict", low=1)
+    sizes = Sizes(
+        rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
+    )
     chosen = resolve_algorithm(
         algorithm,
         owner="predict",
@@ -135,19 +150,67 @@ def predict(
     )
     problem = UnlearningProblem(model, forget, retain, loss=loss, batchnorm=batchnorm, device=device, dtype=dtype)
     chosen.batch_sizes(problem)
-    settings = MeasureSettings(
-        curvature=curvature,
-        rank=rank,
-        retain_samples=retain_samples,
-        forget_samples=forget_samples,
-        spectrum_samples=spectrum_samples,
-        seed=seed,
-    )
     with preserved_rng():
+        settings = choose_settings(
+            problem, chosen, mode=mode, budget=budget, sizes=sizes, curvature=curvature, seed=seed, seeds=seeds
+        )
         measurement = measure(problem, chosen, settings, progress=progress)
         report = judge(measurement, range(seed, seed + seeds), progress=progress)
-    _warn_if_unsure(report, stacklevel=3)
+    _warn_if_unsure(report)
     return report
+
+
+def predict_cost(
+    model: nn.Module,
+    forget: Data,
+    retain: Data,
+    *,
+    algorithm: str | Algorithm = "graddiff",
+    steps: int | None = None,
+    batch_size: int | None = None,
+    loss: str | PerSampleLoss | Loss = "cross_entropy",
+    mode: str = "standard",
+    budget: float | str | None = None,
+    rank: int | str | None = None,
+    retain_samples: int | str | None = None,
+    forget_samples: int | str | None = None,
+    spectrum_samples: int | str | None = None,
+    seeds: int = 3,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> CostEstimate:
+    """Tell what `predict` would cost, and what the run itself would: a dry run.
+
+    Args:
+        model: The trained network; never altered.
+        forget: What to forget, in any form that `predict` takes.
+        retain: What to retain, likewise.
+        algorithm: A name or an algorithm object.
+        steps: Number K of steps; the algorithm's own when None.
+        batch_size: Retain samples a step; the algorithm's own when None.
+        loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
+        mode: As `predict` has it.
+        budget: As `predict` has it.
+        rank: As `predict` has it.
+        retain_samples: As `predict` has it.
+        forget_samples: As `predict` has it.
+        spectrum_samples: As `predict` has it.
+        seeds: Rollouts behind the probability.
+        device: Where to compute; where the model is when None.
+        dtype: Dtype of the network's derivatives; the model's, but at least float32, when None.
+
+    Returns:
+        The estimate; it prints as a table. Cost: reading the data, and a few passes over 64 samples to time a gradient.
+    """
+    chosen = resolve_algorithm(algorithm, owner="predict_cost", steps=steps, batch_size=batch_size)
+    sizes = Sizes(
+        rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
+    )
+    problem = UnlearningProblem(model, forget, retain, loss=loss, device=device, dtype=dtype)
+    settings = choose_settings(
+        problem, chosen, mode=mode, budget=budget, sizes=sizes, curvature="hessian", seed=0, seeds=seeds
+    )
+    return estimate_cost(problem, chosen, settings, seeds=seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +220,7 @@ class _Limits:
     lr: CriticalValue
     mean_square_lr: float
     horizon_lr: float
+    gradients: float
 
 
 def judge(
@@ -185,24 +249,37 @@ def judge(
         seeds=seeds,
         progress=progress,
     )
-    probability = float(rolled.probability[0])
+    fresh = limits is None
     limits = limits or _limits(measurement, batch_sizes, seeds)
     lr_detail, thresholds = limits.lr, _thresholds(measurement, batch_sizes, limits)
     mix_detail = critical_mix(network, algorithm, batch_sizes=batch_sizes, seeds=seeds)
-    error = linearisation_error(problem, network, rolled)
+    theory = Cost(
+        stage="rollouts and theory",
+        seconds=time.perf_counter() - start,
+        gradient_equivalents=(network.retain.samples + network.forget.samples) / 3,
+    )
+    verdict_by = _verdict_by(measurement, rolled, mix_detail, seeds, progress=progress)
+    mix_detail, error = verdict_by.mix, verdict_by.error
+    probability = float(verdict_by.rollout.probability[0])
+    used = calibration(verdict_by.rollout.kind)
     checks = _checks(measurement, error)
     return Report(
         verdict=_verdict(probability),
         probability=probability,
-        divergence_step=rolled.expected_divergence_step()[0],
+        mode=measurement.settings.mode,
+        divergence_step=verdict_by.rollout.expected_divergence_step()[0],
         critical_lr=lr_detail.value if lr_detail.found else math.inf,
+        critical_lr_interval=used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
+        if lr_detail.found
+        else (lr_detail.scanned[1], math.inf),
         critical_mix=mix_detail.value if mix_detail.found else math.inf,
         critical_lr_detail=lr_detail,
         critical_mix_detail=mix_detail,
+        calibration=used,
         run=_run(measurement, batch_sizes, seeds[0]),
         thresholds=thresholds,
         coherence=_coherence(measurement),
-        rollout=_rollout_summary(rolled, measurement, len(seeds)),
+        rollout=_rollout_summary(verdict_by, measurement, len(seeds)),
         cause=find_cause(measurement, rolled, mean_square_growth=thresholds.growth),
         layers=measurement.layers,
         checks=checks,
@@ -210,26 +287,68 @@ def judge(
         advice=_advice(algorithm, lr_detail, mix_detail, probability),
         costs=(
             *measurement.costs,
-            Cost(
-                stage="rollouts and theory",
-                seconds=time.perf_counter() - start,
-                gradient_equivalents=(network.retain.samples + network.forget.samples) / 3,
+            theory,
+            *(
+                [
+                    Cost(
+                        stage="staged rollouts",
+                        seconds=time.perf_counter() - start - theory.seconds,
+                        gradient_equivalents=verdict_by.gradients + fresh * limits.gradients,
+                    )
+                ]
+                if measurement.settings.staged
+                else []
             ),
         ),
         _frontier=lambda **grid: _frontier(measurement, seeds, lr_detail, **grid),
         _at=lambda **changes: _at(measurement, seeds, limits, **changes),
+        _recommend=lambda *, risk: recommend(measurement, seeds, risk=risk),
     )
 
 
-def _warn_if_unsure(report: Report, *, stacklevel: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _VerdictBy:
+    """What the verdict is read from: the one linearisation's rollout, or the staged one."""
+
+    rollout: Rollout
+    mix: CriticalValue
+    error: float
+    stages: tuple[int, ...] = (0,)
+    gradients: float = 0.0
+
+
+def _verdict_by(
+    measurement: Measurement, rolled: Rollout, mix: CriticalValue, seeds: Sequence[int], *, progress: bool
+) -> _VerdictBy:
+    """Stages, where the measurement has them; how far to believe it."""
+    problem, algorithm, network = measurement.problem, measurement.algorithm, measurement.network
+    if not measurement.settings.staged:
+        return _VerdictBy(rollout=rolled, mix=mix, error=linearisation_error(problem, network, rolled))
+    batch_sizes = algorithm.batch_sizes(problem)
+    found = staged_rollout(problem, network, algorithm, batch_sizes=batch_sizes, seeds=seeds, progress=progress)
+    guess = min(mix.value, 1.0)
+    staged_mix, spent = staged_critical_mix(
+        problem, network, algorithm, batch_sizes=batch_sizes, seed=seeds[0], guess=guess
+    )
+    return _VerdictBy(
+        rollout=found.rollout,
+        mix=staged_mix,
+        error=max(part.error for stages in found.stages for part in stages),
+        stages=tuple(part.first_step for part in found.stages[0]),
+        gradients=found.gradient_equivalents + spent,
+    )
+
+
+def _warn_if_unsure(report: Report) -> None:
     """Say once, at the caller's line, why a report's confidence is low."""
     failed = [check for check in report.checks if not check.passed]
     if failed:
-        warnings.warn(
-            f"the prediction has low confidence: {failed[0].meaning} {failed[0].remedy}",
-            LowConfidenceWarning,
-            stacklevel=stacklevel,
+        reasons = "; ".join(
+            f"{check.name} {'unknown' if check.value is None else f'{check.value:.3g}'} where "
+            f"{'at least' if check.name == CAPTURED else 'at most'} {check.threshold:.3g} is wanted ({check.remedy})"
+            for check in failed
         )
+        warnings.warn(f"the prediction has low confidence: {reasons}", LowConfidenceWarning, stacklevel=caller_level())
 
 
 def _verdict(probability: float) -> str:
@@ -245,7 +364,7 @@ def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, **chang
     with preserved_rng():
         kept = limits if set(changes) <= {"lr"} - algorithm.preconditioner_reads else None
         report = judge(measurement.with_algorithm(algorithm), seeds, limits=kept)
-    _warn_if_unsure(report, stacklevel=5)
+    _warn_if_unsure(report)
     return report
 
 
@@ -343,8 +462,14 @@ def _edges(measurement: Measurement) -> tuple[float, float]:
 def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Sequence[int]) -> _Limits:
     algorithm, dynamics, limit = measurement.algorithm, _dynamics(measurement, batch_sizes), _step_limit(measurement)
     guess = limit if math.isfinite(limit) else algorithm.lr
+    lr, spent = critical_lr(measurement.network, algorithm, batch_sizes=batch_sizes, seeds=seeds, guess=guess), 0.0
+    if measurement.settings.staged:
+        lr, spent = staged_critical_lr(
+            measurement.problem, measurement.network, algorithm, batch_sizes=batch_sizes, seed=seeds[0], guess=lr.value
+        )
     return _Limits(
-        lr=critical_lr(measurement.network, algorithm, batch_sizes=batch_sizes, seeds=seeds, guess=guess),
+        lr=lr,
+        gradients=spent,
         mean_square_lr=stability.critical_lr_mean_square(dynamics),
         horizon_lr=stability.critical_lr_within(dynamics, algorithm.steps, HORIZON_GROWTH),
     )
@@ -409,8 +534,8 @@ def _coherence(measurement: Measurement) -> CoherenceSummary:
     )
 
 
-def _rollout_summary(rolled: Rollout, measurement: Measurement, seeds: int) -> RolloutSummary:
-    network = measurement.network
+def _rollout_summary(verdict_by: _VerdictBy, measurement: Measurement, seeds: int) -> RolloutSummary:
+    network, rolled = measurement.network, verdict_by.rollout
     retain, forget = rolled.retain_loss[:, 0], rolled.forget_loss[:, 0]
     return RolloutSummary(
         seeds=seeds,
@@ -423,6 +548,7 @@ def _rollout_summary(rolled: Rollout, measurement: Measurement, seeds: int) -> R
         stopped_step=float(rolled.stopped_step[:, 0].median()),
         samples=(network.retain.samples, network.forget.samples),
         rank=network.rank,
+        stages=verdict_by.stages,
     )
 
 
@@ -437,11 +563,12 @@ def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
             threshold=MAX_LINEARISATION_ERROR,
             passed=error <= MAX_LINEARISATION_ERROR,
             meaning="How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
-            "those moved; for a diverging run, where its loss meets the divergence level.",
-            remedy="Near the boundary trust a margin of the step size, and check with verify().",
+            "those moved; for a diverging run, where its loss meets the divergence level. The largest of all stages, where "
+            "there are several.",
+            remedy="mode='thorough' linearises anew on the way; otherwise leave a margin and check with verify().",
         ),
         Check(
-            name="captured output sensitivity",
+            name=CAPTURED,
             value=network.captured,
             threshold=MIN_CAPTURED,
             passed=network.captured >= MIN_CAPTURED,

@@ -14,15 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from stabkit._errors import TrainModeWarning, UntrainedModelWarning
+from stabkit._errors import TrainModeWarning, UntrainedModelWarning, caller_level
+from stabkit._memory import is_out_of_memory
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice
 from stabkit.losses import Loss, PerSampleLoss, resolve_loss
-from stabkit.samples import Data, Inputs, Samples, as_samples, tensors_of
+from stabkit.samples import EXTRA_PARTS, Data, Inputs, Samples, as_samples, map_tensors, tensors_of
 
 Parameters = dict[str, Tensor]
 EVALUATION_BATCH = 1024
+BATCHNORMS = ("frozen", "batch")
+COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
+
+# Forward pre-hooks that compute a weight anew in every pass and leave it behind, where no copy can be made of it.
+RECOMPUTING: dict[type, str] = {
+    WeightNorm: "Use torch.nn.utils.parametrizations.weight_norm instead, after torch.nn.utils.remove_weight_norm.",
+    SpectralNorm: "Use torch.nn.utils.parametrizations.spectral_norm instead, after torch.nn.utils.remove_spectral_norm.",
+    BasePruningMethod: "Make the pruning permanent with torch.nn.utils.prune.remove.",
+}
 
 
 class UnlearningProblem:
@@ -37,7 +51,10 @@ class UnlearningProblem:
         size: Number d of trainable parameters.
         device: Where the computation runs.
         dtype: Floating dtype of the network's computation.
-        batchnorm: "frozen": BatchNorm layers use their running statistics, in runs and in predictions alike.
+        batchnorm: "frozen": BatchNorm layers use their running statistics, in runs and in predictions alike. "batch": a
+            step's passes use the statistics of its batches, which the running ones follow; "frozen" where there is no such
+            layer.
+        statistics: Running statistics of the BatchNorm layers at θ*, by buffer name; empty when frozen.
         model_name: Class of the model.
         retain_loss: Mean retain loss at θ*.
         forget_loss: Mean forget loss at θ*.
@@ -59,24 +76,31 @@ class UnlearningProblem:
         """Read and check everything. The model is copied; data are read when needed and must stay as they are meanwhile.
 
         Args:
-            model: The trained network. It must return a tensor, or an object with `.logits`.
+            model: The trained network. It must return a tensor, or an object with `.logits`. What torch.compile,
+                DataParallel or DistributedDataParallel wrapped is read without them.
             forget: What to forget: DataLoader, Dataset, (x, y) tensors, dict of tensors with labels, or batches.
             retain: What to retain, in any of the same forms.
             loss: "cross_entropy", "causal_lm", "mse", or a callable (outputs, targets) -> losses of shape (m,).
             test: Held-out data, in any of the same forms.
-            batchnorm: "frozen" is the one treatment there is: running statistics, which no run changes.
+            batchnorm: "frozen": running statistics, which no run changes. "batch": as in a training loop that keeps the
+                BatchNorm layers in train mode, with a pass for the retain batch and one for the forget batch.
             device: Where to compute; where the model is when None.
             dtype: Floating dtype to compute in; the model's, but at least float32, when None.
 
         Raises:
-            TypeError: If the model is not a module, or data or targets have a wrong type.
-            ValueError: If data are empty, overlapping, not finite or out of range, the model is not deterministic or has no
-                trainable parameter, or device or dtype cannot be used.
+            TypeError: If the model is not a module or cannot be copied, or data or targets have a wrong type.
+            ValueError: If data are empty, overlapping, not finite or out of range, the model is not deterministic, couples
+                samples in eval mode or has no trainable parameter, a set has one sample where batches need two, or device or
+                dtype cannot be used.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` of `UnlearningProblem` must be a torch.nn.Module; got {type(model).__name__}.")
+        model = unwrapped(model)
+        _check_layers(model)
         self.model_name = type(model).__name__
-        self.batchnorm = check_choice(batchnorm, name="batchnorm", owner="UnlearningProblem", choices=("frozen",))
+        check_choice(batchnorm, name="batchnorm", owner="UnlearningProblem", choices=BATCHNORMS)
+        has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
+        self.batchnorm = batchnorm if has_statistics else "frozen"
         first = next((p for p in model.parameters() if p.requires_grad), None)
         if first is None:
             raise ValueError(
@@ -90,15 +114,16 @@ class UnlearningProblem:
             )
         self.device = _checked_device(device) if device is not None else first.device
         self.dtype = dtype or (first.dtype if first.dtype in {torch.float32, torch.float64} else torch.float32)
-        _warn_train_mode(model)
+        _warn_train_mode(model, frozen=self.batchnorm == "frozen")
         with preserved_rng():
-            self._module = copy.deepcopy(model).to(self.device, self.dtype).eval()
+            self._module = plain_copy(model).to(self.device, self.dtype)
+        self._training = {name: module.training for name, module in self._module.named_modules()}
+        self._module.eval()
         for parameter in self._module.parameters():
             parameter.grad = None
         for module in self._module.modules():  # they watch or edit .backward(), and torch.func cannot pass through them
             module._backward_hooks.clear()
             module._backward_pre_hooks.clear()
-        self._training = {name: module.training for name, module in model.named_modules()}
         self.parameters: Parameters = {
             name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad
         }
@@ -108,6 +133,11 @@ class UnlearningProblem:
             for name, t in (*self._module.named_parameters(), *self._module.named_buffers())
             if name not in self.parameters
         }
+        self._normalisations = [m for m in self._module.modules() if isinstance(m, _BatchNorm)]
+        self.statistics: Parameters = {}
+        if self.batchnorm == "batch":
+            kept = {id(t) for layer in self._normalisations for t in layer._buffers.values() if t is not None}
+            self.statistics = {name: t.detach() for name, t in self._module.named_buffers() if id(t) in kept}
         named = (*self._module.named_parameters(), *self._module.named_buffers())
         names = {id(tensor): name for name, tensor in named}
         # Every attribute that holds a tensor, once. Left to find tied weights by itself, `functional_call` would not put
@@ -131,7 +161,7 @@ class UnlearningProblem:
         """Network outputs at the given trainable parameters; differentiable in them, twice and in forward mode.
 
         Args:
-            parameters: Trainable parameters by name.
+            parameters: Trainable parameters by name. Running statistics that are among them take the place of θ*'s.
             inputs: Inputs of b samples: a tensor, a tuple of arguments or a dict of keyword arguments.
 
         Returns:
@@ -140,11 +170,65 @@ class UnlearningProblem:
         Raises:
             TypeError: If the model returns no tensor and nothing with `.logits`.
         """
+        return _output_tensor(self._call(parameters, inputs))
+
+    def batch_outputs(self, parameters: Parameters, inputs: Inputs, *, statistics: Parameters | None = None) -> Tensor:
+        """Outputs with the BatchNorm layers in train mode, so that those of a sample depend on the whole batch.
+
+        Args:
+            parameters: Trainable parameters by name.
+            inputs: Inputs of b >= 2 samples.
+            statistics: Running statistics, which are updated in place by each layer's own rule, as a training pass of PyTorch
+                does; when None there are none to update, and `torch.func` can pass through.
+
+        Returns:
+            Outputs of shape (b, ...), differentiable through the batch's statistics. Dropout stays off. Cost: one forward
+            pass.
+        """
+        try:
+            for layer in self._normalisations:
+                layer.training, layer.track_running_stats = True, statistics is not None
+            return _output_tensor(self._call({**parameters, **(statistics or {})}, inputs))
+        finally:
+            for layer in self._normalisations:
+                layer.training, layer.track_running_stats = False, True
+
+    def statistics_momentum(self) -> float:
+        """Share of a batch's statistics in the running ones after it has passed.
+
+        Returns:
+            The mean of the BatchNorm layers' momenta; of a cumulative average (`momentum=None`), that of the next batch.
+            0 when frozen.
+        """
+        if self.batchnorm == "frozen":
+            return 0.0
+        momenta = [
+            float(layer.momentum) if layer.momentum is not None else 1 / (1 + float(layer.num_batches_tracked or 0))
+            for layer in self._normalisations
+        ]
+        return sum(momenta) / len(momenta)
+
+    def _call(self, parameters: Parameters, inputs: Inputs) -> Any:
+        """Whatever the network returns."""
         tensors = {**self._constants, **self.parameters, **parameters}
         placed = {place: tensors[name] for place, name in self._places.items()}
         with _differentiable_attention():
-            raw = functional_call(self._module, placed, *_arguments(inputs), tie_weights=False)
-        return _output_tensor(raw)
+            return functional_call(self._module, placed, *_arguments(inputs), tie_weights=False)
+
+    def outputs_of(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """What another model says in eval mode, by its own forward pass and not by the problem's.
+
+        Args:
+            model: Any model; a copy of it is called.
+            inputs: Inputs of b samples, on the problem's device and in its dtype.
+
+        Returns:
+            Outputs of shape (b, ...), without gradients. Cost: a copy of the model and a forward pass.
+        """
+        positional, named = _arguments(inputs)
+        with preserved_rng(), torch.no_grad(), _differentiable_attention():
+            copied = plain_copy(model).to(self.device, self.dtype).eval()
+            return _output_tensor(copied(*positional, **named))
 
     def flatten(self, parameters: Parameters) -> Tensor:
         """One vector from parameters by name, in the model's own order.
@@ -177,6 +261,28 @@ class UnlearningProblem:
         """
         return self.flatten(self.parameters)
 
+    def at(self, vector: Tensor) -> "UnlearningProblem":
+        """The same problem at other parameters, for curvature and linearisations there.
+
+        Args:
+            vector: Parameters θ, shape (d,).
+
+        Returns:
+            A problem whose `parameters` are these. Data, level and constants are shared; `retain_loss` and `forget_loss`
+            stay those at θ*.
+
+        Raises:
+            ValueError: If the vector is of another length.
+        """
+        if vector.shape != (self.size,):
+            raise ValueError(
+                f"`vector` of `UnlearningProblem.at` must be of shape ({self.size},); got {tuple(vector.shape)}. "
+                "`flatten` makes one from parameters by name."
+            )
+        moved = copy.copy(self)
+        moved.parameters = self.unflatten(vector.detach().to(self.device, self.dtype))
+        return moved
+
     # ------------------------------------------------------------------ evaluation
 
     def read(self, data: Data, *, name: str) -> Samples:
@@ -202,7 +308,7 @@ class UnlearningProblem:
 
         Args:
             samples: Which set.
-            parameters: Trainable parameters; θ* when None.
+            parameters: Trainable parameters, and running statistics other than θ*'s; θ* when None.
             indices: Which of its samples; all when None.
 
         Returns:
@@ -221,18 +327,17 @@ class UnlearningProblem:
         """A fresh copy of the model, in the mode the caller's was in.
 
         Args:
-            parameters: Trainable parameters to put in; θ* when None.
+            parameters: Trainable parameters, and running statistics, to put in; the problem's own when None.
 
         Returns:
             A new module that shares no memory with the caller's. Forward hooks are copied, backward hooks are not.
         """
         with preserved_rng():
             model = copy.deepcopy(self._module)
-        if parameters is not None:
-            own = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, value in parameters.items():
-                    own[name].copy_(value)
+        own = dict((*model.named_parameters(), *model.named_buffers()))
+        with torch.no_grad():
+            for name, value in (self.parameters if parameters is None else parameters).items():
+                own[name].copy_(value)
         for name, module in model.named_modules():
             module.training = self._training[name]
         return model
@@ -261,6 +366,11 @@ class UnlearningProblem:
                 "the retain set, e.g. with two disjoint index lists."
             )
         for samples in (self.forget, self.retain):
+            if self.batchnorm == "batch" and samples.size == 1:
+                raise ValueError(
+                    f"`{samples.name}` must hold at least two samples with batchnorm='batch'; got 1, and a batch of one has "
+                    "no variance. Use batchnorm='frozen'."
+                )
             self._check_finite(samples)
             self._check_outputs(samples)
         _, _, losses = self.evaluate(self.retain)
@@ -274,7 +384,7 @@ class UnlearningProblem:
                 f"({self.divergence_level:.4g}), so every run counts as diverged from its first step. Check that the "
                 "model is trained, and that the loss and the inputs' preprocessing are the ones it was trained with.",
                 UntrainedModelWarning,
-                stacklevel=3,
+                stacklevel=caller_level(),
             )
 
     @staticmethod
@@ -290,9 +400,9 @@ class UnlearningProblem:
                         )
 
     def _check_outputs(self, samples: Samples) -> None:
-        """A few samples through the model: output type, determinism, one loss a sample, finite losses."""
+        """A few samples through the model: output type, determinism, one loss a sample, finite losses, no coupling."""
         inputs, targets = samples.batch(torch.arange(min(3, samples.size)))
-        outputs = self.outputs(self.parameters, inputs)
+        outputs = self._first_outputs(inputs, samples.name)
         again = self.outputs(self.parameters, inputs)
         if outputs.shape[:1] != targets.shape[:1]:
             raise ValueError(
@@ -315,6 +425,123 @@ class UnlearningProblem:
             raise ValueError(
                 f"losses of `{samples.name}` must be finite at the trained parameters; got {losses.tolist()}. Check the "
                 "loss and the inputs' scale."
+            )
+        alone = self._first_outputs(samples.batch(torch.zeros(1, dtype=torch.int64))[0], samples.name)
+        if alone.shape != outputs[:1].shape:
+            raise ValueError(
+                f"`model` must return a row of outputs per sample; got shape {tuple(alone.shape)} for one sample of "
+                f"`{samples.name}` and {tuple(outputs.shape)} for {outputs.shape[0]}. Do not squeeze the first axis."
+            )
+        scale = float(outputs.where(outputs.isfinite(), 0).abs().max())
+        if not torch.allclose(alone, outputs[:1], rtol=0, atol=COUPLING * scale, equal_nan=True):
+            raise ValueError(
+                "`model` must give a sample the same outputs whatever else is in its batch; those of the first sample of "
+                f"`{samples.name}` alone differ by {float((alone - outputs[:1]).abs().max()):.3g}. Remove layers that mix "
+                "samples, such as normalisation by the batch's own mean."
+            )
+
+    def _first_outputs(self, inputs: Inputs, name: str) -> Tensor:
+        """Outputs of a few samples; if the model cannot take them, an error that names the set and what to do."""
+        try:
+            raw = self._call(self.parameters, inputs)
+        except Exception as error:  # a forward pass fails in as many ways as there are layers
+            if is_out_of_memory(error):
+                raise
+            said = f"{type(error).__name__}: {error}"
+            integers = next((t for t in tensors_of(inputs) if not t.is_floating_point()), None)
+            if integers is not None and self._takes_floats(inputs):
+                raise TypeError(
+                    f"inputs of `{name}` must be floating point for this model; got integers from {int(integers.min())} to "
+                    f"{int(integers.max())}, on which its forward pass fails ({said}). Convert them as in training, for "
+                    "instance x.float() / 255; nothing is rescaled unasked."
+                ) from error
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_of(inputs))
+            remedy = "Give inputs of the shape, type and range that it was trained on."
+            if isinstance(error, TypeError) and isinstance(inputs, dict):
+                remedy = f"It is given {', '.join(inputs)} by name: leave out the columns that it does not know."
+            elif isinstance(error, TypeError) and isinstance(inputs, tuple):
+                remedy = EXTRA_PARTS
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"`model` of `UnlearningProblem` must take the inputs of `{name}`; got {said}, for {shapes}. {remedy}"
+            ) from error
+        return _output_tensor(raw)
+
+    def _takes_floats(self, inputs: Inputs) -> bool:
+        """Whether the same numbers in floating point are what the model wants."""
+        with contextlib.suppress(Exception):
+            self._call(self.parameters, map_tensors(lambda t: t.to(self.dtype), inputs))
+            return True
+        return False
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without torch.compile, DataParallel and DistributedDataParallel around it.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The innermost one, itself and not a copy.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            model = inner
+        else:
+            return model
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy without wrappers at any depth, as derivatives need it: compiled code has first ones alone.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The copy; parameters are in the model's own order.
+
+    Raises:
+        RuntimeError: If memory runs out.
+        TypeError: If the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(unwrapped(model))
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise TypeError(
+            f"`model` must be one that copy.deepcopy can copy; got {type(unwrapped(model)).__name__}, on which it fails "
+            f"({type(error).__name__}: {error}). Delete what forward passes left in its attributes, and open files."
+        ) from error
+    for module in list(copied.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = None if child is None else unwrapped(child)
+    return copied
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Refuse what cannot be read as a function of its parameters, sample by sample."""
+    for name, module in model.named_modules():
+        where = f"layer {name!r}" if name else "the model itself"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"`model` of `UnlearningProblem` must be a Python module; got {where} of type {type(module).__name__}, made "
+                "by torch.jit. Pass the module it was made from, with its state_dict loaded."
+            )
+        for hook in module._forward_pre_hooks.values():
+            for kind, remedy in RECOMPUTING.items():
+                if isinstance(hook, kind):
+                    raise TypeError(
+                        "`model` of `UnlearningProblem` must hold its weights as parameters; got "
+                        f"{type(hook).__name__} on {where}, a hook that computes one anew in every pass. {remedy}"
+                    )
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"BatchNorm layers of `model` must have running statistics; got track_running_stats=False in {where}, which "
+                "then normalises by each batch, so that no sample has outputs of its own. Train with running statistics, "
+                "or use GroupNorm."
             )
 
 
@@ -364,12 +591,10 @@ def _output_tensor(raw: Any) -> Tensor:
     )
 
 
-def _warn_train_mode(model: nn.Module) -> None:
-    """Say what is done with BatchNorm and Dropout layers that are in train mode."""
+def _warn_train_mode(model: nn.Module, *, frozen: bool) -> None:
+    """Say what is done with BatchNorm layers, if frozen, and Dropout layers that are in train mode."""
     normalised = [
-        name
-        for name, module in model.named_modules()
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        name for name, module in model.named_modules() if frozen and module.training and isinstance(module, _BatchNorm)
     ]
     dropped = [
         name
@@ -381,9 +606,10 @@ def _warn_train_mode(model: nn.Module) -> None:
             f"BatchNorm layer {normalised[0]!r}"
             + (f" and {len(normalised) - 1} more are" if normalised[1:] else " is")
             + " in train mode. With batchnorm='frozen' predictions and runs use the running statistics and leave them "
-            "unchanged; a training loop that keeps train mode is not what is predicted. Call model.eval() to agree.",
+            "unchanged; a training loop that keeps train mode is what batchnorm='batch' predicts. Call model.eval() to "
+            "agree.",
             TrainModeWarning,
-            stacklevel=3,
+            stacklevel=caller_level(),
         )
     if dropped:
         warnings.warn(
@@ -391,5 +617,5 @@ def _warn_train_mode(model: nn.Module) -> None:
             + (f" and {len(dropped) - 1} more are" if dropped[1:] else " is")
             + " in train mode. Predictions and runs switch dropout off. Call model.eval() to agree.",
             TrainModeWarning,
-            stacklevel=3,
+            stacklevel=caller_level(),
         )

@@ -118,12 +118,18 @@ def sections(report: Report) -> tuple[Section, ...]:
 
 def _limits(report: Report) -> Section:
     lr, mix, rollout = report.critical_lr_detail, report.critical_mix_detail, report.rollout
-    lr_note = f"seeds: {number(lr.low)} to {number(lr.high)}" if lr.found else f"none up to {number(lr.scanned[1])}"
-    mix_note = f"seeds: {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
+    spread = "found between" if len(rollout.stages) > 1 or report.calibration.kind == "staged" else "seeds:"
+    interval = f"; nine in ten: {number(report.critical_lr_interval[0])} to {number(report.critical_lr_interval[1])}"
+    lr_note = f"{spread} {number(lr.low)} to {number(lr.high)}" if lr.found else f"none up to {number(lr.scanned[1])}"
+    mix_note = f"{spread} {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
     return Section(
         title="Limits",
         rows=(
-            Row(label="critical step size", value=number(report.critical_lr), note=f"at this mix; {lr_note}"),
+            Row(
+                label="critical step size",
+                value=number(report.critical_lr),
+                note=f"at this mix; {lr_note}{interval if lr.found else ''}",
+            ),
             Row(label="critical mix", value=number(report.critical_mix), note=f"at this step size; {mix_note}"),
             Row(
                 label="divergence step",
@@ -265,17 +271,23 @@ def _first(reasons: str) -> str:
 
 
 def _trust(report: Report) -> Section:
-    return Section(
-        title=f"Confidence: {report.confidence}",
-        rows=tuple(
-            Row(
-                label=check.name,
-                value=f"{number(check.value)} ({'ok' if check.passed else 'fails'} at {number(check.threshold)})",
-                note=check.meaning + ("" if check.passed else f" {check.remedy}"),
-            )
-            for check in report.checks
-        ),
+    c = report.calibration
+    rows = [
+        Row(
+            label=check.name,
+            value=f"{number(check.value)} ({'ok' if check.passed else 'fails'} at {number(check.threshold)})",
+            note=check.meaning + ("" if check.passed else f" {check.remedy}"),
+        )
+        for check in report.checks
+    ]
+    rows.append(
+        Row(
+            label="calibration of P(diverge)",
+            value=f"Brier score {number(c.brier)}",
+            note=f"on the {c.runs:,} recorded runs it was fitted to; benchmarks/verify.md has others",
+        )
     )
+    return Section(title=f"Confidence: {report.confidence}", rows=tuple(rows))
 
 
 def _about(report: Report) -> Section:
@@ -297,8 +309,10 @@ def _about(report: Report) -> Section:
             ),
             Row(
                 label="prediction",
-                value=f"{rollout.seeds} rollouts in {rollout.rank} directions",
-                note=f"{rollout.samples[0]} retain and {rollout.samples[1]} forget samples linearised; seed {run.seed}",
+                value=f"{report.mode}: {rollout.seeds} rollouts in {rollout.rank} directions",
+                note=f"{rollout.samples[0]} retain and {rollout.samples[1]} forget samples linearised"
+                + (f" at steps {', '.join(map(str, rollout.stages))}" if len(rollout.stages) > 1 else "")
+                + f"; seed {run.seed}",
             ),
             Row(label="versions", value=", ".join(f"{k} {v}" for k, v in run.versions.items())),
         ),

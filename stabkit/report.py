@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
+from stabkit._serialise import Stored, write_atomically
 from stabkit._table import Table
 from stabkit.boundary import CriticalValue, Frontier, Outcome
+from stabkit.calibration import Calibration
+from stabkit.recommendations import Recommendations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +161,7 @@ class RolloutSummary:
         stopped_step: Median last step; below K where a stop rule ends the run.
         samples: Retain and forget samples linearised.
         rank: Number r of coordinates.
+        stages: Steps at which the network was linearised in the first seed's run; (0,) where once.
     """
 
     seeds: int
@@ -174,6 +174,7 @@ class RolloutSummary:
     stopped_step: float
     samples: tuple[int, int]
     rank: int
+    stages: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,17 +275,23 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Stored):
     """A prediction for one run, with its evidence.
+
+    One read from a file equals the one that was written, shows itself and can be verified; it cannot be asked for a new
+    frontier or for other settings.
 
     Attributes:
         verdict: "stable", "marginal" or "diverges".
         probability: P(diverge) within the run's steps.
+        mode: "fast", "standard" or "thorough".
         divergence_step: Median predicted step of divergence; None where fewer than half of the seeds diverge.
         critical_lr: Smallest step size predicted to diverge at this mix; infinity if none was found in the scan.
+        critical_lr_interval: Where it lies at nine in ten: the seeds' spread, and the conformal factor of the calibration.
         critical_mix: Smallest mix predicted to diverge at this step size; infinity if none is, up to 1.
         critical_lr_detail: Its scan and spread over seeds.
         critical_mix_detail: Its scan and spread over seeds.
+        calibration: What the probability rests on.
         run: What was asked about.
         thresholds: What the linear theory says.
         coherence: Alignment of per-sample curvatures.
@@ -292,19 +299,24 @@ class Report:
         cause: What breaks first.
         layers: Heavy-tailed exponents and gates.
         checks: How far to trust this.
-        linearisation_error: Relative error of the linearised outputs at the predicted displacement; infinity if the real
-            outputs there are not finite.
+        linearisation_error: Relative error of the linearised outputs at the predicted displacement, the largest of all
+            stages where there are several; infinity if the real outputs there are not finite.
         advice: What to do, in words.
         costs: What it cost, by stage.
     """
 
+    schema: ClassVar[int] = 3
+
     verdict: str
     probability: float
+    mode: str
     divergence_step: float | None
     critical_lr: float
+    critical_lr_interval: tuple[float, float]
     critical_mix: float
     critical_lr_detail: CriticalValue
     critical_mix_detail: CriticalValue
+    calibration: Calibration
     run: Run
     thresholds: Thresholds
     coherence: CoherenceSummary
@@ -318,9 +330,18 @@ class Report:
     # How to ask again without measuring again; not part of the report's value, absent after loading from a file.
     _frontier: Callable[..., Frontier] | None = field(default=None, compare=False, repr=False)
     _at: Callable[..., Report] | None = field(default=None, compare=False, repr=False)
+    _recommend: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frontier": None, "_at": None}  # a copy in a file has the values alone
+        return {
+            **self.__dict__,
+            "_frontier": None,
+            "_at": None,
+            "_recommend": None,
+        }  # a copy in a file has the values alone
+
+    def __hash__(self) -> int:  # of some values: settings are a dictionary, which has none
+        return hash((self.verdict, self.probability, self.critical_lr, self.critical_mix, self.thresholds))
 
     @property
     def confidence(self) -> str:
@@ -370,6 +391,27 @@ class Report:
             )
         return self._at(**changes)
 
+    def recommend(self, *, risk: float = 0.05) -> Recommendations:
+        """What to do instead: settings that hold, what they reach, and the Pareto front over step size, mix and steps.
+
+        Args:
+            risk: Largest P(diverge) that counts as holding, in (0, 1).
+
+        Returns:
+            The recommendations; they print as a table, and `plot` draws the front. Cost: rollouts of some 300 settings a
+            seed; in a thorough report staged rollouts of every way out too.
+
+        Raises:
+            RuntimeError: If this report was loaded from a file.
+        """
+        if self._recommend is None:
+            raise RuntimeError(
+                "`recommend` of `Report` needs the linearised network, which a report loaded from a file does not hold; "
+                "call predict(...) again in this process."
+            )
+        found: Recommendations = self._recommend(risk=risk)
+        return found
+
     def plot(self, axes: Sequence[Axes] | None = None) -> tuple[Figure, Sequence[Axes]]:
         """Predicted losses over the run, P(diverge) against the step size's limits, and the layers that break.
 
@@ -378,9 +420,17 @@ class Report:
 
         Returns:
             Figure and axes.
+
+        Raises:
+            TypeError: If these are not two axes.
         """
         from stabkit.plots import plot_report  # plots are loaded only when drawn
 
+        if axes is not None and (not hasattr(axes, "__len__") or len(axes) != 2):
+            got = f"{len(axes)} of them" if hasattr(axes, "__len__") else f"one {type(axes).__name__}"
+            raise TypeError(
+                f"`axes` of `Report.plot` must be two axes; got {got}. Make them with matplotlib's subplots(1, 2)."
+            )
         return plot_report(self, axes=axes)
 
     def summary(self) -> str:
@@ -401,59 +451,6 @@ class Report:
 
         return report_html(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values: dictionaries, lists, strings, numbers and None.
-
-        Returns:
-            The report with its schema's version.
-        """
-        return {"schema": SCHEMA, **to_plain(self)}
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Strict JSON; infinities are written as strings.
-
-        Args:
-            path: File to write as well, atomically.
-
-        Returns:
-            The text.
-        """
-        text = dumps(self.to_dict())
-        if path is not None:
-            write_atomically(path, text)
-        return text
-
-    @staticmethod
-    def from_dict(plain: dict[str, Any]) -> Report:
-        """The report that `to_dict` came from.
-
-        Args:
-            plain: What `to_dict` gave.
-
-        Returns:
-            The report; it can show itself and be verified, but not be asked for a new frontier.
-
-        Raises:
-            ValueError: If the schema is another one.
-        """
-        schema = plain.get("schema")
-        if schema != SCHEMA:
-            raise ValueError(f"`plain` of `Report.from_dict` must have schema {SCHEMA}; got {schema!r}.")
-        return from_plain(Report, {key: value for key, value in plain.items() if key != "schema"})
-
-    @staticmethod
-    def from_json(source: str | os.PathLike[str]) -> Report:
-        """Read a report from a file or from JSON text.
-
-        Args:
-            source: Path, or text that begins with a brace.
-
-        Returns:
-            The report, equal to the one that was written.
-        """
-        is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        return Report.from_dict(json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8")))
-
     def save_html(
         self,
         path: str | os.PathLike[str],
@@ -472,9 +469,18 @@ class Report:
 
         Returns:
             The path.
+
+        Raises:
+            TypeError: If a table is none.
         """
         from stabkit.render import report_page
 
+        wrong = [tables] if isinstance(tables, Table) else [table for table in tables if not isinstance(table, Table)]
+        if wrong:
+            raise TypeError(
+                f"`tables` of `Report.save_html` must be a list of tables; got {type(wrong[0]).__name__}. Of what `verify` "
+                "returned, pass [check.table()]."
+            )
         if frontier is None and self._frontier is not None:
             frontier = self.frontier()
         page = report_page(self, frontier=frontier, outcomes=outcomes, tables=tables)

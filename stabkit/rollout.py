@@ -11,8 +11,9 @@ schedules are those of `run`. Many settings (step size, mix) roll side by side o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
+from stabkit.calibration import calibration
 from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet
 from stabkit.runner import CHECK_EVERY, CLIP_EPSILON, check_steps
 from stabkit.sampling import batch_streams
@@ -27,7 +29,19 @@ from stabkit.sampling import batch_streams
 SCORE_CAP = 3.0  # score at which a setting stops rolling: e³ times the divergence level
 PLAYERS_SEED = 2**31  # added to a stream's seed, so that who stands in for whom is independent of the batches
 ROWS_AT_ONCE = 2**16  # of the basis, that are masked
-LOGISTIC_SLOPE = 4.0  # of the probability in the score; set by hand, not fitted
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Start:
+    """A point of a run from which it is rolled on.
+
+    Attributes:
+        step: Steps taken, one of those at which losses are looked at.
+        velocity: Momentum's velocity in the coordinates, shape (r,).
+    """
+
+    step: int
+    velocity: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +61,7 @@ class Rollout:
             a run has ended.
         forget_loss: The same for the forget samples.
         coordinates: c where the run crossed the level, or at its end, shape (S, G, r).
+        kind: "one" or "staged": whose calibration the probability is read from.
     """
 
     lr: Tensor
@@ -58,11 +73,12 @@ class Rollout:
     retain_loss: Tensor
     forget_loss: Tensor
     coordinates: Tensor
+    kind: str = "one"
 
     @property
     def probability(self) -> Tensor:
-        """P(diverge) of every setting, shape (G,): a fixed logistic of each seed's score, averaged over seeds."""
-        return torch.sigmoid(LOGISTIC_SLOPE * self.score).mean(0)
+        """P(diverge) of every setting, shape (G,): the calibrated logistic of each seed's score, averaged over seeds."""
+        return calibration(self.kind).probability(self.score)
 
     def expected_divergence_step(self) -> list[float | None]:
         """Median divergence step over the seeds that cross, per setting; None where fewer than half of them do.
@@ -87,6 +103,8 @@ def rollout(
     seeds: Sequence[int] = (0, 1, 2),
     check_every: int = CHECK_EVERY,
     dtype: torch.dtype | None = None,
+    start: Start | None = None,
+    on_check: Callable[[int, Tensor, Tensor], object] | None = None,
     progress: bool = False,
 ) -> Rollout:
     """Roll out an algorithm at several settings at once.
@@ -105,6 +123,9 @@ def rollout(
         seeds: One run each; whole numbers >= 0.
         check_every: Steps between two looks at the losses, as in `run`.
         dtype: Floating dtype of the iteration; the features' own when None.
+        start: Where in the run the network's linearisation stands; at its beginning when None.
+        on_check: Called with the step, the coordinates and the velocities of the settings that still run, (G', r) each, at
+            every look.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -133,16 +154,24 @@ def rollout(
     checks = check_steps(algorithm.steps, check_every)
     like = network.retain.features.new_empty(0, dtype=dtype)
     landmarks = _landmarks(network, like)
+    begin = start or Start(step=0, velocity=like.new_zeros(network.rank))
     parts = [
-        _roll_seed(network, algorithm, etas.to(like), alphas.to(like), batch_sizes, int(seed), checks, landmarks)
+        _roll_seed(
+            network,
+            algorithm,
+            etas.to(like),
+            alphas.to(like),
+            batch_sizes,
+            int(seed),
+            checks,
+            landmarks,
+            begin,
+            on_check,
+        )
         for seed in progress_bar(list(seeds), "rollout", progress)
     ]
-    return Rollout(
-        lr=etas.cpu(),
-        mix=alphas.cpu(),
-        steps=torch.tensor(checks),
-        **{name: torch.stack([p[name] for p in parts]) for name in parts[0]},
-    )
+    stacked: dict[str, Any] = {name: torch.stack([p[name] for p in parts]) for name in parts[0]}
+    return Rollout(lr=etas.cpu(), mix=alphas.cpu(), steps=torch.tensor(checks), **stacked)
 
 
 class _Part:
@@ -153,6 +182,7 @@ class _Part:
     ) -> None:
         players = _players(part, seed)
         self.outputs = part.outputs.to(dtype)
+        self._original = self.outputs if part.original is None else part.original.to(dtype)
         self.features = part.features.to(dtype)
         self.targets = part.targets.to(dtype) if part.targets.is_floating_point() else part.targets
         self.stream = (players[members] for members in stream)
@@ -160,7 +190,7 @@ class _Part:
 
     def original(self, indices: Tensor, settings: int) -> Tensor:
         """Outputs at θ*, G times one after another: (G·b, ...)."""
-        return _repeat(self.outputs[indices], settings)
+        return _repeat(self._original[indices], settings)
 
     def at(self, c: Tensor, indices: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs at G settings' coordinates c (G, r) as (G·b, ...), their targets, and the features (b·O, r)."""
@@ -195,6 +225,8 @@ def _roll_seed(
     seed: int,
     checks: Sequence[int],
     landmarks: tuple[Tensor | None, Tensor | None],
+    start: Start,
+    on_check: Callable[[int, Tensor, Tensor], object] | None,
 ) -> dict[str, Tensor]:
     """One seed's run at all settings; settings that have ended leave the working set."""
     settings, rank, dtype, device = etas.numel(), network.rank, etas.dtype, etas.device
@@ -205,7 +237,8 @@ def _roll_seed(
     field = _Field(network, algorithm, retain, forget, seed, metric, anchor, *landmarks)
     plans = algorithm.plan()
     rule = algorithm.stop_rule()
-    floor, room = _scale(network, retain)
+    field.skip(plans[: start.step], leakage=rule.leakage_bound is not None)
+    floor, room = loss_scale(network)
 
     score = torch.full((settings,), -math.inf, dtype=torch.float64)
     divergence_step = torch.full((settings,), math.nan, dtype=torch.float64)
@@ -215,7 +248,7 @@ def _roll_seed(
     # The working set: rows of the above that still run, with their coordinates and velocities.
     alive = torch.arange(settings)
     c = torch.zeros(settings, rank, dtype=dtype, device=device)
-    velocity = torch.zeros_like(c)
+    velocity = start.velocity.to(c).expand(settings, rank).clone()
 
     def look(position: int, step: int, seen: Tensor) -> Tensor:
         """Record the losses of some rows of the working set from this check on; which of them go on."""
@@ -233,11 +266,14 @@ def _roll_seed(
         before = divergence_step[rows].isnan()
         coordinates[rows[before]] = at.double().cpu()[before]
         divergence_step[rows[before & (ratio >= 0)]] = float(step)
+        if on_check is not None:
+            on_check(step, at, velocity[seen.to(device)])
         return ratio < SCORE_CAP
 
-    going = look(0, 0, torch.ones(settings, dtype=torch.bool))
-    position = 1
-    for step in range(1, algorithm.steps + 1):
+    position = checks.index(start.step)
+    going = look(position, start.step, torch.ones(settings, dtype=torch.bool))
+    position += 1
+    for step in range(start.step + 1, algorithm.steps + 1):
         if not bool(going.all()):
             alive, c, velocity = alive[going], c[going.to(device)], velocity[going.to(device)]
             if alive.numel() == 0:
@@ -270,9 +306,18 @@ def _roll_seed(
     }
 
 
-def _scale(network: LinearisedNetwork, retain: _Part) -> tuple[float, float]:
-    """Where the retain loss is counted from, and how far above that the level lies: 0 and the level, but for losses < 0."""
-    start = float(network.loss.per_sample(retain.outputs, retain.targets).double().mean())
+def loss_scale(network: LinearisedNetwork) -> tuple[float, float]:
+    """Where the retain loss is counted from, and how far above that the divergence level lies.
+
+    Args:
+        network: The compressed network at θ*.
+
+    Returns:
+        0 and the level, but for losses that are negative at θ*, which are counted from there.
+    """
+    part = network.retain
+    outputs = part.outputs if part.original is None else part.original
+    start = float(network.loss.per_sample(outputs, part.targets).double().mean())
     floor, level = min(0.0, start), network.divergence_level
     # A level that the loss at θ* has passed leaves no room below it; the run has diverged before its first step.
     return (floor, level - floor) if level > floor else (level - 1, 1.0)
@@ -332,6 +377,13 @@ class _Field:
         if plan.pull and self._signs is not None:
             direction = direction + plan.pull * self._signs
         return direction, divergence
+
+    def skip(self, plans: Sequence[StepPlan], *, leakage: bool) -> None:
+        """Draw the batches of the steps before, as `at` would."""
+        for plan in plans:
+            for part, drawn in ((self._retain, plan.retain), (self._forget, plan.forget)):
+                if drawn or (leakage and part is self._forget):
+                    next(part.stream)
 
     def _gradient(
         self, part: _Part, c: Tensor, weight: Tensor, drawn: float, step: int, *, leakage: bool

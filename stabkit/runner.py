@@ -16,7 +16,7 @@ from stabkit import _checkpoint
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._serialise import to_plain
-from stabkit._validate import check_int
+from stabkit._validate import check_choice, check_int
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
@@ -25,6 +25,7 @@ from stabkit.sampling import batch_streams
 
 CHECK_EVERY = 10
 MONITOR_SAMPLES = 2048
+PRECISIONS = ("full", "bfloat16")
 CLIP_EPSILON = 1e-6  # added to a norm before it divides, as torch.nn.utils.clip_grad_norm_ does
 
 
@@ -56,6 +57,9 @@ class StepRecord:
         forget_weight: αφ_k.
         gradient_norm: Norm of the preconditioned gradient of the losses, before it is clipped.
         step_norm: ‖θ_k - θ_(k-1)‖.
+        retain_loss: Mean loss of the step's retain batch before the step, as the step's pass has it; None where the retain
+            set has no part in the step.
+        forget_loss: The same for the forget batch.
     """
 
     step: int
@@ -64,6 +68,8 @@ class StepRecord:
     forget_weight: float
     gradient_norm: float
     step_norm: float
+    retain_loss: float | None
+    forget_loss: float | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,7 +77,8 @@ class RunResult:
     """What a real run did.
 
     Attributes:
-        model: A new model with the final parameters, in the mode the original was in.
+        model: A new model with the final parameters, and running statistics where they moved, in the mode the original was
+            in.
         diverged: Whether the retain loss ever reached the best constant predictor's, or anything became non-finite.
         divergence_step: First checked step at which it had; None if it never did.
         stop_reason: "steps", "drift", "leakage", "diverged" or "on_step" (the caller's hook raised StopIteration).
@@ -124,6 +131,8 @@ class _State:
     theta: Tensor
     velocity: Tensor
     good: Tensor
+    statistics: Parameters  # running statistics, changed in place by the passes
+    good_statistics: Parameters
     good_step: int = -1
     taken: int = 0
     divergence_step: int = -1
@@ -138,6 +147,8 @@ class _State:
             "theta": self.theta.cpu().numpy(),
             "velocity": self.velocity.cpu().numpy(),
             "good": self.good.cpu().numpy(),
+            **{f"statistics.{name}": t.cpu().numpy() for name, t in self.statistics.items()},
+            **{f"good_statistics.{name}": t.cpu().numpy() for name, t in self.good_statistics.items()},
             "counts": np.array([self.good_step, self.taken, self.divergence_step]),
             "stop_reason": np.array(self.stop_reason),
             "gradients": np.array(self.gradients),
@@ -148,6 +159,9 @@ class _State:
         """Go on from these."""
         for name in ("theta", "velocity", "good"):
             setattr(self, name, torch.as_tensor(arrays[name]).to(self.theta))
+        for kind, tensors in (("statistics", self.statistics), ("good_statistics", self.good_statistics)):
+            for name, tensor in tensors.items():
+                tensors[name] = torch.as_tensor(arrays[f"{kind}.{name}"]).to(tensor)
         self.good_step, self.taken, self.divergence_step = (int(n) for n in arrays["counts"])
         self.stop_reason, self.gradients = str(arrays["stop_reason"]), float(arrays["gradients"])
         self.trajectory = [
@@ -165,12 +179,16 @@ def run(
     check_every: int = CHECK_EVERY,
     monitor_samples: int | None = MONITOR_SAMPLES,
     stop_on_divergence: bool = True,
+    precision: str = "full",
     on_step: Callable[[StepRecord], object] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     progress: bool = False,
 ) -> RunResult:
     """Run an algorithm from θ* (T1).
+
+    With batchnorm="batch" the retain and the forget batch are passed one after the other, each normalised by its own
+    statistics, which gradients flow through and the running ones follow; looks at the losses use the running ones.
 
     Args:
         problem: The unlearning problem.
@@ -181,6 +199,8 @@ def run(
             (`check_steps`).
         monitor_samples: Samples of each set the losses are watched on; all when None.
         stop_on_divergence: Whether to end the run at the check that finds it diverged.
+        precision: "full", or "bfloat16": passes of the steps under autocast, with float32 parameters, updates and looks.
+            Predictions are of full precision.
         on_step: Called after every step. If it raises StopIteration the run ends there and returns; any other exception
             ends it too and reaches the caller, after the state is written where there is a `checkpoint`.
         checkpoint: File that holds the state: written whole or not at all, resumed from where it exists, left in place at
@@ -207,12 +227,26 @@ def run(
     check_int(checkpoint_every, name="checkpoint_every", owner="run", low=1)
     if monitor_samples is not None:
         check_int(monitor_samples, name="monitor_samples", owner="run", low=1, remedy="None watches all of them.")
+    check_choice(precision, name="precision", owner="run", choices=PRECISIONS)
+    if precision != "full" and problem.dtype != torch.float32:
+        raise ValueError(
+            f"`precision` of `run` must be 'full' in {str(problem.dtype).removeprefix('torch.')}; got {precision!r}. "
+            "Autocast lowers float32 alone."
+        )
     if on_step is not None and not callable(on_step):
         raise TypeError(f"`on_step` of `run` must be a function of a StepRecord or None; got {on_step!r}.")
     batches = algorithm.batch_sizes(problem)
+    if problem.batchnorm == "batch":
+        _check_coupled(algorithm, batches)
     watched = [s.subset(monitor_samples, seed=0) for s in (problem.retain, problem.forget)]
     anchor = problem.vector()
-    state = _State(theta=anchor.clone(), velocity=torch.zeros_like(anchor), good=anchor.clone())
+    state = _State(
+        theta=anchor.clone(),
+        velocity=torch.zeros_like(anchor),
+        good=anchor.clone(),
+        statistics=_copies(problem.statistics),
+        good_statistics=_copies(problem.statistics),
+    )
     store = None
     if checkpoint is not None:
         identity = {
@@ -225,13 +259,15 @@ def run(
             "check_every": check_every,
             "monitor_samples": monitor_samples,
             "stop_on_divergence": stop_on_divergence,
+            "precision": precision,
+            "batchnorm": problem.batchnorm,
         }
         store = _checkpoint.Checkpoint(checkpoint, "run", identity, owner="run")
     checks = frozenset(check_steps(algorithm.steps, check_every))
 
     def look(step: int) -> None:
         """Record the losses, and whether the run counts as diverged."""
-        parameters = problem.unflatten(state.theta)
+        parameters = {**problem.unflatten(state.theta), **state.statistics}
         losses = [
             float(problem.evaluate(s, parameters, i)[2].mean())
             for s, i in zip((problem.retain, problem.forget), watched, strict=True)
@@ -240,7 +276,7 @@ def run(
         state.trajectory.append(Checkpoint(step=step, retain_loss=losses[0], forget_loss=losses[1], distance=distance))
         if all(map(math.isfinite, (*losses, distance))) and losses[0] < problem.divergence_level:
             if state.divergence_step < 0:
-                state.good, state.good_step = state.theta, step
+                state.good, state.good_step, state.good_statistics = state.theta, step, _copies(state.statistics)
             return
         state.divergence_step = step if state.divergence_step < 0 else state.divergence_step
         if stop_on_divergence:
@@ -257,7 +293,7 @@ def run(
             state.take(saved)
         else:
             look(0)
-        steps = _Steps(problem, algorithm, preconditioner, batches, seed)
+        steps = _Steps(problem, algorithm, preconditioner, batches, seed, precision)
         steps.skip(state.taken)
         remaining = range(state.taken + 1, algorithm.steps + 1) if state.stop_reason == "steps" else range(0)
 
@@ -284,8 +320,12 @@ def run(
             if step % checkpoint_every == 0:
                 save()
         save()
-    good = state.good_step >= 0
-    model = problem.new_model(problem.unflatten(state.theta))
+    model = problem.new_model({**problem.unflatten(state.theta), **state.statistics})
+    last_good = None
+    if state.good_step >= 0:
+        last_good = model
+        if state.divergence_step >= 0:
+            last_good = problem.new_model({**problem.unflatten(state.good), **state.good_statistics})
     diverged = state.divergence_step >= 0
     watched_total = sum(i.numel() for i in watched) * len(state.trajectory)
     return RunResult(
@@ -297,9 +337,29 @@ def run(
         trajectory=tuple(state.trajectory),
         seed=seed,
         gradient_equivalents=state.gradients + watched_total / 3,
-        last_good_model=(problem.new_model(problem.unflatten(state.good)) if diverged else model) if good else None,
-        last_good_step=state.good_step if good else None,
+        last_good_model=last_good,
+        last_good_step=state.good_step if last_good is not None else None,
     )
+
+
+def _check_coupled(algorithm: Algorithm, batches: tuple[int, int]) -> None:
+    """Refuse batches that may have no variance to normalise by."""
+    if algorithm.sampling == "poisson":
+        raise ValueError(
+            f"`sampling` of `{type(algorithm).__name__}` must give batches of one size with batchnorm='batch'; got 'poisson', "
+            "which may draw a single sample. Use another, or batchnorm='frozen'."
+        )
+    for size, share in zip(batches, (1 - algorithm.mix, algorithm.mix), strict=True):
+        if size < 2 and share > 0:
+            raise ValueError(
+                f"batches of `{type(algorithm).__name__}` must hold at least two samples with batchnorm='batch'; got {size}, "
+                "which has no variance. Use larger ones, or batchnorm='frozen'."
+            )
+
+
+def _copies(tensors: Parameters) -> Parameters:
+    """Tensors that may be changed in place."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _marks(problem: UnlearningProblem, preconditioner: Preconditioner) -> dict[str, Tensor]:
@@ -320,7 +380,9 @@ class _Steps:
         preconditioner: Preconditioner,
         batches: tuple[int, int],
         seed: int,
+        precision: str,
     ) -> None:
+        self._autocast = precision == "bfloat16"
         self._problem, self._algorithm, self._preconditioner = problem, algorithm, preconditioner
         self._batches, self._seed = batches, seed
         self._streams = batch_streams((problem.retain.size, problem.forget.size), batches, algorithm.sampling, seed)
@@ -346,7 +408,7 @@ class _Steps:
         algorithm, plan, theta = self._algorithm, self._plan[state.taken], state.theta
         retain, forget = self._draw(plan)
         weights = (1 - algorithm.mix) * plan.retain, algorithm.mix * plan.forget
-        gradient, leakage = self._gradient(theta, retain, forget, weights, state)
+        gradient, leakage, losses = self._gradient(theta, retain, forget, weights, state, measured=measured)
         direction = self._preconditioner.apply(gradient)
         norm = direction.norm() if plan.max_norm is not None or measured else None
         if plan.max_norm is not None and norm is not None:
@@ -371,12 +433,24 @@ class _Steps:
             forget_weight=weights[1],
             gradient_norm=float(norm),
             step_norm=float(change.norm()),
+            retain_loss=losses.get(False),
+            forget_loss=losses.get(True),
         )
 
     def _gradient(
-        self, theta: Tensor, retain: Tensor, forget: Tensor, weights: tuple[float, float], state: _State
-    ) -> tuple[Tensor, Tensor | None]:
-        """(1-α)ρ ĝ_R - αφ ĝ_F over the two batches, and the forget batch's prediction divergence if asked for."""
+        self,
+        theta: Tensor,
+        retain: Tensor,
+        forget: Tensor,
+        weights: tuple[float, float],
+        state: _State,
+        *,
+        measured: bool,
+    ) -> tuple[Tensor, Tensor | None, dict[bool, float]]:
+        """(1-α)ρ ĝ_R - αφ ĝ_F over the two batches, and if asked for the forget batch's prediction divergence and the losses.
+
+        The losses are by whether a batch is the forget batch.
+        """
         problem, algorithm = self._problem, self._algorithm
         parts: list[_Part] = []
         if weights[0] and retain.numel():
@@ -391,15 +465,19 @@ class _Steps:
             state.gradients += forget.numel() * 2 / 3
             inputs, targets = problem.forget.batch(forget)
             with torch.no_grad():
-                before, now = problem.outputs(problem.parameters, inputs), problem.outputs(parameters, inputs)
+                before = problem.outputs(problem.parameters, inputs)
+                now = problem.outputs({**parameters, **state.statistics}, inputs)
                 leakage = problem.loss.divergence(before, now, targets).mean()
-        together = self._mask is None and len(parts) == 2 and _same_layout(parts[0].inputs, parts[1].inputs)
+        joint = self._mask is None and problem.batchnorm == "frozen"
+        together = joint and len(parts) == 2 and _same_layout(parts[0].inputs, parts[1].inputs)
         gradient = torch.zeros_like(theta)
+        losses: dict[bool, float] = {}
         # One pass over both batches: half the kernel launches.
         for group in [parts] if together else [[part] for part in parts]:
-            share = self._backward(parameters, group)
+            share, seen = self._backward(parameters, group, state.statistics, measured=measured)
             gradient += share * self._mask if self._mask is not None and group[0].forget else share
-        return gradient, leakage
+            losses |= seen
+        return gradient, leakage, losses
 
     def _part(self, samples: Samples, indices: Tensor, weight: float, step: int) -> _Part:
         """One set's batch, with outputs at θ* where the algorithm reads them."""
@@ -411,12 +489,20 @@ class _Steps:
         forget = samples is self._problem.forget
         return _Part(inputs=inputs, targets=targets, original=original, weight=weight, forget=forget, step=step)
 
-    def _backward(self, parameters: Parameters, parts: list[_Part]) -> Tensor:
-        """Σ weight·Jᵀs over the parts, in one pass; s by the algorithm from the outputs."""
+    def _backward(
+        self, parameters: Parameters, parts: list[_Part], statistics: Parameters, *, measured: bool
+    ) -> tuple[Tensor, dict[bool, float]]:
+        """Σ weight·Jᵀs over the parts, in one pass; s by the algorithm from the outputs. And the losses if asked for."""
         inputs = parts[0].inputs if len(parts) == 1 else _join(parts[0].inputs, parts[1].inputs)
-        with torch.enable_grad():
-            outputs = self._problem.outputs(parameters, inputs)
+        lowered = torch.autocast(self._problem.device.type, torch.bfloat16, enabled=self._autocast)
+        with torch.enable_grad(), lowered:
+            if self._problem.batchnorm == "batch":
+                outputs = self._problem.batch_outputs(parameters, inputs, statistics=statistics)
+            else:
+                outputs = self._problem.outputs(parameters, inputs)
+        outputs = outputs.to(self._problem.dtype)
         residuals, start = [], 0
+        losses: dict[bool, float] = {}
         for part in parts:
             stop = start + part.targets.shape[0]
             batch = Batch(
@@ -430,6 +516,8 @@ class _Steps:
             residual = self._algorithm.forget_residual if part.forget else self._algorithm.retain_residual
             with torch.no_grad():
                 residuals.append(part.weight * residual(self._problem.loss, batch))
+                if measured:
+                    losses[part.forget] = float(self._problem.loss.per_sample(batch.outputs, part.targets).mean())
             start = stop
         gradients = torch.autograd.grad(
             outputs,
@@ -438,7 +526,7 @@ class _Steps:
             allow_unused=True,
             materialize_grads=True,
         )
-        return torch.cat([g.reshape(-1) for g in gradients])
+        return torch.cat([g.reshape(-1) for g in gradients]), losses
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

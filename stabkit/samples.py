@@ -7,6 +7,8 @@ A `DataLoader`, a `Dataset`, an `(x, y)` pair of tensors, a dictionary of tensor
 from __future__ import annotations
 
 import contextlib
+import numbers
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +38,10 @@ Identity = dict[object, np.ndarray]
 REREAD = 8  # samples read twice, to find random augmentation
 IN_MEMORY_BYTES = 4 * 2**30
 LABEL_KEYS = ("labels", "label", "targets", "target")
+EXTRA_PARTS = (
+    "A sample's last part is its target and those before are the model's inputs: where rows are (x, y, index), pass "
+    "[(x, y) for x, y, _ in data]."
+)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -194,8 +200,8 @@ def as_samples(data: Any, *, name: str, device: torch.device, dtype: torch.dtype
         The samples.
 
     Raises:
-        TypeError: If the data has none of the accepted forms.
-        ValueError: If the set is empty, or its parts differ in length.
+        TypeError: If the data has none of the accepted forms, or holds what is no number.
+        ValueError: If the set is empty, or its parts differ in length or its samples in shape.
     """
     with preserved_rng():
         samples = _read(data, name, device, dtype)
@@ -205,19 +211,22 @@ def as_samples(data: Any, *, name: str, device: torch.device, dtype: torch.dtype
 
 
 def _read(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
-    if isinstance(data, Tensor):
-        raise TypeError(f"`{name}` must come with targets; got a single tensor. Pass a pair (x, y).")
+    if _is_array(data):
+        kind = type(data).__name__.lower()
+        raise TypeError(f"`{name}` must come with targets; got a single {kind}. Pass a pair (x, y).")
     if isinstance(data, DataLoader):
         return _read_loader(data, name, device, dtype)
     if isinstance(data, IterableDataset):
-        return _read_batches(DataLoader(data, batch_size=256), name, device, dtype)
+        loader = DataLoader(data, batch_size=256, collate_fn=lambda rows: _collate(rows, name))
+        return _read_batches(loader, name, device, dtype)
     if isinstance(data, Mapping) or _is_pair(data):
         return _in_memory(*_split(data, name), name=name, device=device, dtype=dtype)
+    is_text = isinstance(data, str | bytes)
     if isinstance(data, Dataset) or (
-        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data)
+        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data) and not is_text
     ):
         return _read_dataset(data, default_collate, name, device, dtype)
-    if isinstance(data, Iterable):
+    if isinstance(data, Iterable) and not is_text:
         return _read_batches(data, name, device, dtype)
     raise TypeError(
         f"`{name}` must be a DataLoader, a Dataset, an (x, y) pair of tensors, a dict of tensors or an iterable of "
@@ -230,7 +239,12 @@ def _is_pair(data: Any) -> bool:
     if not isinstance(data, tuple) or len(data) != 2:
         return False
     inputs, targets = data
-    return isinstance(targets, Tensor | np.ndarray) and isinstance(inputs, Tensor | np.ndarray | tuple | Mapping)
+    return _is_array(inputs) or (isinstance(inputs, tuple | Mapping) and _is_array(targets))
+
+
+def _is_array(data: Any) -> bool:
+    """A tensor, or what NumPy can read: its own arrays and a table's columns."""
+    return isinstance(data, Tensor) or hasattr(data, "__array__")
 
 
 def _is_batches(data: Any) -> bool:
@@ -239,33 +253,108 @@ def _is_batches(data: Any) -> bool:
         return isinstance(data, Sequence)
     first = data[0]
     if isinstance(first, Mapping):
-        return all(value.dim() >= 2 or key in LABEL_KEYS for key, value in first.items() if isinstance(value, Tensor))
+        return all(_axes(value) >= (1 if key in LABEL_KEYS else 2) for key, value in first.items())
     if not isinstance(first, tuple | list) or len(first) < 2:
         return False
     return isinstance(first[-1], Tensor | np.ndarray) and first[-1].ndim >= 1
 
 
+def _axes(value: Any) -> int:
+    """Axes of an array or of nested lists."""
+    if isinstance(value, list):
+        return 1 + (_axes(value[0]) if value else 0)
+    return getattr(value, "ndim", 0)
+
+
 def _split(batch: Any, name: str) -> tuple[Any, Tensor]:
     """Inputs and targets of one batch in any of its forms."""
+    targets_of, inputs_of = f"targets of `{name}`", f"inputs of `{name}`"
     if isinstance(batch, Mapping):
         for key in LABEL_KEYS:
             if key in batch:
-                inputs = {k: torch.as_tensor(v) for k, v in batch.items() if k != key}
-                return inputs, torch.as_tensor(batch[key])
+                inputs = {k: _tensor(v, f"column {k!r} of `{name}`") for k, v in batch.items() if k != key}
+                return inputs, _tensor(batch[key], targets_of)
         raise TypeError(
             f"`{name}` holds dict batches without targets: expected a key among {', '.join(LABEL_KEYS)}; got "
             f"{', '.join(map(str, batch))}."
         )
     if isinstance(batch, tuple | list) and len(batch) >= 2:
-        *leading, targets = batch
+        *leading, last = batch
+        targets = _tensor(last, targets_of, EXTRA_PARTS if len(leading) > 1 else "")
         first = leading[0] if len(leading) == 1 else tuple(leading)
         if isinstance(first, Mapping):
-            return {key: torch.as_tensor(value) for key, value in first.items()}, torch.as_tensor(targets)
-        as_tensors = tuple(map(torch.as_tensor, first)) if isinstance(first, tuple | list) else torch.as_tensor(first)
-        return as_tensors, torch.as_tensor(targets)
+            return {key: _tensor(value, f"column {key!r} of `{name}`") for key, value in first.items()}, targets
+        if isinstance(first, tuple | list):
+            return tuple(_tensor(value, inputs_of) for value in first), targets
+        return _tensor(first, inputs_of), targets
     raise TypeError(
-        f"`{name}` must give (inputs, targets) pairs or dicts with labels; got a batch of type {type(batch).__name__}."
+        f"`{name}` must give (inputs, targets) pairs or dicts with labels; got a batch of type {type(batch).__name__}. "
+        "Pass two tensors as a tuple (x, y)."
     )
+
+
+def _tensor(values: Any, what: str, remedy: str = "") -> Tensor:
+    """One part of a batch as a tensor."""
+    if not isinstance(values, Tensor | np.ndarray) and hasattr(values, "__array__"):
+        values = np.array(values)  # a table's own array may not be writable
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _refusal(values, what, error, remedy) from error
+
+
+def _collate(rows: list[Any], name: str) -> Any:
+    """Rows as one batch; a list of numbers in a row is a vector, where PyTorch's own collation sees so many inputs."""
+    try:
+        return default_collate([_vectors(row) for row in rows])
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise _refusal(rows, f"samples of `{name}`", error) from error
+
+
+def _vectors(row: Any) -> Any:
+    """A row with its lists of numbers as tensors."""
+
+    def vector(part: Any) -> Any:
+        is_numbers = isinstance(part, list) and all(isinstance(leaf, numbers.Number) for leaf in _leaves(part))
+        return torch.as_tensor(part) if is_numbers else part
+
+    if isinstance(row, Mapping):
+        return {key: vector(part) for key, part in row.items()}
+    return tuple(map(vector, row)) if isinstance(row, tuple | list) else row
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """What nested lists, dictionaries and arrays of objects hold."""
+    if isinstance(tree, np.ndarray) and tree.dtype.kind in "OSU":
+        tree = tree.tolist()
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, tuple | list):
+        for part in tree:
+            yield from _leaves(part)
+    else:
+        yield tree
+
+
+def _refusal(values: Any, what: str, error: Exception, remedy: str = "") -> TypeError | ValueError:
+    """Why these make no tensor: something in them is no number, or they differ in shape."""
+    plain = numbers.Number | np.generic | np.ndarray | Tensor
+    odd = [leaf for leaf in _leaves(values) if isinstance(leaf, str) or not isinstance(leaf, plain)]
+    if not odd:
+        return ValueError(
+            f"{what} must be numbers of one type and one shape; got {type(error).__name__}: {error}. "
+            + (remedy or "Pad or crop them to one size (for text, pad to the longest and pass an attention mask).")
+        )
+    if odd[0] is None:
+        remedy = remedy or "Leave out the column that is empty, or fill in what is missing."
+    elif isinstance(odd[0], str):
+        remedy = (
+            remedy or "Encode text as numbers first: classes as 0 to C-1, words as token ids; leave out other columns."
+        )
+    else:
+        remedy = remedy or "Convert them to tensors first."
+    shown = odd[0] if odd[0] is None or isinstance(odd[0], str) else type(odd[0])
+    return TypeError(f"{what} must be numbers; got {reprlib.repr(shown)}. {remedy}")
 
 
 def _in_memory(
@@ -359,7 +448,8 @@ def _read_dataset(
         return Samples(name, 0, lambda _: (torch.empty(0), torch.empty(0)), identity, device, dtype)
 
     def fetch(indices: Tensor) -> tuple[Inputs, Tensor]:
-        return _split(collate([dataset[i] for i in indices.tolist()]), name)
+        rows = [dataset[i] for i in indices.tolist()]
+        return _split(_collate(rows, name) if collate is default_collate else collate(rows), name)
 
     inputs, targets = fetch(torch.zeros(1, dtype=torch.int64))
     for index in torch.linspace(0, size - 1, min(size, REREAD)).long().unique():
@@ -393,6 +483,14 @@ def _read_batches(batches: Iterable[Any], name: str, device: torch.device, dtype
 def _concatenate(parts: list[tuple[Any, Tensor]], name: str) -> tuple[Any, Tensor]:
     if len(parts) == 1:
         return parts[0]
+    kinds = [sorted(inputs) if isinstance(inputs, dict) else len(list(tensors_of(inputs))) for inputs, _ in parts]
+    odd = next((kind for kind in kinds if kind != kinds[0]), None)
+    if odd is not None:
+        raise ValueError(
+            f"`{name}` must have the same inputs in every batch; got {kinds[0]} and {odd}. Fill in the rest."
+        )
+    if isinstance(parts[0][0], dict):  # in one order
+        parts = [({key: inputs[key] for key in parts[0][0]}, targets) for inputs, targets in parts]
     columns = list(zip(*([*tensors_of(inputs), targets] for inputs, targets in parts), strict=True))
     for tensors in columns:
         shapes = sorted({tuple(t.shape[1:]) for t in tensors})

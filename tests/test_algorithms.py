@@ -157,7 +157,7 @@ def test_fixed_mixes_are_fixed():
         FineTune(mix=0.5)
     with pytest.raises(ValueError, match=r"`mix` of `L1Sparse` .*\[0, 0\]; got 0\.5\. Use GradDiff"):
         L1Sparse(mix=0.5)
-    with pytest.raises(ValueError, match=r"`mix` of `GradientAscent` .*\[1, 1\]; got 0\.5\. Use GradDiff"):
+    with pytest.raises(ValueError, match=r"`mix` of `GradientAscent` must be 1, .*; got 0\.5\. .*algorithm='graddiff'"):
         GradientAscent(mix=0.5)
     assert (FineTune().mix, GradientAscent().mix) == (0, 1)
 

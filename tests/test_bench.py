@@ -16,27 +16,29 @@ from stabkit.cli import main
 NAME = "digits-mlp-class-graddiff"
 
 
-def record(lr, mix, probability, diverged, **changes):
-    plain = {
-        "score": 0.0,
-        "predicted_step": None,
-        "growth": 0.0,
-        "step_limit": 1.0,
-        "coherence_rule": False,
-        "divergence_step": None,
-    }
-    return bench.Record(lr=lr, mix=mix, probability=probability, diverged=diverged, **(plain | changes))
+def record(lr, mix, probability, diverged, *, predicted_step=None, staged=None, score=0.0, **changes):
+    plain = {"growth": 0.0, "step_limit": 1.0, "coherence_rule": False, "divergence_step": None}
+    one = bench.Prediction(probability=probability, scores=(score,), step=predicted_step)
+    other = one if staged is None else replace(one, probability=staged)
+    return bench.Record(lr=lr, mix=mix, one=one, staged=other, diverged=diverged, **(plain | changes))
 
 
-def result(records, *, role="evaluation", name="digits-cnn-class-graddiff", seed=0):
+def result(records, *, role="evaluation", name="digits-cnn-class-graddiff", seed=0, boundaries=()):
     (cell,) = (c for c in bench.CELLS if c.key == name)
     return bench.CellResult(
         cell=replace(cell, role=role),
         seed=seed,
         records=tuple(records),
+        boundaries=tuple(
+            bench.Boundary(mix=mix, observed=observed, one=one, staged=staged)
+            for mix, observed, one, staged in boundaries
+        ),
         measure_seconds=3.0,
         frontier_seconds=1.0,
+        staged_seconds=4.0,
         run_seconds=2.0,
+        staged_gradients=10.0,
+        run_gradients=40.0,
         linearised_samples=(5, 4),
         captured=0.9,
     )
@@ -53,8 +55,8 @@ def test_cells_have_names_of_their_own_and_known_parts():
     assert {cell.dataset for cell in bench.CELLS} == set(DATASETS)
     assert {cell.model for cell in bench.CELLS} == set(MODELS)
     assert {cell.role for cell in bench.CELLS} == {"calibration", "evaluation"}
-    calibrated = {(c.dataset, c.model) for c in bench.CELLS if c.role == "calibration"}
-    assert not calibrated & {(c.dataset, c.model) for c in bench.CELLS if c.role == "evaluation"}
+    calibrated = {c.key for c in bench.CELLS if c.role == "calibration"}
+    assert not calibrated & {c.key for c in bench.CELLS if c.role == "evaluation"}
 
 
 def test_cells_are_chosen_by_the_beginning_of_their_names():
@@ -87,9 +89,23 @@ def test_a_cell_is_predicted_and_run_at_every_setting(quick):
     assert 0 < sum(r.diverged for r in quick.records) < 8  # the grid brackets the boundary
     for r in quick.records:
         assert (r.divergence_step is None) == (not r.diverged)
-        assert 0 <= r.probability <= 1
+        for said in (r.one, r.staged):
+            assert 0 <= said.probability <= 1
+            assert (said.step is not None) == (said.probability >= 0.5)
+        assert len(r.one.scores) == 3
         assert r.growth >= 0
-    assert min(quick.measure_seconds, quick.frontier_seconds, quick.run_seconds) > 0
+    assert min(quick.measure_seconds, quick.frontier_seconds, quick.run_seconds, quick.staged_seconds) > 0
+    assert quick.run_gradients == 100 * 128
+    lrs = sorted({r.lr for r in quick.records})
+    for boundary in quick.boundaries:
+        line = sorted((r for r in quick.records if r.mix == boundary.mix), key=lambda r: r.lr)
+        for found, crossed in (
+            (boundary.observed, [r.diverged for r in line]),
+            (boundary.one, [r.one.probability >= 0.5 for r in line]),
+            (boundary.staged, [r.staged.probability >= 0.5 for r in line]),
+        ):
+            place = crossed.index(True)
+            assert found == pytest.approx(math.sqrt(lrs[place - 1] * lrs[place]))
     again = bench.record_cell(quick.cell, 0, quick=True)
     assert again.records == quick.records
 
@@ -105,27 +121,26 @@ def test_scores_are_those_of_the_definitions():
     found = bench.scores(records)
     assert found.settings == 5
     assert found.share_diverged == pytest.approx(0.6)
-    assert found.balanced_accuracy == pytest.approx((2 / 3 + 1 / 2) / 2)
-    assert found.auc == pytest.approx(5 / 6)
-    assert found.brier == pytest.approx(np.mean([0.01, 0.36, 0.09, 0.36, 0.01]))
-    assert found.step_limit_accuracy == pytest.approx((2 / 3 + 1) / 2)
-    assert found.growth_accuracy == pytest.approx((1 + 1 / 2) / 2)
-    assert found.growth_auc == pytest.approx(5 / 6)
-    assert found.coherence_rule_accuracy == pytest.approx((0 + 1 / 2) / 2)
-    assert found.step_ratio == pytest.approx(np.median([2.0, 0.5]))
+    assert found.one.balanced_accuracy == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert found.one.auc == pytest.approx(5 / 6)
+    assert found.one.brier == pytest.approx(np.mean([0.01, 0.36, 0.09, 0.36, 0.01]))
+    assert found.step_limit.balanced_accuracy == pytest.approx((2 / 3 + 1) / 2)
+    assert found.growth.balanced_accuracy == pytest.approx((1 + 1 / 2) / 2)
+    assert found.growth.auc == pytest.approx(5 / 6)
+    assert found.coherence_rule.balanced_accuracy == pytest.approx((0 + 1 / 2) / 2)
+    assert found.one.step_ratio == pytest.approx(np.median([2.0, 0.5]))
     alone = bench.scores(records[:2])
-    assert math.isnan(alone.auc)
-    assert alone.brier == pytest.approx((0.01 + 0.36) / 2)
+    assert math.isnan(alone.one.auc)
+    assert alone.one.brier == pytest.approx((0.01 + 0.36) / 2)
+    better = bench.scores([replace(r, staged=replace(r.staged, probability=float(r.diverged))) for r in records])
+    assert (better.staged.balanced_accuracy, better.staged.brier) == (1.0, 0.0)
+    assert better.one == found.one
 
 
 def test_boundaries_are_compared_where_both_are_bracketed():
-    def line(mix, probabilities, outcomes):
-        return [record(lr, mix, p, d) for lr, p, d in zip((1.0, 10.0, 100.0), probabilities, outcomes, strict=True)]
-
-    both = line(0.2, (0.0, 1.0, 1.0), (False, False, True))  # predicted √10, observed 10√10
-    inside = line(0.4, (0.25, 0.75, 1.0), (False, True, True))  # both at √10
-    outside = line(0.6, (0.9, 1.0, 1.0), (False, True, True))
-    assert bench.boundary_ratios(result(both + inside + outside)) == pytest.approx([0.1, 1.0])
+    found = result([], boundaries=[(0.2, 10.0, 1.0, 5.0), (0.4, 2.0, 2.0, None), (0.6, None, 3.0, 3.0)])
+    assert bench.boundary_ratios(found, "one") == [0.1, 1.0]
+    assert bench.boundary_ratios(found, "staged") == [0.5]
 
 
 def test_what_was_calibrated_on_is_never_pooled():
@@ -134,18 +149,26 @@ def test_what_was_calibrated_on_is_never_pooled():
         bench.pooled([result(one), result(one, role="calibration")])
     with pytest.raises(ValueError, match=r"`records` of `scores` must hold at least one setting; got none"):
         bench.scores([])
-    summary = verification.summarise([result(one), result(one, role="calibration"), result(one, seed=1)])
+    mine = result(one, boundaries=[(0.5, 1.0, 1.0, 3.0)])
+    summary = verification.summarise([mine, result(one, role="calibration"), replace(mine, seed=1)])
     assert summary["roles"]["evaluation"]["pooled"]["settings"] == 4
     assert summary["roles"]["calibration"]["pooled"]["settings"] == 2
     assert summary["grid_factor"] == pytest.approx(2.0)
-    assert summary["roles"]["evaluation"]["boundary"] == {
+    assert summary["roles"]["evaluation"]["boundary_runs"] == 6
+    assert summary["roles"]["evaluation"]["boundary"]["staged"]["within_2"] == 0.0
+    assert summary["roles"]["evaluation"]["boundary"]["one"] == {
         "boundaries": 2,
         "median_ratio": pytest.approx(1.0),
         "within_1.5": 1.0,
         "within_2": 1.0,
     }
-    assert summary["roles"]["evaluation"]["cost"] == {"measure_over_run": 1.5, "frontier_over_run": 0.5}
-    assert summary["roles"]["evaluation"]["reliability"] == [
+    assert summary["roles"]["evaluation"]["cost"] == {
+        "measure_over_run": 1.5,
+        "frontier_over_run": 0.5,
+        "staged_over_run": 2.0,
+        "staged_over_run_gradients": 0.25,
+    }
+    assert summary["roles"]["evaluation"]["reliability"]["one"] == [
         {"said": 0.2, "happened": 0.0, "settings": 2},
         {"said": 0.8, "happened": 1.0, "settings": 2},
     ]
@@ -176,7 +199,7 @@ def test_a_cut_off_benchmark_goes_on(tmp_path, monkeypatch, quick):
     assert summary["roles"]["evaluation"]["pooled"]["settings"] == 32
     (tmp_path / "digits-vit-class-graddiff-s0-quick.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"'.*digits-vit-class-graddiff-s0-quick\.json' must be a cell's file of schema 1"
+        ValueError, match=r"'.*digits-vit-class-graddiff-s0-quick\.json' must be a cell's file of schema 2"
     ):
         bench.verify_cells(tmp_path, **arguments)
 
@@ -197,3 +220,76 @@ def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch, quick):
     assert json.loads(capsys.readouterr().out)["roles"]["calibration"]["pooled"]["settings"] == 8
     assert main(["bench", "verify", "--folder", folder, "--cells", "nothing"]) == 2
     assert "got 'nothing'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ calibration
+
+
+def drawn(count, slope, intercept, seed):
+    """Cells whose runs diverge with the probability that a known logistic gives their scores."""
+    generator = np.random.default_rng(seed)
+    scores = generator.normal(0, 1.5, size=count)
+    happened = generator.random(count) < 1 / (1 + np.exp(-slope * scores - intercept))
+    records = [record(1.0, 0.5, 0.5, bool(y), score=float(x)) for x, y in zip(scores, happened, strict=True)]
+    ratios = np.exp(generator.normal(0, 0.4, size=count // 10))
+    return result(records, role="calibration", boundaries=[(0.5, 1.0, float(r), 1.0) for r in ratios]), ratios
+
+
+def test_a_calibration_finds_the_logistic_that_the_runs_were_drawn_from():
+    found, ratios = drawn(4000, 2.5, -0.6, 0)
+    fitted = bench.fit_calibration([found], "one")
+    assert fitted.slope == pytest.approx(2.5, rel=0.15)
+    assert fitted.intercept == pytest.approx(-0.6, abs=0.15)
+    assert fitted.runs == 4000
+    assert fitted.brier == pytest.approx(
+        np.mean([(p - r.diverged) ** 2 for p, r in zip(_said(fitted, found), found.records, strict=True)])
+    )
+    for b in fitted.reliability:
+        assert b.said == pytest.approx(b.happened, abs=5 * math.sqrt(0.25 / b.settings))
+    # Conformal: nine in ten of further boundaries lie within the factor.
+    assert np.mean(np.abs(np.log(ratios)) <= math.log(fitted.step_factor)) >= 0.9
+    _, others = drawn(40_000, 1.0, 0.0, 1)
+    assert np.mean(np.abs(np.log(others)) <= math.log(fitted.step_factor)) == pytest.approx(0.9, abs=0.04)
+    assert bench.fit_calibration([found], "staged").step_factor == pytest.approx(1.0)
+    assert bench.fit_calibration([replace(found, boundaries=())], "one").step_factor is None
+
+
+def _said(fitted, found):
+    scores = torch.tensor([r.one.scores for r in found.records], dtype=torch.float64).T
+    return fitted.probability(scores).tolist()
+
+
+def test_evaluation_cells_are_no_calibration():
+    with pytest.raises(ValueError, match=r"`results` of `fit_calibration` must be .*; got digits-cnn-class-graddiff\."):
+        bench.fit_calibration([result([record(1.0, 0.5, 0.5, True)])], "one")
+    with pytest.raises(ValueError, match="at least one; got none"):
+        bench.fit_calibration([], "one")
+
+
+def test_the_command_calibrates(tmp_path, capsys):
+    from stabkit._serialise import dumps, from_plain, to_plain
+    from stabkit.calibration import Calibration
+
+    found, _ = drawn(300, 2.0, 0.0, 2)
+    path = tmp_path / f"{NAME}-s0.json"
+    path.write_text(dumps({"schema": 2, **to_plain(found)}), encoding="utf-8")
+    written = tmp_path / "calibration.json"
+    assert main(["bench", "calibrate", "--folder", str(tmp_path), "--output", str(written)]) == 0
+    assert "one: slope" in capsys.readouterr().out
+    plain = json.loads(written.read_text(encoding="utf-8"))
+    assert from_plain(Calibration, plain["one"]) == bench.fit_calibration([found], "one")
+    assert main(["bench", "calibrate", "--folder", str(tmp_path / "none"), "--output", str(written)]) == 2
+    assert "got none" in capsys.readouterr().err
+
+
+def test_the_shipped_calibration_is_of_its_kind():
+    from stabkit.calibration import KINDS, calibration
+
+    for kind in KINDS:
+        shipped = calibration(kind)
+        assert shipped.kind == kind
+        assert shipped.slope > 0  # P(diverge) rises with the score
+        known = {cell.key for cell in bench.CELLS if cell.role == "calibration"}
+        assert set(shipped.cells) <= known
+    with pytest.raises(ValueError, match=r"`kind` of `calibration` must be one of .*; got 'two'"):
+        calibration("two")

@@ -353,6 +353,20 @@ def test_a_callable_must_give_one_loss_a_sample(function, error, message):
         (CrossEntropy(), (2, 3), torch.tensor([-100, -100]), ValueError, "at least one label; got only -100"),
         (CrossEntropy(), (2, 4, 3), torch.zeros(2, 5).long(), ValueError, r"targets \(2, 5\) for outputs \(2, 4, 3\)"),
         (CrossEntropy(), (2,), torch.tensor([0, 1]), ValueError, r"targets \(2,\) for outputs \(2,\)"),
+        (
+            CrossEntropy(shift=True),
+            (2, 3),
+            torch.tensor([0, 1]),
+            ValueError,
+            r"token labels of shape \(n, T\) for loss='causal_lm'; got shape \(2,\). Use loss='cross_entropy'",
+        ),
+        (
+            CrossEntropy(shift=True),
+            (2, 4, 3),
+            torch.tensor([[1, -100, -100, -100]] * 2),
+            ValueError,
+            "targets of `retain` must hold at least one label after the first position; got none",
+        ),
         (CrossEntropy(shift=True), (2, 4, 3), torch.full((2, 4), 9), ValueError, r"in \[0, 2\].*got 9"),
         (SquaredError(), (2, 3), torch.tensor([[1, 2, 3]] * 2), TypeError, r"loss='mse'; got torch.int64.*float\(\)"),
         (SquaredError(), (2, 3), torch.zeros(2), ValueError, r"3 numbers a sample.*shape \(2,\) for outputs \(2, 3\)"),
@@ -367,4 +381,5 @@ def test_targets_that_fit_are_accepted():
     CrossEntropy().check_targets(torch.zeros(1, 3), torch.tensor([0, 2, -100]), name="retain")
     CrossEntropy().check_targets(torch.zeros(1, 3, 5, 4), torch.zeros(7, 5, 4).long(), name="retain")
     CrossEntropy().check_targets(torch.zeros(1, 5, 3), torch.zeros(7, 5).int(), name="retain")
+    CrossEntropy(shift=True).check_targets(torch.zeros(1, 2, 3), torch.tensor([[-100, 1]]), name="retain")
     SquaredError().check_targets(torch.zeros(1, 1), torch.zeros(7), name="retain")

@@ -184,7 +184,8 @@ def test_every_model_passes_once_over_every_set(nets, monkeypatch):
     original = UnlearningProblem.outputs
     monkeypatch.setattr(UnlearningProblem, "outputs", lambda s, p, i: rows.append(len(i)) or original(s, p, i))
     audit(problem, models, gold=gold, replicates=5, batch_size=100)
-    assert sum(rows) == 4 * (problem.forget.size + problem.retain.size + problem.test.size)
+    few = 3  # to see that each computes what the problem's model does
+    assert sum(rows) == 4 * (few + problem.forget.size + problem.retain.size + problem.test.size)
     assert max(rows) == 100
 
 
@@ -352,7 +353,7 @@ def test_json_is_strict_and_comes_back_equal(found, tmp_path):
     attack = plain["models"][0]["membership"][0]
     total = attack["forget_called_member"]["value"] + attack["forget_called_non_member"]["value"]
     assert total == pytest.approx(1)
-    with pytest.raises(ValueError, match=r"`plain` of `Audit.from_dict` must have schema 1; got 2\. Audit again"):
+    with pytest.raises(ValueError, match=r"`plain` of `Audit.from_dict` must have schema 1; got 2\. Make it anew"):
         Audit.from_dict({**plain, "schema": 2})
 
 
@@ -406,6 +407,10 @@ def test_the_plot_in_given_axes_without_gold(nets):
     assert given[4].get_title() == "mean loss"
     (points, *_), *_ = given[4].containers
     assert points.get_xdata()[1] == found["graddiff"].forget.loss.value
+    with pytest.raises(TypeError, match=r"`axes` of `Audit.plot` must be five axes; got one Axes\."):
+        found.plot(axes=given[0])
+    with pytest.raises(TypeError, match=r"`axes` of `Audit.plot` must be five axes; got 2 of them\."):
+        found.plot(axes=given[:2])
     plt.close(figure)
 
 
@@ -424,6 +429,55 @@ def test_wrong_kinds(nets):
         audit(problem, {"gold": gold})
     with pytest.raises(ValueError, match=r"parameter '1.weight' of shape \(24, 64\), as .*; got \(8, 64\)"):
         audit(problem, {"small": MLP(64, 10, hidden=(8,))})
+    with pytest.raises(TypeError, match=r"`gold` must be a torch.nn.Module; got OrderedDict\. Load a state_dict"):
+        audit(problem, models, gold=gold.state_dict())
+
+
+class Widened(nn.Sequential):
+    """The problem's network with a second output layer of other shape behind its own."""
+
+    def forward(self, x):
+        return super().forward(x)[:, :4]
+
+
+def test_another_architecture_is_refused_before_any_pass(nets, monkeypatch):
+    """Also where names and shapes are the same: it is what the model computes that counts."""
+    problem, gold, models = nets
+    module = sys.modules[audit.__module__]
+    monkeypatch.setattr(module, "sample_statistics", lambda *_, **__: pytest.fail("too late"))
+    other = MLP(64, 10, hidden=(24,), activation=nn.Tanh)
+    inputs, _ = problem.forget.batch(torch.arange(3))
+    with torch.no_grad():
+        apart = float((other(inputs) - MLP(64, 10, hidden=(24,))(inputs)).abs().max())
+    masks = {name: torch.zeros(1, 1, dtype=torch.bool) for name in ("forget", "retain", "test")}
+    for name, arguments in {
+        "gold": {"gold": other},
+        r"models\['tanh'\]": {"models": {"tanh": other}},
+        r"shadows.models\[0\]": {"shadows": Shadows(models=[other], **masks)},
+    }.items():
+        with pytest.raises(
+            ValueError, match=rf"`{name}` must compute what .*; got outputs that differ by {apart:.3g} on 3"
+        ):
+            audit(problem, arguments.pop("models", {}), **arguments)
+    with pytest.raises(
+        ValueError, match=r"`gold` must compute .*outputs of shape \(3, 4\) where the problem's has \(3, 10\)"
+    ):
+        audit(problem, models, gold=Widened(*gold))
+    with pytest.raises(
+        ValueError, match=r"`gold` must have a parameter '1.weight' of shape \(24, 64\).*; got \(8, 64\)"
+    ):
+        audit(problem, models, gold=MLP(64, 10, hidden=(8,)))
+
+
+def test_wrapped_models_are_read_without_their_wrappers(nets):
+    problem, gold, _ = nets
+    plain = accuracies(problem, gold)
+    for wrapped in (torch.compile(gold), nn.DataParallel(gold)):
+        assert accuracies(problem, wrapped) == plain
+    inner = copy.deepcopy(gold)
+    inner[1] = torch.compile(inner[1])
+    assert "1._orig_mod.weight" in dict(inner.named_parameters())
+    assert accuracies(problem, inner) == plain
 
 
 @pytest.mark.parametrize(
@@ -433,6 +487,8 @@ def test_wrong_kinds(nets):
         ({"replicates": 0}, r"`replicates` of `audit` .* got 0"),
         ({"batch_size": 0}, r"`batch_size` of `audit` .* got 0"),
         ({"seed": -1}, r"`seed` of `audit` .* got -1"),
+        ({"relearn_lr": -0.1}, r"`relearn_lr` of `audit` .* got -0\.1"),
+        ({"relearn_limit": 0}, r"`relearn_limit` of `audit` .* got 0"),
         (
             {"gap_attack": "entropy/logistics"},
             r"`gap_attack` of `audit` .* got 'entropy/logistics'\. Did you mean 'entropy/l",

@@ -279,7 +279,9 @@ def test_a_progress_bar_goes_to_stderr(digits_mlp, class_deletion, capfd):
 
 def test_a_prediction_in_too_few_directions_says_so(digits_mlp, class_deletion):
     settings = {**QUICK, "rank": 1}
-    with pytest.warns(stabkit.LowConfidenceWarning, match="Share of the outputs' sensitivity.* Raise `rank`") as caught:
+    with pytest.warns(
+        stabkit.LowConfidenceWarning, match=r"sensitivity .* at least 0.5 is wanted \(Raise `rank`"
+    ) as caught:
         report = stabkit.predict(digits_mlp, *class_deletion, lr=1e-4, **settings)
     assert report.confidence == "low"
     check = {c.name: c for c in report.checks}["captured output sensitivity"]
@@ -409,7 +411,14 @@ BROKEN[12, 1] = NAN
         ({"sampling": "poison"}, ValueError, "`sampling` .*got 'poison'. Did you mean 'poisson'"),
         ({"momentum": 1.0}, ValueError, r"`momentum` of `GradDiff` must be .*\[0, 1\); got 1"),
         ({"curvature": "fisher"}, ValueError, "`curvature` of `predict` must be one of 'ggn', 'hessian'; got 'fisher'"),
-        ({"batchnorm": "batch"}, ValueError, "`batchnorm` .*got 'batch'"),
+        ({"batchnorm": "train"}, ValueError, "`batchnorm` .*got 'train'"),
+        ({"mode": "careful"}, ValueError, "`mode` of `predict` must be one of .*; got 'careful'"),
+        ({"mode": "fast", "budget": 10}, ValueError, "`budget` of `predict` must be left out with mode='fast'.*got 10"),
+        ({"mode": "auto", "budget": "soon"}, ValueError, "`budget` of `predict` must be .*; got 'soon'"),
+        ({"mode": "auto", "budget": "-3s"}, ValueError, "`budget` of `predict` must be .*; got '-3s'"),
+        ({"mode": "auto", "budget": -3}, ValueError, "`budget` of `predict` must be .*; got -3"),
+        ({"rank": "all"}, ValueError, "`rank` of `predict` must be one of 'auto'; got 'all'"),
+        ({"retain_samples": "auto"}, ValueError, "`retain_samples` of `predict` must be one of 'all'; got 'auto'"),
         ({"rank": 0}, ValueError, "`rank` of `predict` must be a whole number >= 1; got 0"),
         ({"seeds": 0}, ValueError, "`seeds` of `predict` must be a whole number >= 1; got 0"),
         ({"seed": -1}, ValueError, "`seed` of `predict` must be a whole number >= 0; got -1"),

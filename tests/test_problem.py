@@ -7,7 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from stabkit._errors import TrainModeWarning, UntrainedModelWarning
@@ -287,6 +288,100 @@ def test_a_test_set_is_read_like_the_others():
         problem.read((X, with_value(Y, 7)), name="test")
 
 
+@untrained
+def test_the_problem_at_other_parameters():
+    model = MLP(4, 3, hidden=(5,))
+    problem = UnlearningProblem(model, FORGET, RETAIN)
+    before, losses = problem.vector().clone(), (problem.forget_loss, problem.retain_loss)
+    vector = before + 0.1
+    moved = problem.at(vector)
+    torch.testing.assert_close(moved.vector(), vector, rtol=0, atol=0)
+    torch.testing.assert_close(problem.vector(), before, rtol=0, atol=0)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1)
+        expected = other(X[4:])
+        torch.testing.assert_close(moved.outputs({}, X[4:]), expected)
+        torch.testing.assert_close(moved.new_model()(X[4:]), expected)
+        torch.testing.assert_close(moved.evaluate(moved.retain)[0], expected)
+        torch.testing.assert_close(problem.new_model()(X), model(X), rtol=0, atol=0)
+    assert (moved.forget_loss, moved.retain_loss) == losses
+    assert (moved.forget, moved.divergence_level) == (problem.forget, problem.divergence_level)
+    half = problem.at(vector.double().requires_grad_())
+    assert (half.vector().dtype, half.vector().requires_grad) == (torch.float32, False)
+    with pytest.raises(ValueError, match=r"`vector` of `UnlearningProblem.at` must be of shape \(43,\); got \(42,\)"):
+        problem.at(vector[1:])
+
+
+@untrained
+def test_another_models_outputs_are_its_own():
+    problem = UnlearningProblem(*model_and_sets())
+    other = nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.Dropout(0.5), nn.Linear(7, 2)).double()
+    before = snapshot(other)
+    said = problem.outputs_of(other, X)
+    assert_same(snapshot(other), before)
+    with torch.no_grad():
+        torch.testing.assert_close(said, copy.deepcopy(other).eval()(X.double()).float())
+
+
+# ------------------------------------------------------------------ wrapped models
+
+
+def wrappers():
+    """One network in each of the wrappers that PyTorch has."""
+    yield "compiled", torch.compile, {}
+    yield "compiled inside", lambda m: nn.Sequential(torch.compile(m[0]), *m[1:]), {}
+    yield "compiled in place", lambda m: m.compile() or m, {}
+    yield "data parallel", nn.DataParallel, {}
+    yield "data parallel, then compiled", lambda m: torch.compile(nn.DataParallel(m)), {}
+    yield "data parallel inside", lambda m: nn.Sequential(nn.DataParallel(m[0]), *m[1:]), {}
+    yield "distributed", nn.parallel.DistributedDataParallel, {}
+
+
+@pytest.fixture
+def one_process():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@untrained
+@pytest.mark.parametrize("wrap", [wrap for _, wrap, _ in wrappers()], ids=[name for name, _, _ in wrappers()])
+def test_wrappers_are_taken_off(wrap, one_process):
+    """Compiled code has no second derivative, and the stateless call refuses the parallel ones."""
+    inner = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    plain = UnlearningProblem(inner, FORGET, RETAIN)
+    model = wrap(copy.deepcopy(inner)).train()
+    before = snapshot(model)
+    problem = UnlearningProblem(model, FORGET, RETAIN)
+    assert_same(snapshot(model), before)
+    assert (problem.model_name, list(problem.parameters)) == ("Sequential", list(plain.parameters))
+    torch.testing.assert_close(problem.vector(), plain.vector(), rtol=0, atol=0)
+    hessians = [
+        torch.autograd.functional.hessian(
+            lambda v, p=p: p.loss.per_sample(p.outputs(p.unflatten(v), X), Y).mean(), p.vector()
+        )
+        for p in (problem, plain)
+    ]
+    torch.testing.assert_close(*hessians)
+    copied = problem.new_model()
+    assert {name: type(m) for name, m in copied.named_modules()} == {n: type(m) for n, m in inner.named_modules()}
+    assert all(m.training for m in copied.modules())
+
+
+@untrained
+def test_parametrised_weights_are_read_through():
+    model = MLP(4, 3, hidden=(5,))
+    parametrizations.weight_norm(model[1])
+    parametrizations.spectral_norm(model[3])
+    problem = UnlearningProblem(model.eval(), FORGET, RETAIN)
+    moved = problem.unflatten(problem.vector() + 0.1)
+    with torch.no_grad():
+        torch.testing.assert_close(problem.new_model(moved)(X), problem.outputs(moved, X))
+        assert not torch.allclose(problem.outputs(moved, X), model(X))
+
+
 # ------------------------------------------------------------------ modes
 
 
@@ -369,6 +464,33 @@ def broken(value, where="weight"):
     return model
 
 
+class Casting(nn.Module):
+    """A model that scales whole-numbered pixels itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x / 255)
+
+
+def with_hook(function):
+    model = MLP(4, 3, hidden=(5,))
+    function(model[1])
+    return model
+
+
+def remembering():
+    """It keeps an activation of its last pass."""
+    model = Returns(lambda f: f)
+    model.last = model(X)
+    return model
+
+
+PIXELS = (torch.arange(48).reshape(12, 4) * 5).to(torch.uint8)
+
+
 def broken_buffer():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
     model[1].running_var[2] = NAN
@@ -385,7 +507,11 @@ SHARED = TensorDataset(X, Y)
     [
         ({"model": lambda x: x}, TypeError, "`model` of `UnlearningProblem` must be a torch.nn.Module; got function"),
         ({"model": FROZEN}, ValueError, "must have a trainable parameter; got none with requires_grad=True"),
-        ({"batchnorm": "batch"}, ValueError, "`batchnorm` of `UnlearningProblem` must be one of 'frozen'; got 'batch'"),
+        (
+            {"batchnorm": "train"},
+            ValueError,
+            "`batchnorm` of `UnlearningProblem` must be one of 'batch', 'frozen'; got 'train'",
+        ),
         ({"forget": (X[:0], Y[:0])}, ValueError, "`forget` must hold at least one sample; got an empty set"),
         ({"retain": []}, ValueError, "`retain` must hold at least one sample; got an empty set"),
         ({"forget": RETAIN}, ValueError, "`forget` and `retain` must not overlap; they share 8 samples"),
@@ -461,6 +587,71 @@ SHARED = TensorDataset(X, Y)
         ({"dtype": torch.float16}, ValueError, r"`dtype` .* must be torch.float32 or torch.float64; got torch.float16"),
         ({"dtype": "float32"}, ValueError, "must be torch.float32 or torch.float64; got 'float32'"),
         ({"device": "gpu"}, ValueError, "`device` of `UnlearningProblem` must name a device; got 'gpu'"),
+        (
+            {"forget": (PIXELS[:4], Y[:4])},
+            TypeError,
+            r"inputs of `forget` must be floating point .*; got integers from 0 to 55, .* \(RuntimeError: .*Long.* / 255;",
+        ),
+        (
+            {"forget": (X[:4, :3], Y[:4])},
+            ValueError,
+            r"take the inputs of `forget`; got RuntimeError: .*\(3x3 and 4x5\), for \(3, 3\) torch.float32. Give inputs",
+        ),
+        (
+            {"forget": {"inputs": X[:4], "labels": Y[:4]}},
+            TypeError,
+            "must take the inputs of `forget`; got TypeError: .*'inputs', for .* It is given inputs by name: leave out",
+        ),
+        (
+            {"retain": TensorDataset(X[4:], Y[4:], torch.arange(8))},
+            TypeError,
+            r"the inputs of `retain`; got TypeError: .* but 3 were given, .* pass \[\(x, y\) for x, y, _ in data\]",
+        ),
+        (
+            {"model": torch.jit.trace(MLP(4, 3), X)},
+            TypeError,
+            "must be a Python module; got the model itself of type TopLevelTracedModule, made by torch.jit",
+        ),
+        (
+            {"model": nn.Sequential(nn.Linear(4, 3), torch.jit.trace(nn.ReLU(), X))},
+            TypeError,
+            "must be a Python module; got layer '1' of type TopLevelTracedModule",
+        ),
+        (
+            {"model": with_hook(weight_norm)},
+            TypeError,
+            "hold its weights as parameters; got WeightNorm on layer '1', .*torch.nn.utils.parametrizations.weight_norm",
+        ),
+        (
+            {"model": with_hook(spectral_norm)},
+            TypeError,
+            "got SpectralNorm on layer '1', .*torch.nn.utils.parametrizations.spectral_norm",
+        ),
+        (
+            {"model": with_hook(lambda layer: prune.l1_unstructured(layer, "weight", 0.5))},
+            TypeError,
+            "got L1Unstructured on layer '1', .*torch.nn.utils.prune.remove",
+        ),
+        (
+            {"model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))},
+            ValueError,
+            "must have running statistics; got track_running_stats=False in layer '1', .*GroupNorm",
+        ),
+        (
+            {"model": Returns(lambda f: f - f.mean(0))},
+            ValueError,
+            r"same outputs whatever else is in its batch; those of the first sample of `forget` alone differ by \d",
+        ),
+        (
+            {"model": Returns(lambda f: f.squeeze())},
+            ValueError,
+            r"a row of outputs per sample; got shape \(3,\) for one sample of `forget` and \(3, 3\) for 3",
+        ),
+        (
+            {"model": remembering()},
+            TypeError,
+            r"`model` must be one that copy.deepcopy can copy; got Returns, on which it fails \(RuntimeError: Only Tensors",
+        ),
         ({"model": Returns(lambda f: f.sum(1))}, ValueError, r"got targets \(4,\) for outputs \(3,\)"),
         ({"model": Returns(lambda f: f + torch.rand(()))}, ValueError, "deterministic in eval mode; .* differ by 0"),
     ],
@@ -473,3 +664,37 @@ def test_what_is_wrong_with_a_problem_is_said(arguments, error, message):
 @untrained
 def test_ignored_labels_are_allowed():
     assert build(retain=(X[4:], with_value(Y[4:], -100))).retain.size == 8
+
+
+@untrained
+def test_what_the_messages_say_to_do_works():
+    assert build(forget=(PIXELS[:4].float() / 255, Y[:4])).forget.size == 4
+    rows = TensorDataset(X[4:], Y[4:], torch.arange(8))
+    problem = build(retain=[(x, y) for x, y, _ in rows])
+    assert problem.retain_loss == build().retain_loss
+    assert build(retain=[(x, y) for x, y, _ in DataLoader(rows, batch_size=3)]).retain_loss == problem.retain_loss
+    model = with_hook(weight_norm)
+    torch.nn.utils.remove_weight_norm(model[1])
+    assert "1.parametrizations.weight.original0" in build(with_hook(parametrizations.weight_norm)).parameters
+    assert build(model).size == problem.size
+
+
+@untrained
+def test_whole_numbers_that_a_model_takes_are_left_to_it():
+    problem = build(Casting(), (PIXELS[:4], Y[:4]), (PIXELS[4:], Y[4:]))
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(problem.new_model()(PIXELS[4:].float()), Y[4:])
+    assert problem.retain_loss == pytest.approx(float(expected), rel=1e-6)
+    words = nn.Sequential(nn.Embedding(80, 4), nn.Flatten(), nn.Linear(16, 3))
+    assert build(words, (PIXELS[:1], Y[:1]), (PIXELS[1:4], Y[1:4])).size == 320 + 51
+    with pytest.raises(ValueError, match=r"the inputs of `retain`; got IndexError: index out of range.* and range"):
+        build(words, (PIXELS[:1], Y[:1]), (PIXELS[4:], Y[4:]))
+
+
+@untrained
+def test_running_out_of_memory_is_not_the_models_fault():
+    def exhausted(f):
+        raise torch.OutOfMemoryError("no room for 7 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no room for 7 GiB$"):
+        build(Returns(exhausted))

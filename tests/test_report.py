@@ -87,14 +87,75 @@ def test_a_real_report_survives_a_file(report, tmp_path, kind):
 
 
 def test_files_that_are_not_reports_are_refused(report):
-    with pytest.raises(ValueError, match=r"must have schema 2; got None"):
+    with pytest.raises(ValueError, match=r"must have schema 3; got None"):
         Report.from_dict({"verdict": "stable"})
-    with pytest.raises(ValueError, match=r"must have schema 2; got 99"):
+    with pytest.raises(ValueError, match=r"must have schema 3; got 99"):
         Report.from_dict({**report.to_dict(), "schema": 99})
     missing = report.to_dict()
     del missing["cause"]
     with pytest.raises(ValueError, match=r"`Report` needs the fields .*'cause'.* not a stabkit report"):
         Report.from_dict(missing)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (
+            b"hello",
+            ValueError,
+            r"must hold JSON, as `to_json` writes it; got '.*report.json' \(Expecting value: line 1",
+        ),
+        (b"\xff\xfe", ValueError, r"must hold JSON.*; got '.*report.json' \('utf-8' codec can't decode byte 0xff"),
+        (b"[1, 2]", TypeError, r"`plain` of `Report.from_dict` must be a dictionary, .*; got \[1, 2\]"),
+        (b"{}", ValueError, r"must have schema 3; got None\. Make it anew"),
+    ],
+)
+def test_files_without_a_report_are_named(tmp_path, content, error, message):
+    path = tmp_path / "report.json"
+    path.write_bytes(content)
+    for source in (path, str(path)):
+        with pytest.raises(error, match=message):
+            Report.from_json(source)
+
+
+def test_what_is_no_file_and_no_text_is_named(report, tmp_path):
+    for source in (tmp_path / "none.json", tmp_path, "[1, 2]", ""):
+        message = (
+            rf"`source` of `Report.from_json` must name a file or be JSON text.*; got {re.escape(repr(str(source)))}\."
+        )
+        with pytest.raises(FileNotFoundError, match=message):
+            Report.from_json(source)
+    with pytest.raises(FileNotFoundError, match=rf"got '{'x' * 200}…'"):
+        Report.from_json("x" * 100_000)
+    with pytest.raises(ValueError, match=r"must hold JSON.*; got \"\{'a': 1\}\" \(Expecting property name"):
+        Report.from_json("{'a': 1}")
+    with pytest.raises(TypeError, match=r"`source` of `Report.from_json` must be a path or JSON text; got None"):
+        Report.from_json(None)
+    with pytest.raises(TypeError, match=r"got \{'schema': 2\}\. `from_dict` reads dictionaries"):
+        Report.from_json({"schema": 2})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers", 3, r"TypeError: object of type 'int' has no len"),
+        ("probability", "high", r"KeyError: 'high'"),
+        ("run", 3, r"ValueError: `Run` needs the fields .*; got int"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(report, key, value, message):
+    with pytest.raises(
+        ValueError, match=rf"`plain` of `Report.from_dict` must hold .*; got something else \({message}"
+    ):
+        Report.from_dict({**report.to_dict(), key: value})
+
+
+def test_equal_reports_have_equal_hashes(report, loaded):
+    assert loaded == report
+    assert hash(loaded) == hash(report)
+    doubled = dataclasses.replace(report, critical_lr=2 * report.critical_lr)
+    assert {report, loaded, doubled} == {report, doubled}
+    assert hash(doubled) != hash(report)
 
 
 def test_a_report_can_be_pickled_and_copied(report):
@@ -197,6 +258,14 @@ def test_the_page_is_one_file_with_everything_in_it(report, tmp_path, kind):
     assert [p.name for p in Path(target).parent.iterdir()] == ["report.html"]
 
 
+def test_what_is_no_table_is_refused(report, tmp_path):
+    table = Table(title="Extra", columns=("a",), rows=(("b",),))
+    for tables, got in (([table, report], "Report"), (table, "Table"), (["text"], "str")):
+        with pytest.raises(TypeError, match=rf"`tables` of `Report.save_html` must be a list of tables; got {got}\."):
+            report.save_html(tmp_path / "page.html", tables=tables)
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_the_default_page_has_a_frontier_and_a_loaded_ones_has_none(report, loaded, tmp_path):
     assert len(Page(report.save_html(tmp_path / "a.html").read_text(encoding="utf-8")).targets) == 2
     assert len(Page(loaded.save_html(tmp_path / "b.html").read_text(encoding="utf-8")).targets) == 1
@@ -228,6 +297,10 @@ def test_the_report_draws_into_given_axes(report):
     np.testing.assert_array_equal(losses.get_xdata(), report.rollout.steps)
     layers = {s.name for s in report.cause.eigenvector_layers}
     assert {t.get_text() for t in axes[1].get_yticklabels()} == layers == {"1", "3"}
+    with pytest.raises(TypeError, match=r"`axes` of `Report.plot` must be two axes; got one Axes\. .*subplots\(1, 2\)"):
+        report.plot(axes=axes[0])
+    with pytest.raises(TypeError, match=r"`axes` of `Report.plot` must be two axes; got 1 of them\."):
+        report.plot(axes=axes[:1])
     plt.close(figure)
 
 

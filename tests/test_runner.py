@@ -710,3 +710,25 @@ def test_what_cannot_be_run_is_said(digits_mlp, random_deletion):
 def test_a_gpu_that_is_not_there_is_said(digits_mlp, random_deletion):
     with pytest.raises(ValueError, match=r"`device` .* must be available; got 'cuda' where there is no CUDA"):
         UnlearningProblem(digits_mlp, *random_deletion, device="cuda")
+
+
+def test_a_run_in_bfloat16_is_near_the_full_one(digits_mlp, random_deletion, tmp_path):
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    algorithm = GradDiff(lr=0.05, mix=0.2, steps=20, momentum=0.5)
+    full = run(problem, algorithm)
+    low = run(problem, algorithm, precision="bfloat16", checkpoint=tmp_path / "low")
+    moved = [final_vector(problem, result) - problem.vector() for result in (full, low)]
+    distance = float((moved[1] - moved[0]).norm() / moved[0].norm())
+    assert 1e-5 < distance < 0.05  # lowered, by about the eight bits of its mantissa
+    assert all(p.dtype == torch.float32 for p in low.model.parameters())
+    with pytest.raises(ValueError, match="precision"):  # another run's checkpoint
+        run(problem, algorithm, checkpoint=tmp_path / "low")
+
+
+def test_a_precision_that_is_none_is_said(digits_mlp, random_deletion):
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    with pytest.raises(ValueError, match="`precision` of `run` must be one of 'bfloat16', 'full'; got 'half'"):
+        run(problem, GradDiff(), precision="half")
+    double = UnlearningProblem(digits_mlp, *random_deletion, dtype=torch.float64)
+    with pytest.raises(ValueError, match="`precision` of `run` must be 'full' in float64; got 'bfloat16'"):
+        run(double, GradDiff(), precision="bfloat16")

@@ -56,6 +56,14 @@ class Stream(IterableDataset):
         return iter([(x, y) for x, y in zip(X, Y, strict=True)])
 
 
+class Rows(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
 def generator(size=5):
     for start in range(0, N, size):
         yield X[start : start + size], Y[start : start + size]
@@ -71,6 +79,9 @@ class Reiterable:
 FORMS = {
     "pair": lambda: (X, Y),
     "numpy pair": lambda: (X.numpy(), Y.numpy()),
+    "pair with a list of labels": lambda: (X, Y.tolist()),
+    "dataset of lists": lambda: MapStyle(X.tolist(), Y),
+    "stream of lists": lambda: Rows([(x, int(y)) for x, y in zip(X.tolist(), Y, strict=True)]),
     "dataset": lambda: MapStyle(),
     "tensor dataset": lambda: TensorDataset(X, Y),
     "list of samples": lambda: [(x, int(y)) for x, y in zip(X, Y, strict=True)],
@@ -96,6 +107,7 @@ DICT_FORMS = {
     "dict of arrays": lambda: {"inputs": X.numpy(), "targets": Y.numpy()},
     "pair of dict and targets": lambda: ({"inputs": X}, Y),
     "dataset of dicts": lambda: DictStyle(),
+    "dataset of dicts of lists": lambda: DictStyle(X.tolist(), Y.tolist()),
     "loader of dicts": lambda: DataLoader(DictStyle(), batch_size=4),
     "batches of dicts": lambda: [{"inputs": x, "target": y} for x, y in generator()],
 }
@@ -133,6 +145,50 @@ def test_several_inputs_become_a_tuple():
         assert isinstance(inputs, tuple), name
         torch.testing.assert_close(inputs, (X, extra), rtol=0, atol=0)
         torch.testing.assert_close(targets, Y, rtol=0, atol=0)
+
+
+def test_tables_are_read_by_column():
+    pandas = pytest.importorskip("pandas")
+    table, labels = pandas.DataFrame(X.numpy()), pandas.Series(Y.numpy())
+    inputs, targets = read((table, labels)).batch(torch.arange(N))
+    torch.testing.assert_close(inputs, X, rtol=0, atol=0)
+    torch.testing.assert_close(targets, Y, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="`forget` must come with targets; got a single dataframe"):
+        read(table)
+    table["job"] = "cook"
+    with pytest.raises(TypeError, match="inputs of `forget` must be numbers; got 'cook'"):
+        read((table, labels))
+
+
+def test_token_lists_become_rows_of_tokens():
+    tokens = [[3, 1, 2], [4, 0, 5]]
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    batch = {"input_ids": tokens, "labels": tokens}
+    for data, size in ((rows, 2), (rows[:1], 1), (batch, 2), ([batch, batch], 4)):
+        assert read(data).size == size
+        inputs, targets = read(data).batch(torch.tensor([0]))
+        assert torch.equal(inputs["input_ids"], torch.tensor([[3, 1, 2]]))
+        assert torch.equal(targets, torch.tensor([[3, 1, 2]]))
+    two_inputs, _ = read([([X[0], X[1]], 0), ([X[2], X[3]], 1)]).batch(torch.arange(2))  # a list of tensors is not one
+    torch.testing.assert_close(two_inputs, (X[[0, 2]], X[[1, 3]]))
+
+
+def test_rows_of_images_by_name():
+    images = torch.rand(5, 1, 3, 3)
+    for rows in (
+        [{"x": image, "label": i} for i, image in enumerate(images)],
+        [{"x": images, "label": torch.arange(5)}],
+    ):
+        inputs, targets = read(rows).batch(torch.arange(5))
+        torch.testing.assert_close(inputs, {"x": images})
+        assert targets.tolist() == list(range(5))
+
+
+def test_columns_of_batches_are_matched_by_name():
+    first, second = ({"a": X[:9], "b": X[:9] + 1, "labels": Y[:9]}, {"b": X[9:] + 1, "labels": Y[9:], "a": X[9:]})
+    inputs, targets = read([first, second]).batch(torch.arange(N))
+    torch.testing.assert_close(inputs, {"a": X, "b": X + 1})
+    torch.testing.assert_close(targets, Y)
 
 
 @pytest.mark.parametrize("form", ["dataset", "shuffling loader"])
@@ -289,6 +345,69 @@ def test_an_empty_set_is_refused(form, name):
         (X, TypeError, "`forget` must come with targets; got a single tensor"),
         (3, TypeError, "`forget` must be a DataLoader.*; got int"),
         (None, TypeError, "got NoneType"),
+        (X.numpy(), TypeError, "`forget` must come with targets; got a single ndarray"),
+        ("digits.npz", TypeError, "`forget` must be a DataLoader.*; got str"),
+        (b"digits", TypeError, "`forget` must be a DataLoader.*; got bytes"),
+        ((X[:2], ["cat", "dog"]), TypeError, "targets of `forget` must be numbers; got 'cat'. Encode text as numbers"),
+        ((X[:2], np.array(["cat", "dog"])), TypeError, "targets of `forget` must be numbers; got 'cat'"),
+        (
+            (X[:2], np.array([1, None], dtype=object)),
+            TypeError,
+            "targets of `forget` must be numbers; got None. Leave out",
+        ),
+        (
+            (X[:2], [0, 1, [2]]),
+            ValueError,
+            "targets of `forget` must be numbers of one type and one shape; got TypeError",
+        ),
+        ((X[:2], None), TypeError, "targets of `forget` must be numbers; got None"),
+        (
+            {"a": X[:2], "text": ["ab", "cd"], "labels": Y[:2]},
+            TypeError,
+            "column 'text' of `forget` must be .* got 'ab'",
+        ),
+        ({"a": X[:2], "mask": None, "labels": Y[:2]}, TypeError, "column 'mask' of `forget` must be numbers; got None"),
+        (({"text": ["ab", "cd"]}, Y[:2]), TypeError, "column 'text' of `forget` must be numbers; got 'ab'"),
+        (
+            {"input_ids": [[1, 2], [3]], "labels": [[1, 2], [3]]},
+            ValueError,
+            r"column 'input_ids' of `forget` must be .* one shape; got ValueError: .* at dim 1 \(got 1\). Pad or crop",
+        ),
+        (
+            [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3], "labels": [3]}],
+            ValueError,
+            r"samples of `forget` must be .* one shape; got RuntimeError: .*got \[2\] at entry 0 and \[1\] at entry 1",
+        ),
+        (
+            [(X[0], 0), (X[1, :3], 1)],
+            ValueError,
+            r"samples of `forget` must be .*got \[4\] at entry 0 and \[3\] at entry 1",
+        ),
+        ([(X[0], "cat"), (X[1], "dog")], TypeError, "targets of `forget` must be numbers; got 'cat'"),
+        ([("a b", 0), ("c", 1)], TypeError, "inputs of `forget` must be numbers; got 'a b'"),
+        ([(X[0], None), (X[1], 1)], TypeError, "samples of `forget` must be numbers; got None"),
+        (
+            [(object(), 0), (object(), 1)],
+            TypeError,
+            "samples of `forget` must be numbers; got <class 'object'>. Convert",
+        ),
+        (
+            [(X[0], 0, "0.png"), (X[1], 1, "1.png")],
+            TypeError,
+            r"targets of `forget` must be numbers; got '0.png'. A sample's .* pass \[\(x, y\) for x, y, _ in data\]",
+        ),
+        (Rows([(X[0], 0), (X[1, :3], 1)]), ValueError, r"samples of `forget` must be .*got \[4\] at entry 0"),
+        (
+            [{"a": X[0], "b": X[0], "label": 0}, {"a": X[1], "label": 0}],
+            ValueError,
+            "samples of `forget`.*KeyError: 'b'",
+        ),
+        (
+            [{"a": X, "b": X, "labels": Y}, {"a": X, "labels": Y}],
+            ValueError,
+            r"`forget` must have the same inputs in every batch; got \['a', 'b'\] and \['a'\]",
+        ),
+        ([(X, X, Y), (X, Y)], ValueError, "`forget` must have the same inputs in every batch; got 2 and 1"),
         ({"pixels": X, "mask": Y}, TypeError, "a key among labels, label, targets, target; got pixels, mask"),
         (list(X), TypeError, r"`forget` must give \(inputs, targets\) pairs.*of type Tensor"),
         (TensorDataset(X), TypeError, r"`forget` must give .* of type (list|tuple)"),

@@ -156,6 +156,8 @@ class Algorithm(abc.ABC):
     name: ClassVar[str]
     # Whether `retain_residual` or `forget_residual` read the outputs at θ*, which cost a run a forward pass.
     needs_original: ClassVar[bool] = False
+    # Whether the algorithm has but one mix, as gradient ascent has 1 and fine-tuning 0.
+    fixed_mix: ClassVar[bool] = False
     # Settings among those below that a subclass's preconditioner reads: a prediction for another value measures anew.
     preconditioner_reads: ClassVar[frozenset[str]] = frozenset()
 

@@ -16,6 +16,7 @@ class FineTune(Algorithm):
     """
 
     name: ClassVar[str] = "finetune"
+    fixed_mix: ClassVar[bool] = True
 
     mix: float = 0.0
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stabkit._validate import check_real
 from stabkit.algorithms.base import Algorithm
 
 
@@ -16,11 +15,14 @@ class GradientAscent(Algorithm):
     """
 
     name: ClassVar[str] = "ga"
+    fixed_mix: ClassVar[bool] = True
 
     mix: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_real(
-            self.mix, name="mix", owner="GradientAscent", low=1, high=1, remedy="Use GradDiff for a mix below 1."
-        )
+        if self.mix != 1:
+            raise ValueError(
+                f"`mix` of `GradientAscent` must be 1, as 'ga' climbs the forget loss and nothing else; got {self.mix!r}. "
+                "Leave it out, or use algorithm='graddiff' for a mix below 1."
+            )

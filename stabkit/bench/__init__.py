@@ -1,21 +1,28 @@
 """The predict-verify benchmark: what was said before each of many real runs, and what happened."""
 
 from stabkit.bench.cells import CELLS, Cell, cells_named
+from stabkit.bench.fitting import fit_calibration, reliability
 from stabkit.bench.page import write_page
-from stabkit.bench.records import CellResult, Record, record_cell
-from stabkit.bench.scores import Scores, boundary_ratios, pooled, scores
-from stabkit.bench.verification import verify_cells
+from stabkit.bench.records import Boundary, CellResult, Prediction, Record, record_cell
+from stabkit.bench.scores import Quality, Scores, boundary_ratios, pooled, scores
+from stabkit.bench.verification import calibrate, verify_cells
 
 __all__ = [
     "CELLS",
+    "Boundary",
     "Cell",
     "CellResult",
+    "Prediction",
+    "Quality",
     "Record",
     "Scores",
     "boundary_ratios",
+    "calibrate",
     "cells_named",
+    "fit_calibration",
     "pooled",
     "record_cell",
+    "reliability",
     "scores",
     "verify_cells",
     "write_page",

@@ -117,7 +117,8 @@ def _classes(split: TensorSplit) -> int:
     return int(torch.cat([split.y_train, split.y_test]).max()) + 1
 
 
-# Calibration: two small networks on digits. Evaluation: other networks, other data, other deletions.
+# Calibration: two small networks on digits, and the two cells on which the staged rollout was made, where one linearisation
+# fails. What was chosen or fitted was so on these alone.
 CELLS: tuple[Cell, ...] = (
     *(
         Cell(dataset="digits", model=model, deletion=deletion, algorithm=algorithm, role="calibration")
@@ -125,9 +126,11 @@ CELLS: tuple[Cell, ...] = (
         for deletion in ("random10", "class")
         for algorithm in ("graddiff", "agu")
     ),
+    Cell(dataset="digits", model="cnn", deletion="mislabelled", algorithm="graddiff", role="calibration"),
+    Cell(dataset="digits", model="resnet", deletion="class", algorithm="graddiff", role="calibration"),
     *(
         Cell(dataset="digits", model="cnn", deletion=deletion, algorithm="graddiff")
-        for deletion in ("random1", "random10", "random50", "class", "influence", "mislabelled")
+        for deletion in ("random1", "random10", "random50", "class", "influence")
     ),
     Cell(dataset="digits", model="cnn", deletion="random10", algorithm="graddiff", momentum=0.9),
     Cell(dataset="digits", model="cnn", deletion="class", algorithm="graddiff", momentum=0.9),
@@ -136,9 +139,9 @@ CELLS: tuple[Cell, ...] = (
         for deletion in ("random10", "class")
         for algorithm in ("agu", "sragu", "salun", "sfr_on")
     ),
+    Cell(dataset="digits", model="resnet", deletion="random10", algorithm="graddiff"),
     *(
-        Cell(dataset="digits", model=model, deletion=deletion, algorithm="graddiff")
-        for model in ("resnet", "vit")
+        Cell(dataset="digits", model="vit", deletion=deletion, algorithm="graddiff")
         for deletion in ("random10", "class")
     ),
     *(
@@ -146,9 +149,10 @@ CELLS: tuple[Cell, ...] = (
         for deletion in ("random10", "influence")
         for algorithm in ("graddiff", "agu")
     ),
+    Cell(dataset="adult", model="tabular", deletion="mislabelled", algorithm="graddiff"),
     *(
         Cell(dataset="mnist", model="cnn", deletion=deletion, algorithm="graddiff")
-        for deletion in ("random10", "class")
+        for deletion in ("random10", "class", "mislabelled")
     ),
     *(
         # Layers large enough for their exponents to be trusted.

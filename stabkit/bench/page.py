@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from stabkit._serialise import write_atomically
-from stabkit.bench.records import SPAN
+from stabkit.bench.records import HALVINGS, SPAN
 
-BASELINES = (
-    ("stabkit", "balanced_accuracy", "auc"),
-    ("K·ln ρ(T) > ln 1000", "growth_accuracy", "growth_auc"),
-    ("η > 2(1+β)/λ_max(D)", "step_limit_accuracy", None),
-    ("coherence rule", "coherence_rule_accuracy", None),
+PREDICTORS = (
+    ("stabkit, staged rollout (mode thorough)", "staged"),
+    ("stabkit, one linearisation (mode standard)", "one"),
+    ("K·ln ρ(T) > ln 1000", "growth"),
+    ("η > 2(1+β)/λ_max(D)", "step_limit"),
+    ("coherence rule", "coherence_rule"),
 )
+COLOURS = {"one": "#0072b2", "staged": "#d55e00"}
+NAMES = {"one": "one linearisation", "staged": "staged"}
 
 
 def write_page(summary: dict[str, Any], path: str | Path) -> Path:
@@ -32,9 +35,10 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
     parts = [
         "# Predictions against real runs",
         f"Seeds {summary['seeds']}, versions {summary['versions']}. Every prediction was made before the runs it is about.\n"
-        f"Step sizes reach from the smallest predicted boundary over {SPAN:g} to {SPAN:g} times the largest.\n"
-        f"Neighbours differ by a factor of {_number(summary['grid_factor'])} (median), and a boundary missed by one of "
-        "them is off by as much.",
+        f"Step sizes reach from the smallest predicted boundary over {SPAN:g} to {SPAN:g} times the largest; neighbours "
+        f"differ by a factor of {_number(summary['grid_factor'])} (median).\n"
+        f"Where the grid brackets a boundary, its interval is halved {HALVINGS} times, by further runs for the observed "
+        "one and by further predictions for the predicted one.",
     ]
     for role, found in summary["roles"].items():
         figure = target.parent / "figures" / f"verify_{role}.png"
@@ -48,19 +52,34 @@ def _section(role: str, found: dict[str, Any], figure: str) -> list[str]:
     pool, boundary, cost = found["pooled"], found["boundary"], found["cost"]
     return [
         f"## {role.capitalize()}",
-        f"{pool['settings']:,} real runs, a share of {_number(pool['share_diverged'])} diverged. Brier score "
-        f"{_number(pool['brier'])}.\n"
-        f"Of {boundary['boundaries']} boundaries the predicted critical step is within 1.5 times the observed one for "
-        f"{_number(boundary['within_1.5'])},\n"
-        f"within 2 times for {_number(boundary['within_2'])}; median ratio {_number(boundary['median_ratio'])}. Divergence "
-        f"steps: median ratio {_number(pool['step_ratio'])}.\n"
-        f"A map of all settings costs {_number(cost['measure_over_run'])} + {_number(cost['frontier_over_run'])} real runs "
-        "(measuring + rolling out, medians).",
+        f"{pool['settings']:,} real runs on the grids, a share of {_number(pool['share_diverged'])} diverged, and "
+        f"{found['boundary_runs']:,} more at the boundaries.\n"
+        f"A map of all settings from one linearisation costs {_number(cost['measure_over_run'])} + "
+        f"{_number(cost['frontier_over_run'])} real runs (measuring + rolling out, medians, in CPU seconds). One staged "
+        f"prediction, one seed, costs {_number(cost['staged_over_run'])} runs in CPU seconds and "
+        f"{_number(cost['staged_over_run_gradients'])} in gradients: the runs are short.",
         _table(
-            ("predictor", "balanced accuracy", "AUC"),
-            [(name, _number(pool[accuracy]), _number(pool[auc]) if auc else "–") for name, accuracy, auc in BASELINES],
+            ("predictor", "balanced accuracy", "AUC", "Brier", "divergence step, predicted / observed"),
+            [
+                (name, *(_number(pool[key][of]) for of in ("balanced_accuracy", "auc", "brier", "step_ratio")))
+                for name, key in PREDICTORS
+            ],
+        ),
+        _table(
+            ("critical step size", "boundaries", "median predicted / observed", "within 1.5", "within 2"),
+            [
+                (
+                    NAMES[kind],
+                    b["boundaries"],
+                    _number(b["median_ratio"]),
+                    _number(b["within_1.5"]),
+                    _number(b["within_2"]),
+                )
+                for kind, b in boundary.items()
+            ],
         ),
         f"![reliability and boundary ratios]({figure})",
+        "In every cell the staged rollout's figure comes first and the one linearisation's after it.",
         _table(
             ("cell", "runs", "diverged", "balanced accuracy", "AUC", "Brier", "boundaries", "within 1.5", "within 2"),
             [
@@ -68,12 +87,9 @@ def _section(role: str, found: dict[str, Any], figure: str) -> list[str]:
                     key,
                     cell["scores"]["settings"],
                     _number(cell["scores"]["share_diverged"]),
-                    _number(cell["scores"]["balanced_accuracy"]),
-                    _number(cell["scores"]["auc"]),
-                    _number(cell["scores"]["brier"]),
-                    cell["boundary"]["boundaries"],
-                    _number(cell["boundary"]["within_1.5"]),
-                    _number(cell["boundary"]["within_2"]),
+                    *(_both(cell["scores"], of) for of in ("balanced_accuracy", "auc", "brier")),
+                    cell["boundary"]["staged"]["boundaries"],
+                    *(_both(cell["boundary"], of) for of in ("within_1.5", "within_2")),
                 )
                 for key, cell in found["cells"].items()
             ],
@@ -81,20 +97,29 @@ def _section(role: str, found: dict[str, Any], figure: str) -> list[str]:
     ]
 
 
+def _both(found: dict[str, Any], of: str) -> str:
+    """A figure of both kinds of rollout."""
+    return f"{_number(found['staged'][of])} / {_number(found['one'][of])}"
+
+
 def _draw(found: dict[str, Any], path: Path) -> None:
-    """Reliability curve beside a histogram of boundary ratios."""
+    """Reliability curve beside a histogram of boundary ratios, for both kinds of rollout."""
     import numpy as np
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    bins = found["reliability"]
     left.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
-    sizes = [12 * math.log2(1 + b["settings"]) for b in bins]
-    left.plot([b["said"] for b in bins], [b["happened"] for b in bins], color="#0072b2", linewidth=1)
-    left.scatter([b["said"] for b in bins], [b["happened"] for b in bins], s=sizes, color="#0072b2", zorder=3)
+    for kind, colour in COLOURS.items():
+        bins = found["reliability"][kind]
+        sizes = [12 * math.log2(1 + b["settings"]) for b in bins]
+        left.plot(
+            [b["said"] for b in bins], [b["happened"] for b in bins], color=colour, linewidth=1, label=NAMES[kind]
+        )
+        left.scatter([b["said"] for b in bins], [b["happened"] for b in bins], s=sizes, color=colour, zorder=3)
+        ratios = np.clip(np.array(found["ratios"][kind]), 0.1, 10)
+        right.hist(np.log10(ratios), bins=np.linspace(-1, 1, 25), histtype="step", color=colour, linewidth=1.6)
+    left.legend(frameon=False)
     left.set(xlabel="predicted P(diverge)", ylabel="share that diverged", title="reliability (area: number of runs)")
-    ratios = np.clip(np.array(found["ratios"]), 0.1, 10)
-    right.hist(np.log10(ratios), bins=np.linspace(-1, 1, 25), color="#009e73")
     for factor in (1 / 2, 1 / 1.5, 1.5, 2):
         right.axvline(math.log10(factor), color="black", linewidth=0.8, linestyle=":")
     right.set_xticks([-1, -0.5, 0, 0.5, 1], ["0.1", "0.32", "1", "3.2", "10"])

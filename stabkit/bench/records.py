@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,19 +16,39 @@ from stabkit._errors import StabkitWarning
 from stabkit._rng import preserved_rng
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.bench.cells import Cell, prepared
-from stabkit.boundary import critical_lr, frontier
+from stabkit.boundary import critical_lr
 from stabkit.coherence import coherence
 from stabkit.measure import Measurement, MeasureSettings, measure
 from stabkit.problem import UnlearningProblem
-from stabkit.runner import run
+from stabkit.rollout import Rollout, rollout
+from stabkit.runner import RunResult, run
+from stabkit.staged import staged_rollout
 
 MIXES = (0.05, 0.2, 0.4, 0.6, 0.9)
 POINTS = 10
 SPAN = 10.0  # the grid of step sizes reaches so far past the smallest and the largest predicted boundary
+HALVINGS = 3  # of the interval around a boundary on the grid, in the logarithm
 ROLLOUT_SEEDS = (0, 1, 2)
+STAGED_SEEDS = (0,)
 FIRST_RUN_SEED = 777  # of the real runs' batches; the rollouts draw others
 BATCH = 64
+WATCHED = 512  # samples of each set behind a real run's verdict
 COHERENCE_SAMPLES = 64  # of each set, behind the coherence rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one kind of rollout said of one setting.
+
+    Attributes:
+        probability: P(diverge).
+        scores: Each seed's ln(worst retain loss / divergence level).
+        step: Divergence step; None where none is predicted.
+    """
+
+    probability: float
+    scores: tuple[float, ...]
+    step: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +58,8 @@ class Record:
     Attributes:
         lr: Step size.
         mix: Mix.
-        probability: Predicted P(diverge).
-        score: Mean over the rollout's seeds of ln(worst retain loss / divergence level).
-        predicted_step: Predicted divergence step; None where none is predicted.
+        one: Prediction from one linearisation.
+        staged: Prediction of the staged rollout.
         growth: K·ln ρ(T_η) of plain steps (T8).
         step_limit: 2(1+β)/λ_max(D) (T4), of the compressed curvature.
         coherence_rule: Whether T13 calls divergence.
@@ -49,14 +69,30 @@ class Record:
 
     lr: float
     mix: float
-    probability: float
-    score: float
-    predicted_step: float | None
+    one: Prediction
+    staged: Prediction
     growth: float
     step_limit: float
     coherence_rule: bool
     diverged: bool
     divergence_step: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """The critical step size at one mix, each found on the grid and then by halving.
+
+    Attributes:
+        mix: The mix.
+        observed: Of the real runs; None where the grid does not bracket it.
+        one: Predicted from one linearisation; None likewise.
+        staged: Predicted by the staged rollout; None likewise.
+    """
+
+    mix: float
+    observed: float | None
+    one: float | None
+    staged: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +103,13 @@ class CellResult:
         cell: The cell.
         seed: Seed of data, training, deletion and runs.
         records: The settings.
+        boundaries: Critical step sizes, one for each mix.
         measure_seconds: CPU seconds of everything before the first rollout.
-        frontier_seconds: Of predicting all settings.
+        frontier_seconds: Of predicting all settings from one linearisation.
+        staged_seconds: Of one setting's staged rollout, on average.
         run_seconds: Of one real run, on average.
+        staged_gradients: Per-sample gradients of one setting's staged rollout, on average.
+        run_gradients: Of one real run of all its steps.
         linearised_samples: Retain and forget samples linearised.
         captured: Share of the outputs' sensitivity inside the linearisation.
     """
@@ -77,9 +117,13 @@ class CellResult:
     cell: Cell
     seed: int
     records: tuple[Record, ...]
+    boundaries: tuple[Boundary, ...]
     measure_seconds: float
     frontier_seconds: float
+    staged_seconds: float
     run_seconds: float
+    staged_gradients: float
+    run_gradients: float
     linearised_samples: tuple[int, int]
     captured: float
 
@@ -90,10 +134,11 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
     Args:
         cell: The cell.
         seed: Seed of everything.
-        quick: Whether to take four step sizes and two mixes only.
+        quick: Whether to take four step sizes, two mixes and no halving.
 
     Returns:
-        The records. Cost: training, and as many real runs as there are settings: 50, or 8 if quick.
+        The records. Cost: training, and as many real runs and staged rollouts as there are settings, 50, and 15 more at the
+        boundaries; 8 and none if quick.
     """
     mixes = MIXES[1:4:2] if quick else MIXES
     with preserved_rng(), warnings.catch_warnings():
@@ -102,53 +147,145 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         x, y = trained.split.x_train, trained.split.y_train
         forget, retain = ((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
         problem = UnlearningProblem(trained.model, forget, retain)
-        algorithm = _algorithm(cell, problem)
+        at = _Bench(problem, _algorithm(cell, problem), seed)
+        lrs = _grid(at.measurement, at.batch_sizes, mixes, 4 if quick else POINTS)
+        settings = [(i, j) for i in range(len(lrs)) for j in range(len(mixes))]
         start = time.process_time()
-        settings = MeasureSettings(
-            curvature="hessian", rank=100, retain_samples=512, forget_samples=256, spectrum_samples=512, seed=seed
-        )
-        measurement = measure(problem, algorithm, settings)
-        measured = time.process_time()
-        batch_sizes = algorithm.batch_sizes(problem)
-        lrs = _grid(measurement, batch_sizes, mixes, 4 if quick else POINTS)
-        front = frontier(
-            measurement.network, algorithm, lr=lrs, mix=mixes, batch_sizes=batch_sizes, seeds=ROLLOUT_SEEDS
-        )
-        predicted = time.process_time()
-        growth, limits, rules = _linear_theory(measurement, batch_sizes, lrs, mixes)
-        began = time.process_time()
-        records = []
-        for i, lr in enumerate(lrs):
-            for j, mix in enumerate(mixes):
-                changed = algorithm.replace(lr=lr, mix=mix)
-                real = run(problem, changed, preconditioner=measurement.preconditioner, seed=FIRST_RUN_SEED + seed)
-                step = float(front.divergence_step[i, j])
-                records.append(
-                    Record(
-                        lr=lr,
-                        mix=mix,
-                        probability=float(front.probability[i, j]),
-                        score=float(front.score[i, j]),
-                        predicted_step=None if math.isnan(step) else step,
-                        growth=float(growth[i, j]),
-                        step_limit=limits[j],
-                        coherence_rule=bool(rules[i, j]),
-                        diverged=real.diverged,
-                        divergence_step=real.divergence_step,
-                    )
-                )
-        ended = time.process_time()
-    network = measurement.network
+        one = dict(zip(settings, at.one([lrs[i] for i, _ in settings], [mixes[j] for _, j in settings]), strict=True))
+        frontier_seconds = time.process_time() - start
+        staged = {(i, j): at.staged(lrs[i], mixes[j]) for i, j in settings}
+        growth, limits, rules = _linear_theory(at.measurement, at.batch_sizes, lrs, mixes)
+        predicted = [
+            [
+                at.boundary(kind, lrs, mix, [said[i, j].probability >= 0.5 for i in range(len(lrs))], quick)
+                for kind, said in ((lambda lr, mix: at.one([lr], [mix])[0], one), (at.staged, staged))
+            ]
+            for j, mix in enumerate(mixes)
+        ]
+        # Everything that is predicted has been, before the first real run.
+        real = {(i, j): at.real(lrs[i], mixes[j]) for i, j in settings}
+        records = [
+            Record(
+                lr=lrs[i],
+                mix=mixes[j],
+                one=one[i, j],
+                staged=staged[i, j],
+                growth=float(growth[i, j]),
+                step_limit=limits[j],
+                coherence_rule=bool(rules[i, j]),
+                diverged=real[i, j].diverged,
+                divergence_step=real[i, j].divergence_step,
+            )
+            for i, j in settings
+        ]
+        boundaries = []
+        for j, mix in enumerate(mixes):
+            observed = at.boundary(at.real, lrs, mix, [real[i, j].diverged for i in range(len(lrs))], quick)
+            boundaries.append(Boundary(mix=mix, observed=observed, one=predicted[j][0], staged=predicted[j][1]))
+    network = at.measurement.network
     return CellResult(
         cell=cell,
         seed=seed,
         records=tuple(records),
-        measure_seconds=measured - start,
-        frontier_seconds=predicted - measured,
-        run_seconds=(ended - began) / len(records),
+        boundaries=tuple(boundaries),
+        measure_seconds=at.measure_seconds,
+        frontier_seconds=frontier_seconds,
+        staged_seconds=at.staged_seconds / at.staged_count,
+        run_seconds=at.run_seconds / at.run_count,
+        staged_gradients=at.staged_gradients / at.staged_count,
+        run_gradients=float(cell.steps * sum(at.batch_sizes)),
         linearised_samples=(network.retain.samples, network.forget.samples),
         captured=network.captured,
     )
+
+
+class _Bench:
+    """One problem, what is measured on it, and how a setting is predicted and run."""
+
+    def __init__(self, problem: UnlearningProblem, algorithm: Algorithm, seed: int) -> None:
+        self.problem, self.algorithm, self.seed = problem, algorithm, seed
+        self.batch_sizes = algorithm.batch_sizes(problem)
+        start = time.process_time()
+        settings = MeasureSettings(
+            curvature="hessian", rank=100, retain_samples=512, forget_samples=256, spectrum_samples=512, seed=seed
+        )
+        self.measurement = measure(problem, algorithm, settings)
+        self.measure_seconds = time.process_time() - start
+        self.staged_seconds = self.run_seconds = self.staged_gradients = 0.0
+        self.staged_count = self.run_count = 0
+
+    def one(self, lrs: Sequence[float], mixes: Sequence[float]) -> list[Prediction]:
+        """Settings side by side, by one linearisation."""
+        rolled = rollout(
+            self.measurement.network,
+            self.algorithm,
+            lr=lrs,
+            mix=mixes,
+            batch_sizes=self.batch_sizes,
+            seeds=ROLLOUT_SEEDS,
+        )
+        return _said(rolled)
+
+    def staged(self, lr: float, mix: float) -> Prediction:
+        """By several."""
+        start = time.process_time()
+        found = staged_rollout(
+            self.problem,
+            self.measurement.network,
+            self.algorithm.replace(lr=lr, mix=mix),
+            batch_sizes=self.batch_sizes,
+            seeds=STAGED_SEEDS,
+            seed=self.seed,
+        )
+        self.staged_seconds += time.process_time() - start
+        self.staged_gradients += found.gradient_equivalents
+        self.staged_count += 1
+        return _said(found.rollout)[0]
+
+    def real(self, lr: float, mix: float) -> RunResult:
+        """For real."""
+        start = time.process_time()
+        changed = self.algorithm.replace(lr=lr, mix=mix)
+        result = run(
+            self.problem,
+            changed,
+            preconditioner=self.measurement.preconditioner,
+            seed=FIRST_RUN_SEED + self.seed,
+            monitor_samples=WATCHED,
+        )
+        self.run_seconds += time.process_time() - start
+        self.run_count += 1
+        return result
+
+    def boundary(
+        self,
+        outcome: Callable[[float, float], Prediction | RunResult],
+        lrs: Sequence[float],
+        mix: float,
+        crossed: Sequence[bool],
+        quick: bool,
+    ) -> float | None:
+        """The first crossing on the grid, halved down to; None where the grid does not bracket it."""
+        if not any(crossed) or crossed[0]:
+            return None
+        place = list(crossed).index(True)
+        low, high = lrs[place - 1], lrs[place]
+        for _ in range(0 if quick else HALVINGS):
+            middle = math.sqrt(low * high)
+            found = outcome(middle, mix)
+            diverges = found.diverged if isinstance(found, RunResult) else found.probability >= 0.5
+            low, high = (low, middle) if diverges else (middle, high)
+        return math.sqrt(low * high)
+
+
+def _said(rolled: Rollout) -> list[Prediction]:
+    """A rollout's settings as predictions."""
+    return [
+        Prediction(probability=p, scores=tuple(scores), step=step)
+        for p, scores, step in zip(
+            rolled.probability.tolist(), rolled.score.T.tolist(), rolled.expected_divergence_step(), strict=True
+        )
+    ]
 
 
 def _algorithm(cell: Cell, problem: UnlearningProblem) -> Algorithm:

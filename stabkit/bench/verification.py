@@ -17,10 +17,12 @@ from joblib import Parallel, delayed
 from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
 from stabkit._version import __version__
 from stabkit.bench.cells import Cell, cells_named
-from stabkit.bench.records import CellResult, record_cell
-from stabkit.bench.scores import boundary_ratios, pooled, scores
+from stabkit.bench.fitting import fit_calibration, reliability
+from stabkit.bench.records import HALVINGS, CellResult, record_cell
+from stabkit.bench.scores import KINDS, boundary_ratios, pooled, scores
+from stabkit.calibration import Calibration
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def verify_cells(
@@ -54,10 +56,27 @@ def verify_cells(
     ]
     missing = [(cell, seed, path) for cell, seed, path in work if not path.exists()]
     Parallel(n_jobs=jobs, verbose=0)(delayed(_one)(cell, seed, path, quick) for cell, seed, path in missing)
-    results = [_read(path) for _, _, path in work]
+    results = [read_cell(path) for _, _, path in work]
     summary = summarise(results)
     write_atomically(place / "summary.json", dumps(summary) + "\n")
     return summary
+
+
+def calibrate(folder: str | Path, path: str | Path) -> dict[str, Calibration]:
+    """Fit the calibration to the cells of that role that a folder holds, and write it down.
+
+    Args:
+        folder: Where `verify_cells` left its files.
+        path: The file to write; the package reads its own `calibration.json`.
+
+    Returns:
+        The calibration of each kind of rollout.
+    """
+    results = [read_cell(place) for place in sorted(Path(folder).glob("*-s*.json")) if "-quick" not in place.name]
+    mine = [result for result in results if result.cell.role == "calibration"]
+    fitted = {kind: fit_calibration(mine, kind) for kind in KINDS}
+    write_atomically(path, dumps(to_plain(fitted)) + "\n")
+    return fitted
 
 
 def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
@@ -79,25 +98,30 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
     }
     for role in sorted({result.cell.role for result in results}):
         mine = [result for result in results if result.cell.role == role]
-        ratios: dict[str, list[float]] = {result.cell.key: [] for result in mine}
-        for result in mine:
-            ratios[result.cell.key] += boundary_ratios(result)
-        everything = [ratio for values in ratios.values() for ratio in values]
+        keys = list(dict.fromkeys(result.cell.key for result in mine))
+        ratios = {
+            kind: {key: [x for r in mine if r.cell.key == key for x in boundary_ratios(r, kind)] for key in keys}
+            for kind in KINDS
+        }
+        everything = {kind: [ratio for values in ratios[kind].values() for ratio in values] for kind in KINDS}
         summary["roles"][role] = {
             "pooled": asdict(pooled(mine)),
-            "boundary": _boundary(everything),
+            "boundary_runs": HALVINGS * sum(b.observed is not None for r in mine for b in r.boundaries),
+            "boundary": {kind: _boundary(everything[kind]) for kind in KINDS},
             "ratios": everything,
-            "reliability": _reliability(mine),
+            "reliability": {kind: _reliability(mine, kind) for kind in KINDS},
             "cost": {
                 "measure_over_run": float(np.median([r.measure_seconds / r.run_seconds for r in mine])),
                 "frontier_over_run": float(np.median([r.frontier_seconds / r.run_seconds for r in mine])),
+                "staged_over_run": float(np.median([r.staged_seconds / r.run_seconds for r in mine])),
+                "staged_over_run_gradients": float(np.median([r.staged_gradients / r.run_gradients for r in mine])),
             },
             "cells": {
                 key: {
                     "scores": asdict(scores([x for r in mine if r.cell.key == key for x in r.records])),
-                    "boundary": _boundary(ratios[key]),
+                    "boundary": {kind: _boundary(ratios[kind][key]) for kind in KINDS},
                 }
-                for key in ratios
+                for key in keys
             },
         }
     return to_plain(summary)
@@ -120,16 +144,10 @@ def _boundary(ratios: Sequence[float]) -> dict[str, float | int | None]:
     }
 
 
-def _reliability(results: Sequence[CellResult], bins: int = 10) -> list[dict[str, float | int]]:
+def _reliability(results: Sequence[CellResult], kind: str) -> list[dict[str, float | int]]:
     """Mean P(diverge) and share diverged in equal bins of P."""
-    said = np.array([x.probability for r in results for x in r.records])
-    happened = np.array([x.diverged for r in results for x in r.records])
-    place = np.minimum((said * bins).astype(int), bins - 1)
-    return [
-        {"said": float(said[place == b].mean()), "happened": float(happened[place == b].mean()), "settings": int(n)}
-        for b in range(bins)
-        if (n := (place == b).sum())
-    ]
+    said = [getattr(x, kind).probability for r in results for x in r.records]
+    return [asdict(b) for b in reliability(said, [x.diverged for r in results for x in r.records])]
 
 
 def _one(cell: Cell, seed: int, path: Path, quick: bool) -> None:
@@ -139,8 +157,18 @@ def _one(cell: Cell, seed: int, path: Path, quick: bool) -> None:
     write_atomically(path, dumps(plain) + "\n")
 
 
-def _read(path: Path) -> CellResult:
-    """Read one file back."""
+def read_cell(path: Path) -> CellResult:
+    """Read one file back.
+
+    Args:
+        path: A file that `verify_cells` wrote.
+
+    Returns:
+        The cell's settings.
+
+    Raises:
+        ValueError: If it is none of this schema.
+    """
     plain = json.loads(path.read_text(encoding="utf-8"))
     if plain.pop("schema", None) != SCHEMA:
         raise ValueError(

@@ -14,14 +14,15 @@ from stabkit.preconditioner import Preconditioner
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinearisedSet:
-    """One set's outputs at θ* and their derivatives in the compressed coordinates.
+    """One set's outputs and their derivatives in the compressed coordinates, at θ* or wherever it is linearised.
 
     Attributes:
-        outputs: f_i(θ*), shape (m, ...), O numbers a sample.
+        outputs: f_i there, shape (m, ...), O numbers a sample.
         features: Φ_i, shape (m, O, r).
         targets: Targets of the m samples.
         indices: Which samples of the set these are, shape (m,).
         population: Number n of samples in the whole set.
+        original: f_i(θ*), of the outputs' shape, where the linearisation is about another point; None at θ* itself.
     """
 
     outputs: Tensor
@@ -29,6 +30,7 @@ class LinearisedSet:
     targets: Tensor
     indices: Tensor
     population: int
+    original: Tensor | None = None
 
     @property
     def samples(self) -> int:

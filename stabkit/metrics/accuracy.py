@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from stabkit.losses import IGNORE_INDEX, CrossEntropy
-from stabkit.problem import Parameters, UnlearningProblem
+from stabkit.problem import Parameters, UnlearningProblem, plain_copy
 from stabkit.samples import Samples
 
 
@@ -48,31 +49,62 @@ def accuracies(problem: UnlearningProblem, model: nn.Module, *, test: Samples | 
     return Accuracies(retain=found[0], forget=found[1], test=found[2])
 
 
-def parameters_of(problem: UnlearningProblem, model: nn.Module) -> Parameters:
+def parameters_of(problem: UnlearningProblem, model: nn.Module, *, name: str = "model") -> Parameters:
     """A model's parameters and buffers, by name, those included that the problem holds fixed.
 
     Args:
         problem: The unlearning problem.
-        model: A model of the same architecture.
+        model: A model of the same architecture; not altered.
+        name: What the caller's argument is called, for messages.
 
     Returns:
-        Tensors on the problem's device, floating-point ones in its dtype.
+        Tensors on the problem's device, floating-point ones in its dtype. Cost: a copy of the model for the moment, and two
+        forward passes over a few samples.
 
     Raises:
-        ValueError: If a parameter is missing or has another shape.
+        TypeError: If it is no module.
+        ValueError: If a parameter is missing or has another shape, or the problem's model, given these parameters, does not
+            compute what the model itself does.
     """
-    own = dict(model.named_parameters())
-    for name, value in problem.parameters.items():
-        if name not in own or own[name].shape != value.shape:
-            got = "none" if name not in own else str(tuple(own[name].shape))
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`{name}` must be a torch.nn.Module; got {type(model).__name__}. Load a state_dict into a copy of the original."
+        )
+    copied = plain_copy(model)  # whose names have no wrappers in them
+    names = [key for key, _ in (*copied.named_parameters(), *copied.named_buffers())]
+    own = dict(zip(names, (*model.parameters(), *model.buffers()), strict=True))
+    del copied
+    for key, value in problem.parameters.items():
+        if key not in own or own[key].shape != value.shape:
+            got = "none" if key not in own else str(tuple(own[key].shape))
             raise ValueError(
-                f"`model` must have a parameter {name!r} of shape {tuple(value.shape)}, as the problem's model has; got "
+                f"`{name}` must have a parameter {key!r} of shape {tuple(value.shape)}, as the problem's model has; got "
                 f"{got}. Use a model of the same architecture."
             )
-    return {
-        name: tensor.detach().to(problem.device, problem.dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in (*own.items(), *model.named_buffers())
+    found = {
+        key: tensor.detach().to(problem.device, problem.dtype if tensor.is_floating_point() else tensor.dtype)
+        for key, tensor in own.items()
     }
+    _check_function(problem, model, found, name)
+    return found
+
+
+def _check_function(problem: UnlearningProblem, model: nn.Module, parameters: Parameters, name: str) -> None:
+    """Equal names and shapes are not enough: another activation would be left out of account without a word."""
+    inputs, targets = problem.forget.batch(torch.arange(min(3, problem.forget.size)))
+    said = problem.outputs_of(model, inputs)
+    with torch.no_grad():
+        ours = problem.outputs(parameters, inputs)
+    if said.shape != ours.shape:
+        got = f"outputs of shape {tuple(said.shape)} where the problem's has {tuple(ours.shape)}"
+    elif not torch.allclose(said, ours, rtol=1e-3, atol=1e-5, equal_nan=True):
+        got = f"outputs that differ by {float((said - ours).abs().max()):.3g}"
+    else:
+        return
+    raise ValueError(
+        f"`{name}` must compute what the problem's model computes with its parameters; got {got} on {targets.shape[0]} "
+        "samples of `forget`. Use a model of the same architecture, activations and buffers included."
+    )
 
 
 def accuracy(problem: UnlearningProblem, samples: Samples, parameters: Parameters) -> float | None:

@@ -55,7 +55,7 @@ def audit(
     Args:
         problem: The unlearning problem; its model is the original.
         models: Unlearned models of the same architecture, by name; not altered.
-        gold: A model retrained without the forget set.
+        gold: A model of that architecture, retrained without the forget set.
         test: Held-out samples; the problem's own when None. Without any there are no attacks and no gap.
         shadows: Shadow models for the likelihood-ratio attack "lira/threshold".
         gap_attack: Whose `forget_called_member` is the MIA of the average gap. Gaps are the same in either sense of MIA,
@@ -76,7 +76,8 @@ def audit(
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If an argument is out of its domain, or the test set shares samples with retain or forget set.
+        ValueError: If an argument is out of its domain, a model has another architecture, or the test set shares samples
+            with retain or forget set.
     """
     _check(problem, models, gap_attack, shadows)
     for attack in attacks or ():
@@ -87,11 +88,22 @@ def audit(
     check_int(replicates, name="replicates", owner="audit", low=1)
     check_int(batch_size, name="batch_size", owner="audit", low=1)
     check_int(seed, name="seed", owner="audit", low=0)
-    sets = _sets(problem, test)
+    if relearn_lr is not None:
+        check_real(relearn_lr, name="relearn_lr", owner="audit", low=0, low_open=True)
+    check_int(relearn_limit, name="relearn_limit", owner="audit", low=1)
     with preserved_rng():
         retrained = {} if gold is None else {GOLD: gold}
         judged = {ORIGINAL: problem.new_model(), **retrained, **models}
-        parameters = {name: parameters_of(problem, model) for name, model in judged.items()}
+        parameters = {
+            name: parameters_of(problem, model, name="gold" if name == GOLD else f"models[{name!r}]")
+            for name, model in judged.items()
+        }
+        for place, model in enumerate(() if shadows is None else shadows.models):
+            parameters_of(problem, model, name=f"shadows.models[{place}]")  # before any long pass
+    sets = _sets(problem, test)
+    if shadows is not None and "test" not in sets:
+        raise ValueError("`shadows` of `audit` must come with a test set; got None for `test`. Pass held-out samples.")
+    with preserved_rng():
         against = None if gold is None else GOLD
         passes = {
             name: sample_statistics(problem, samples, parameters, gold=against, batch_size=batch_size)
@@ -237,8 +249,6 @@ def _lira(
     """Likelihood-ratio scores by model and set; empty without shadow models. One shadow model is on the device at a time."""
     if shadows is None:
         return {}
-    if "test" not in sets:
-        raise ValueError("`shadows` of `audit` must come with a test set; got None for `test`. Pass held-out samples.")
     scores: dict[str, dict[str, Tensor]] = {name: {} for name in passes["forget"]}
     values: dict[str, list[Tensor]] = {key: [] for key in sets}
     for model in shadows.models:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
+from stabkit._serialise import Stored
 from stabkit._table import Table
 from stabkit.metrics.accuracy import Accuracies
 from stabkit.metrics.bootstrap import Estimate
@@ -22,8 +19,6 @@ from stabkit.metrics.tables import DISTANCES, distance_table, markdown, membersh
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +115,7 @@ class ModelAudit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Audit:
+class Audit(Stored):
     """Several models beside the original and a retrained one.
 
     **Units.** Every rate is a share in [0, 1] here and in what is written to files; the tables and the plot show per cent.
@@ -136,6 +131,8 @@ class Audit:
         sizes: Samples of the forget, retain and test set, 0 without one.
         loss: Name of the loss.
     """
+
+    schema: ClassVar[int] = 1
 
     models: tuple[ModelAudit, ...]
     level: float
@@ -218,9 +215,17 @@ class Audit:
 
         Returns:
             Figure and the five axes.
+
+        Raises:
+            TypeError: If these are not five axes.
         """
         from stabkit.plots import plot_audit  # plots are loaded only when drawn
 
+        if axes is not None and (not hasattr(axes, "__len__") or len(axes) != 5):
+            got = f"{len(axes)} of them" if hasattr(axes, "__len__") else f"one {type(axes).__name__}"
+            raise TypeError(
+                f"`axes` of `Audit.plot` must be five axes; got {got}. Make them with matplotlib's subplots(1, 5)."
+            )
         return plot_audit(self, axes=axes)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -274,56 +279,3 @@ class Audit:
                 "`Audit.to_dataframe` needs pandas, which is not installed. Install pandas, or use `rows()`."
             ) from error
         return pandas.DataFrame(self.rows(), columns=["model", "set", "quantity", "value", "low", "high"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values: dictionaries, lists, strings, numbers and None.
-
-        Returns:
-            The audit with its schema's version.
-        """
-        return {"schema": SCHEMA, **to_plain(self)}
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Strict JSON.
-
-        Args:
-            path: File to write as well, atomically.
-
-        Returns:
-            The text.
-        """
-        text = dumps(self.to_dict())
-        if path is not None:
-            write_atomically(path, text)
-        return text
-
-    @staticmethod
-    def from_dict(plain: dict[str, Any]) -> Audit:
-        """The audit that `to_dict` came from.
-
-        Args:
-            plain: What `to_dict` gave.
-
-        Returns:
-            The audit.
-
-        Raises:
-            ValueError: If the schema is another one.
-        """
-        schema = plain.get("schema")
-        if schema != SCHEMA:
-            raise ValueError(f"`plain` of `Audit.from_dict` must have schema {SCHEMA}; got {schema!r}. Audit again.")
-        return from_plain(Audit, {key: value for key, value in plain.items() if key != "schema"})
-
-    @staticmethod
-    def from_json(source: str | os.PathLike[str]) -> Audit:
-        """Read an audit from a file or from JSON text.
-
-        Args:
-            source: Path, or text that begins with a brace.
-
-        Returns:
-            The audit, equal to the one that was written.
-        """
-        is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        return Audit.from_dict(json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8")))

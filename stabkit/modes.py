@@ -1,0 +1,313 @@
+"""How thorough a prediction is, what that costs, and which mode fits a budget; known before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, fields
+
+import torch
+
+from stabkit._table import Table
+from stabkit._validate import check_choice, check_int, check_real
+from stabkit.algorithms import Algorithm
+from stabkit.measure import MeasureSettings
+from stabkit.problem import UnlearningProblem
+from stabkit.report import Cost
+from stabkit.staged import STAGE_RANK, STAGE_SAMPLES
+
+HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
+SPECTRUM_PRODUCTS = 27  # that the two extreme eigenpairs take, with the two quotients; typical, not a bound
+TYPICAL_STAGES = 4  # of a staged rollout beyond the first
+STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
+TIMED_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """How much one mode measures; None stands for all, and for a rank that is found.
+
+    Attributes:
+        name: "fast", "standard" or "thorough".
+        rank: Directions of the linearisation.
+        retain_samples: Retain samples to linearise.
+        forget_samples: Forget samples to linearise.
+        spectrum_samples: Samples of each set behind the eigenvalues.
+        staged: Whether the verdict and the critical step size come from staged rollouts.
+    """
+
+    name: str
+    rank: int | None
+    retain_samples: int | None
+    forget_samples: int | None
+    spectrum_samples: int | None
+    staged: bool
+
+
+MODES = {
+    "fast": Mode(
+        name="fast",
+        rank=40,
+        retain_samples=128,
+        forget_samples=96,
+        spectrum_samples=64,
+        staged=False,
+    ),
+    "standard": Mode(
+        name="standard", rank=100, retain_samples=512, forget_samples=256, spectrum_samples=512, staged=False
+    ),
+    "thorough": Mode(
+        name="thorough", rank=100, retain_samples=512, forget_samples=256, spectrum_samples=512, staged=True
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostEstimate:
+    """What a prediction will cost, beside what the run itself would.
+
+    Attributes:
+        mode: The mode.
+        stages: Gradient-equivalents and seconds of every stage. Spectrum and staged rollouts are typical figures: how many
+            products and stages they take is known only afterwards.
+        run: The same for the run that the prediction is about.
+        memory_bytes: What the linearisation holds: its basis, features and one batch of parameter-sized vectors.
+    """
+
+    mode: str
+    stages: tuple[Cost, ...]
+    run: Cost
+    memory_bytes: int
+
+    @property
+    def gradient_equivalents(self) -> float:
+        """Of all stages."""
+        return sum(stage.gradient_equivalents for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def table(self) -> Table:
+        """Stages beside the run.
+
+        Returns:
+            The table.
+        """
+        rows = [*self.stages, self.run]
+        share = self.gradient_equivalents / self.run.gradient_equivalents
+        return Table(
+            title=f"Estimated cost of a {self.mode} prediction",
+            columns=("stage", "gradient-equivalents", "seconds"),
+            rows=tuple((row.stage, f"{row.gradient_equivalents:,.0f}", f"{row.seconds:.2g}") for row in rows),
+            footer=f"{share:.2g} times the run's own gradients; {self.memory_bytes / 2**20:,.0f} MiB",
+        )
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        from stabkit.render import table_html
+
+        return table_html(self.table())
+
+
+def estimate_cost(
+    problem: UnlearningProblem,
+    algorithm: Algorithm,
+    settings: MeasureSettings,
+    *,
+    seeds: int,
+    seconds_per_gradient: float | None = None,
+) -> CostEstimate:
+    """Tell a prediction's cost before it is made.
+
+    Args:
+        problem: The unlearning problem.
+        algorithm: The algorithm.
+        settings: How much is to be measured.
+        seeds: Rollouts behind the probability.
+        seconds_per_gradient: Seconds of one per-sample gradient; timed on one batch when None.
+
+    Returns:
+        The estimate. Cost: a forward pass of one sample, and three passes over 64 where the gradient is timed.
+    """
+    inputs, _ = problem.retain.batch(torch.zeros(1, dtype=torch.int64))
+    with torch.no_grad():
+        outputs = problem.outputs(problem.parameters, inputs).numel()
+    held = [
+        size if asked is None else min(asked, size)
+        for asked, size in (
+            (settings.retain_samples, problem.retain.size),
+            (settings.forget_samples, problem.forget.size),
+        )
+    ]
+    watched = sum(
+        size if settings.spectrum_samples is None else min(settings.spectrum_samples, size)
+        for size in (problem.retain.size, problem.forget.size)
+    )
+    rank = settings.rank or 100
+    gradients = {
+        "preconditioner": algorithm.preconditioner_cost(problem),
+        "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
+        "linearisation": _linearisation(sum(held), outputs, rank),
+        "rollouts and theory": sum(held) / 3,
+    }
+    if settings.staged:
+        small = sum(min(a, b) for a, b in zip(STAGE_SAMPLES, (problem.retain.size, problem.forget.size), strict=True))
+        stage = _linearisation(small, outputs, STAGE_RANK)
+        gradients["staged rollouts"] = (seeds + 2 * STAGED_SCAN) * TYPICAL_STAGES * (stage + 4 * small / 3)
+    each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient
+    run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
+    return CostEstimate(
+        mode=settings.mode,
+        stages=tuple(
+            Cost(stage=name, seconds=count * each, gradient_equivalents=float(count))
+            for name, count in gradients.items()
+        ),
+        run=Cost(stage=f"the run, {algorithm.steps} steps", seconds=run * each, gradient_equivalents=run),
+        memory_bytes=problem.dtype.itemsize * (problem.size * 3 * rank + sum(held) * outputs * 2 * rank),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the caller asks for beside the mode: None for the mode's own, "auto" for a rank that is found, "all" for all.
+
+    Attributes:
+        rank: Directions of the linearisation.
+        retain_samples: Retain samples to linearise.
+        forget_samples: Forget samples to linearise.
+        spectrum_samples: Samples of each set behind the eigenvalues.
+    """
+
+    rank: int | str | None = None
+    retain_samples: int | str | None = None
+    forget_samples: int | str | None = None
+    spectrum_samples: int | str | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            word = "auto" if field.name == "rank" else "all"
+            remedy = f"{word!r} {'finds one' if word == 'auto' else 'takes all'}, and None is as the mode has it."
+            if isinstance(value, str):
+                check_choice(value, name=field.name, owner="predict", choices=(word,))
+            elif value is not None:
+                check_int(value, name=field.name, owner="predict", low=1, remedy=remedy)
+
+    def settings(self, mode: Mode, *, curvature: str, seed: int) -> MeasureSettings:
+        """What is to be measured.
+
+        Args:
+            mode: What it does not say is the mode's.
+            curvature: "hessian" or "ggn".
+            seed: Seed of everything random.
+
+        Returns:
+            The settings.
+        """
+
+        def chosen(name: str) -> int | None:
+            value = getattr(self, name)
+            return getattr(mode, name) if value is None else None if isinstance(value, str) else value
+
+        return MeasureSettings(
+            curvature=curvature,
+            rank=chosen("rank"),
+            retain_samples=chosen("retain_samples"),
+            forget_samples=chosen("forget_samples"),
+            spectrum_samples=chosen("spectrum_samples"),
+            seed=seed,
+            mode=mode.name,
+            staged=mode.staged,
+        )
+
+
+def choose_settings(
+    problem: UnlearningProblem,
+    algorithm: Algorithm,
+    *,
+    mode: str,
+    budget: float | str | None,
+    sizes: Sizes,
+    curvature: str,
+    seed: int,
+    seeds: int,
+) -> MeasureSettings:
+    """What a mode measures; for "auto" the most thorough one within a budget.
+
+    Args:
+        problem: The unlearning problem.
+        algorithm: The algorithm.
+        mode: "fast", "standard", "thorough" or "auto".
+        budget: For "auto": gradient-equivalents, or seconds as text, such as "30s"; what the run itself takes when None.
+        sizes: What the caller asks for beside the mode.
+        curvature: "hessian" or "ggn".
+        seed: Seed of everything random.
+        seeds: Rollouts behind the probability.
+
+    Returns:
+        The settings; those of "fast" where no mode fits. Cost: where seconds are counted, three passes over 64 samples.
+
+    Raises:
+        ValueError: If the mode or the budget is none, or a budget is given for another mode.
+    """
+    check_choice(mode, name="mode", owner="predict", choices=(*MODES, "auto"))
+    if mode != "auto":
+        if budget is not None:
+            raise ValueError(
+                f"`budget` of `predict` must be left out with mode={mode!r}, which has its own cost; got {budget!r}. Use "
+                "mode='auto'."
+            )
+        return sizes.settings(MODES[mode], curvature=curvature, seed=seed)
+    each, allowed = 0.0, _allowed(budget)
+    if isinstance(budget, str):
+        each = _seconds_per_gradient(problem)
+        allowed /= each
+    for candidate in ("thorough", "standard"):
+        wanted = sizes.settings(MODES[candidate], curvature=curvature, seed=seed)
+        cost = estimate_cost(problem, algorithm, wanted, seeds=seeds, seconds_per_gradient=each)
+        if cost.gradient_equivalents <= (cost.run.gradient_equivalents if budget is None else allowed):
+            return wanted
+    return sizes.settings(MODES["fast"], curvature=curvature, seed=seed)
+
+
+def _allowed(budget: float | str | None) -> float:
+    """A checked budget as a number, of gradients or of seconds."""
+    remedy = "200_000 are gradient-equivalents, '30s' seconds, and None allows what the run itself takes."
+    if budget is None:
+        return 0.0
+    if isinstance(budget, str):
+        try:
+            value: float = float(budget.strip().removesuffix("s")) if budget.strip().endswith("s") else math.nan
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"`budget` of `predict` must be a number above 0 or seconds; got {budget!r}. {remedy}")
+        return value
+    return check_real(budget, name="budget", owner="predict", low=0, low_open=True, remedy=remedy)
+
+
+def _linearisation(samples: int, outputs: int, rank: int) -> float:
+    """Gradient-equivalents of one linearisation: two walks by rows, or by vectors where those are fewer."""
+    return samples * (2 * min(outputs, rank + 10) + 2 / 3)
+
+
+def _seconds_per_gradient(problem: UnlearningProblem) -> float:
+    """One per-sample gradient, timed on a batch after one for warming up."""
+    indices = torch.arange(min(TIMED_BATCH, problem.retain.size))
+    inputs, targets = problem.retain.batch(indices)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        leaves = {name: p.detach().requires_grad_() for name, p in problem.parameters.items()}
+        with torch.enable_grad():
+            loss = problem.loss.per_sample(problem.outputs(leaves, inputs), targets).mean()
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        if problem.device.type == "cuda":
+            torch.cuda.synchronize(problem.device)
+        seconds = time.perf_counter() - start
+        del grads
+    return seconds / indices.numel()

@@ -1,0 +1,149 @@
+"""What to do instead: settings predicted to hold, each with what it would reach, and the Pareto front. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stabkit._serialise import Stored
+from stabkit._table import Table
+from stabkit._validate import check_real
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """One way out.
+
+    Attributes:
+        remedy: "step size", "mix", "batch size", "warm-up", "decay", "clipping" or "forget decay".
+        changes: Settings to change, by name, for `algorithm.replace`.
+        probability: P(diverge) with them.
+        retain_loss: Predicted retain loss at the end of the run, mean over the seeds.
+        forget_loss: The same for the forget set.
+        holds: Whether P(diverge) is within the risk.
+    """
+
+    remedy: str
+    changes: dict[str, Any]
+    probability: float
+    retain_loss: float
+    forget_loss: float
+    holds: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParetoPoint:
+    """A setting that no other one beats in both losses.
+
+    Attributes:
+        lr: Step size.
+        mix: Mix.
+        steps: Steps K, at most those of the run that was asked about.
+        probability: P(diverge) within them.
+        retain_loss: Predicted retain loss after them.
+        forget_loss: Predicted forget loss after them.
+    """
+
+    lr: float
+    mix: float
+    steps: int
+    probability: float
+    retain_loss: float
+    forget_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendations(Stored):
+    """What to do instead, and what is to be had at all.
+
+    Attributes:
+        algorithm: Name of the algorithm.
+        risk: Largest P(diverge) that counts as holding.
+        kind: "one", or "staged" where staged rollouts have confirmed every setting but the front's.
+        asked: The setting that was asked about.
+        items: Ways out, in the order of `remedy`; those that do not hold are there too.
+        front: The Pareto front of forget loss (up) against retain loss (down), by one linearisation, ascending in both.
+    """
+
+    schema: ClassVar[int] = 1
+
+    algorithm: str
+    risk: float
+    kind: str
+    asked: Recommendation
+    items: tuple[Recommendation, ...]
+    front: tuple[ParetoPoint, ...]
+
+    def reaching(self, forget_loss: float) -> ParetoPoint:
+        """The point of the front that harms the retain set least while the forget loss reaches a target.
+
+        Args:
+            forget_loss: The target, such as the loss on held-out data.
+
+        Returns:
+            The point; the one of the largest forget loss where none reaches it.
+
+        Raises:
+            ValueError: If the front is empty, or the target is not finite.
+        """
+        check_real(forget_loss, name="forget_loss", owner="Recommendations.reaching")
+        if not self.front:
+            raise ValueError(
+                f"`front` of `Recommendations` must hold a point; got none: nothing holds at a risk of {self.risk:.3g}. "
+                "Raise `risk`."
+            )
+        return next((p for p in self.front if p.forget_loss >= forget_loss), self.front[-1])
+
+    def table(self) -> Table:
+        """Every way out beside the setting that was asked about.
+
+        Returns:
+            The table.
+        """
+        rows = [("as asked", self.asked), *((item.remedy, item) for item in self.items)]
+        return Table(
+            title=f"What to do instead with {self.algorithm}",
+            columns=("remedy", "settings", "P(diverge)", "retain loss", "forget loss", ""),
+            rows=tuple(
+                (
+                    name,
+                    ", ".join(f"{key}={_short(value)}" for key, value in item.changes.items()),
+                    f"{item.probability:.2f}",
+                    f"{item.retain_loss:.3g}",
+                    f"{item.forget_loss:.3g}",
+                    "holds" if item.holds else "does not hold",
+                )
+                for name, item in rows
+            ),
+            footer=f"risk {self.risk:.3g}; losses predicted at the end of the run"
+            + ("; confirmed by staged rollouts" if self.kind == "staged" else ""),
+        )
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        from stabkit.render import table_html
+
+        return table_html(self.table())
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Forget loss against retain loss: the front, the setting that was asked about and the ways out.
+
+        Args:
+            ax: Axes to draw in; new ones when None.
+
+        Returns:
+            Figure and axes.
+        """
+        from stabkit.plots import plot_front
+
+        return plot_front(self, ax=ax)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

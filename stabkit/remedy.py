@@ -1,0 +1,253 @@
+"""Looks for settings that are predicted to hold, on the linearisation that a prediction has made already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabkit._validate import check_real
+from stabkit.algorithms import Algorithm
+from stabkit.boundary import critical_lr
+from stabkit.calibration import calibration
+from stabkit.measure import Measurement
+from stabkit.recommendations import ParetoPoint, Recommendation, Recommendations
+from stabkit.rollout import Rollout, loss_scale, rollout
+from stabkit.staged import staged_rollout
+
+RISK = 0.05
+POINTS = 24  # of a line of step sizes, mixes or clipping norms
+REACH = 100.0  # how far below the critical step size the line begins
+FRONT_STEPS, FRONT_MIXES = 16, 9  # step sizes and mixes behind the Pareto front
+LARGEST_BATCH = 8  # times the one asked about
+BACKING_OFF = (1.0, 0.7, 0.5, 0.35, 0.25, 0.12)  # factors of the step size that staged rollouts try
+
+
+def recommend(measurement: Measurement, seeds: Sequence[int], *, risk: float = RISK) -> Recommendations:
+    """Look for settings that hold, on the linearisation that a prediction has made already.
+
+    Args:
+        measurement: What the prediction measured, with the algorithm and the setting that was asked about.
+        seeds: Rollouts behind every probability.
+        risk: Largest P(diverge) that counts as holding, in (0, 1).
+
+    Returns:
+        The recommendations. Cost: rollouts of some 300 settings a seed, no network pass; for a thorough prediction one to
+        six staged rollouts for each way out.
+
+    Raises:
+        ValueError: If the risk is out of its domain.
+    """
+    check_real(risk, name="risk", owner="recommend", low=0, high=1, low_open=True, high_open=True)
+    search = _Search(measurement, seeds, risk)
+    kind = "staged" if measurement.settings.staged else "one"
+    asked = search.asked()
+    items = [item for item in search.ways_out() if item is not None]
+    if kind == "staged":
+        asked, items = search.confirmed(asked, first=True), [search.confirmed(item) for item in items]
+    return Recommendations(
+        algorithm=measurement.algorithm.name,
+        risk=risk,
+        kind=kind,
+        asked=asked,
+        items=tuple(items),
+        front=search.front(),
+    )
+
+
+class _Search:
+    """Rollouts of changed settings on one linearisation."""
+
+    def __init__(self, measurement: Measurement, seeds: Sequence[int], risk: float) -> None:
+        self._problem, self._network, self._algorithm = (
+            measurement.problem,
+            measurement.network,
+            measurement.algorithm,
+        )
+        self._seeds, self._risk = seeds, risk
+        self._scale = loss_scale(self._network)
+
+    def _roll(self, algorithm: Algorithm, lrs: Sequence[float], mixes: Sequence[float]) -> Rollout:
+        return rollout(
+            self._network,
+            algorithm,
+            lr=lrs,
+            mix=mixes,
+            batch_sizes=algorithm.batch_sizes(self._problem),
+            seeds=self._seeds,
+        )
+
+    def _item(self, remedy: str, changes: dict[str, Any], rolled: Rollout, place: int) -> Recommendation:
+        """One setting of a rollout as a recommendation."""
+        probability = float(rolled.probability[place])
+        return Recommendation(
+            remedy=remedy,
+            changes=changes,
+            probability=probability,
+            retain_loss=float(rolled.retain_loss[:, place, -1].mean()),
+            forget_loss=float(rolled.forget_loss[:, place, -1].mean()),
+            holds=probability <= self._risk,
+        )
+
+    def asked(self) -> Recommendation:
+        """The setting that was asked about."""
+        rolled = self._roll(self._algorithm, [self._algorithm.lr], [self._algorithm.mix])
+        return self._item("as asked", {"lr": self._algorithm.lr, "mix": self._algorithm.mix}, rolled, 0)
+
+    def ways_out(self) -> list[Recommendation | None]:
+        """Every remedy, with its strongest setting that holds, or its safest where none does."""
+        a = self._algorithm
+        n_retain, n_forget = self._problem.retain.size, self._problem.forget.size
+        mixes = np.linspace(1, 0, POINTS) * (a.mix or 1.0)
+        return [
+            self._line("step size", "lr", self._steps()),
+            self._line("mix", "mix", mixes.tolist()) if not a.fixed_mix else None,
+            *(
+                self._settings(remedy, changes)
+                for remedy, changes in (
+                    ("warm-up", {"lr_schedule": "warmup"}),
+                    ("decay", {"lr_schedule": "cosine"}),
+                    ("forget decay", {"forget_schedule": "cosine"}),
+                )
+            ),
+            self._batches(n_retain, n_forget),
+            self._clipping(),
+        ]
+
+    def _steps(self) -> list[float]:
+        """Step sizes from the critical one down."""
+        batch_sizes = self._algorithm.batch_sizes(self._problem)
+        found = critical_lr(
+            self._network, self._algorithm, batch_sizes=batch_sizes, seeds=self._seeds, guess=self._algorithm.lr
+        )
+        return np.geomspace(found.value, found.value / REACH, POINTS).tolist()
+
+    def _line(self, remedy: str, name: str, values: Sequence[float]) -> Recommendation:
+        """Along one setting, from strong to weak: the strongest that holds with all weaker ones."""
+        lrs = values if name == "lr" else [self._algorithm.lr] * len(values)
+        mixes = values if name == "mix" else [self._algorithm.mix] * len(values)
+        rolled = self._roll(self._algorithm, lrs, mixes)
+        place = _strongest(rolled.probability, self._risk)
+        return self._item(remedy, {name: float(values[place])}, rolled, place)
+
+    def _settings(self, remedy: str, changes: dict[str, Any]) -> Recommendation | None:
+        """The asked-for step and mix with other settings."""
+        if all(getattr(self._algorithm, name) == value for name, value in changes.items()):
+            return None
+        changed = self._algorithm.replace(**changes)
+        return self._item(remedy, changes, self._roll(changed, [changed.lr], [changed.mix]), 0)
+
+    def _batches(self, n_retain: int, n_forget: int) -> Recommendation | None:
+        """The smallest larger batch that holds; the largest where none does."""
+        size, tried = self._algorithm.batch_size, None
+        while size < min(n_retain, LARGEST_BATCH * self._algorithm.batch_size):
+            size = min(2 * size, n_retain)
+            tried = self._settings("batch size", {"batch_size": size, "forget_batch_size": min(size, n_forget)})
+            if tried is None or tried.holds:
+                break
+        return tried
+
+    def _clipping(self) -> Recommendation | None:
+        """The largest clipping norm that holds, from the norm of the first steps down."""
+        part = self._network
+        gradient = torch.zeros(part.rank, dtype=torch.float64)
+        for samples, weight in ((part.retain, 1 - self._algorithm.mix), (part.forget, self._algorithm.mix)):
+            own = samples.factors(part.loss).gradients
+            gradient += weight * own.square().mean(0).sqrt().cpu()
+        largest = float(((gradient @ part.metric.cpu()) @ gradient).clamp_min(0).sqrt())
+        if not largest > 0:
+            return None
+        best: Recommendation | None = None
+        for norm in (10 * largest * np.geomspace(1, 1e-4, 9)).tolist():
+            best = self._settings("clipping", {"max_gradient_norm": float(norm)})
+            if best is None or best.holds:
+                break
+        return best
+
+    def confirmed(self, item: Recommendation, *, first: bool = False) -> Recommendation:
+        """The same setting by a staged rollout; its step size lowered until it holds, unless it is the one asked about."""
+        best = item
+        for factor in BACKING_OFF[:1] if first else BACKING_OFF:
+            changed = self._algorithm.replace(**item.changes)
+            changes = dict(item.changes) if factor == 1 else {**item.changes, "lr": changed.lr * factor}
+            changed = changed.replace(**changes)
+            rolled = staged_rollout(
+                self._problem,
+                self._network,
+                changed,
+                batch_sizes=changed.batch_sizes(self._problem),
+                seeds=self._seeds,
+            ).rollout
+            best = self._item(item.remedy, changes, rolled, 0)
+            if best.holds:
+                break
+        return best
+
+    def front(self) -> tuple[ParetoPoint, ...]:
+        """What no other step size, mix and number of steps beats in both losses."""
+        steps = self._steps()
+        lrs = np.geomspace(3 * steps[0], steps[-1], FRONT_STEPS)
+        fixed = self._algorithm.fixed_mix
+        mixes = np.array([self._algorithm.mix]) if fixed else np.arange(1, FRONT_MIXES + 1) / (FRONT_MIXES + 1)
+        eta, alpha = (grid.ravel() for grid in np.meshgrid(lrs, mixes, indexing="ij"))
+        rolled = self._roll(self._algorithm, eta.tolist(), alpha.tolist())
+        floor, room = self._scale
+        ratio = ((rolled.retain_loss - floor) / room).clamp_min(0).log().cummax(-1).values  # (S, G, T)
+        probability = calibration(rolled.kind).probability(ratio)
+        retain, forget = rolled.retain_loss.mean(0), rolled.forget_loss.mean(0)
+        known = (probability <= self._risk) & retain.isfinite() & forget.isfinite()
+        points = [
+            ParetoPoint(
+                lr=float(eta[g]),
+                mix=float(alpha[g]),
+                steps=int(rolled.steps[t]),
+                probability=float(probability[g, t]),
+                retain_loss=float(retain[g, t]),
+                forget_loss=float(forget[g, t]),
+            )
+            for g, t in known.nonzero().tolist()
+            if int(rolled.steps[t]) > 0
+        ]
+        return _undominated(points)
+
+
+def _strongest(probability: Tensor, risk: float) -> int:
+    """First of the settings, strong to weak, from which on all hold; the safest where none does."""
+    breaks = (probability > risk).nonzero()
+    first = int(breaks[-1]) + 1 if breaks.numel() else 0
+    return first if first < probability.numel() else int(probability.argmin())
+
+
+def _undominated(points: Sequence[ParetoPoint]) -> tuple[ParetoPoint, ...]:
+    """Points of which none has both losses worse than another's, ascending in both."""
+    front: list[ParetoPoint] = []
+    lowest = math.inf
+    for point in sorted(points, key=lambda p: (-p.forget_loss, p.retain_loss, p.steps)):
+        if point.retain_loss < lowest:
+            front.append(point)
+            lowest = point.retain_loss
+    return tuple(reversed(front))
+
+
+def algorithm_at(algorithm: Algorithm, point: ParetoPoint) -> Algorithm:
+    """An algorithm with a point's settings.
+
+    Args:
+        algorithm: The algorithm that the front is of.
+        point: The point. Schedules given step by step are cut to its steps.
+
+    Returns:
+        The changed algorithm.
+    """
+    changes: dict[str, Any] = {"lr": point.lr, "steps": point.steps}
+    if not algorithm.fixed_mix:
+        changes["mix"] = point.mix
+    for name in ("lr_schedule", "forget_schedule"):
+        schedule = getattr(algorithm, name)
+        if isinstance(schedule, tuple):
+            changes[name] = schedule[: point.steps]
+    return algorithm.replace(**changes)

@@ -1,0 +1,81 @@
+"""`tune`: an algorithm whose settings are predicted to hold and to forget enough, without a real run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from stabkit._validate import check_real
+from stabkit.algorithms import Algorithm, resolve_algorithm
+from stabkit.losses import Loss, PerSampleLoss
+from stabkit.predict import predict
+from stabkit.problem import UnlearningProblem
+from stabkit.remedy import RISK, algorithm_at
+from stabkit.samples import Data
+
+HALVINGS = 4  # of the step size, while staged rollouts do not confirm it
+
+
+def tune(
+    model: nn.Module,
+    forget: Data,
+    retain: Data,
+    *,
+    algorithm: str | Algorithm = "graddiff",
+    test: Data | None = None,
+    forget_loss: float | None = None,
+    risk: float = RISK,
+    loss: str | PerSampleLoss | Loss = "cross_entropy",
+    **settings: Any,
+) -> Algorithm:
+    """Choose step size, mix and number of steps from the predicted Pareto front.
+
+    Of all that hold, the setting that harms the retain set least while the forget loss reaches a target. Forgetting has gone
+    far enough where the forget samples look like samples that were never seen: hence the held-out loss as the target.
+
+    Args:
+        model: The trained network; never altered.
+        forget: What to forget, in any form that `predict` takes.
+        retain: What to retain, likewise.
+        algorithm: A name, or an algorithm object; its `steps` are the most that are taken.
+        test: Held-out data of the kind that is forgotten, whose mean loss becomes the target.
+        forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss.
+        risk: Largest P(diverge), in (0, 1).
+        loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
+        **settings: Anything else that `predict` takes: mode, batch_size, steps, seed, progress.
+
+    Returns:
+        The algorithm, ready for `run`. Cost: one prediction and rollouts of some 450 settings; in mode="thorough" also
+        staged rollouts of the chosen setting, whose step size is lowered until they hold.
+
+    Raises:
+        ValueError: If both `test` and `forget_loss` are given, or no setting holds.
+    """
+    if test is not None and forget_loss is not None:
+        raise ValueError(
+            f"`forget_loss` of `tune` must be left out where `test` is given; got {forget_loss!r}. The target is one or the "
+            "other."
+        )
+    target = None if forget_loss is None else check_real(forget_loss, name="forget_loss", owner="tune")
+    chosen = resolve_algorithm(algorithm, owner="tune")
+    report = predict(model, forget, retain, algorithm=chosen, loss=loss, **settings)
+    if target is None and test is not None:
+        problem = UnlearningProblem(
+            model, forget, retain, loss=loss, test=test, device=settings.get("device"), dtype=settings.get("dtype")
+        )
+        if problem.test is not None:
+            target = float(problem.evaluate(problem.test)[2].mean())
+    found = report.recommend(risk=risk)
+    point = found.reaching(report.run.divergence_level if target is None else target)
+    tuned = algorithm_at(chosen.replace(**report.run.settings), point)
+    for _ in range(HALVINGS if report.mode == "thorough" else 0):
+        if report.at(lr=tuned.lr, steps=tuned.steps, **_mix(tuned)).probability <= risk:
+            break
+        tuned = tuned.replace(lr=tuned.lr / 2)
+    return tuned
+
+
+def _mix(algorithm: Algorithm) -> dict[str, float]:
+    """The mix, where it is one's to choose."""
+    return {} if algorithm.fixed_mix else {"mix": algorithm.mix}

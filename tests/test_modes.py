@@ -1,0 +1,102 @@
+"""Modes of `predict`: what they measure, what they cost, and that a thorough one finds what one linearisation cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import stabkit
+from stabkit.calibration import calibration
+from stabkit.modes import MODES
+from stabkit.training import train
+
+SMALL = {"batch_size": 8, "steps": 30, "lr": 0.05, "seeds": 2}
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A small curved network, trained on three classes of 200 points."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=g)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5)
+    torch.manual_seed(0)
+    model = train(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), x, y, epochs=40, lr=0.02, seed=0)
+    return model, (x[:60], y[:60]), (x[60:], y[60:])
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_mode_measures_what_it_says(case, mode):
+    report = stabkit.predict(*case, mode=mode, **SMALL)
+    assert report.mode == mode
+    samples = min(140, MODES[mode].retain_samples), min(60, MODES[mode].forget_samples)
+    staged = mode == "thorough"
+    assert report.rollout.samples == samples
+    assert report.calibration == calibration("staged" if staged else "one")
+    assert ("staged rollouts" in {cost.stage for cost in report.costs}) == staged
+    assert report.rollout.stages[0] == 0
+    low, high = report.critical_lr_interval
+    assert low <= report.critical_lr_detail.low <= report.critical_lr <= high
+    assert stabkit.Report.from_json(report.to_json()) == report
+    assert mode in report.summary()
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_a_thorough_verdict_changes_sides_at_its_critical_step(case):
+    report = stabkit.predict(*case, mode="thorough", mix=0.6, **{**SMALL, "seeds": 1})
+    detail = report.critical_lr_detail
+    assert detail.found
+    assert detail.high / detail.low < 1.1
+    assert report.at(lr=detail.low).probability < 0.5 <= report.at(lr=detail.high).probability
+    mixes = report.critical_mix_detail
+    if mixes.found:
+        assert mixes.high - mixes.low < 0.02
+    kept = report.at(lr=detail.low)
+    assert kept.critical_lr == report.critical_lr  # the step alone has changed: nothing is searched again
+    costs = {cost.stage: cost.gradient_equivalents for cost in kept.costs}
+    assert costs["linearisation"] == 0 < costs["staged rollouts"]
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_auto_takes_the_most_thorough_that_fits(case):
+    costs = {mode: stabkit.predict_cost(*case, mode=mode, **_settings()) for mode in MODES}
+    order = [costs[mode].gradient_equivalents for mode in ("fast", "standard", "thorough")]
+    assert order == sorted(order)
+    for mode, budget in (
+        ("fast", 1.0),
+        ("standard", costs["standard"].gradient_equivalents),
+        ("thorough", costs["thorough"].gradient_equivalents),
+        ("thorough", "1000000s"),
+        ("fast", "0.000001s"),
+    ):
+        assert stabkit.predict_cost(*case, mode="auto", budget=budget, **_settings()).mode == mode
+    # Without a budget the run's own gradients are one: a run long enough is worth a thorough prediction.
+    assert stabkit.predict_cost(*case, mode="auto", **_settings()).mode == "fast"
+    assert stabkit.predict_cost(*case, mode="auto", **{**_settings(), "steps": 100_000}).mode == "thorough"
+    assert stabkit.predict(*case, mode="auto", **SMALL).mode == "fast"
+
+
+def test_the_estimate_is_near_what_the_report_tells(case):
+    estimate = stabkit.predict_cost(*case, **_settings())
+    report = stabkit.predict(*case, **SMALL)
+    told = {cost.stage: cost.gradient_equivalents for cost in report.costs}
+    for stage in estimate.stages:
+        assert stage.gradient_equivalents == pytest.approx(told[stage.stage], rel=0.6), stage.stage
+    assert estimate.run.gradient_equivalents == 30 * 16
+    assert estimate.seconds > 0
+    assert "30 steps" in str(estimate)
+    assert "<table" in estimate._repr_html_()
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_what_the_caller_asks_for_comes_before_the_mode(case):
+    report = stabkit.predict(*case, mode="fast", rank=7, retain_samples="all", forget_samples=20, **SMALL)
+    assert report.rollout.rank == 7
+    assert report.rollout.samples == (140, 20)
+    found = stabkit.predict(*case, mode="fast", rank="auto", **SMALL)
+    assert found.rollout.rank >= 30
+
+
+def _settings():
+    return {key: value for key, value in SMALL.items() if key != "lr"}

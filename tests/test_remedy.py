@@ -1,0 +1,153 @@
+"""Recommendations hold what they say: by the rollout they come from, on the front, and in real runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import matplotlib as mpl
+import pytest
+
+import stabkit
+from stabkit.algorithms import FineTune, GradientAscent
+from stabkit.problem import UnlearningProblem
+from stabkit.recommendations import Recommendations
+from stabkit.remedy import algorithm_at
+from stabkit.runner import run
+
+mpl.use("Agg")
+QUICK = {"rank": 30, "retain_samples": 128, "forget_samples": 64, "spectrum_samples": 64, "seeds": 2, "steps": 40}
+pytestmark = pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+
+
+@pytest.fixture(scope="module")
+def report(digits_mlp, class_deletion):
+    return stabkit.predict(digits_mlp, *class_deletion, lr=0.8, mix=0.5, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def found(report):
+    return report.recommend()
+
+
+def test_every_way_out_is_as_the_rollout_has_it(report, found):
+    assert not found.asked.holds
+    assert found.asked.probability == pytest.approx(report.probability)
+    assert {"step size", "mix", "warm-up", "decay", "forget decay", "batch size", "clipping"} == {
+        item.remedy for item in found.items
+    }
+    for item in found.items:
+        again = report.at(**item.changes)
+        assert again.probability == pytest.approx(item.probability, abs=1e-3)  # settings side by side round differently
+        assert item.holds == (item.probability <= found.risk)
+    held = {item.remedy for item in found.items if item.holds}
+    assert {"step size", "clipping"} <= held
+
+
+def test_the_step_is_the_largest_that_holds(report, found):
+    (step,) = (item for item in found.items if item.remedy == "step size")
+    spacing = 100 ** (1 / 23)
+    assert report.at(lr=step.changes["lr"] * spacing * 1.001).probability > found.risk
+    assert step.changes["lr"] < report.critical_lr
+
+
+def test_a_recommended_step_survives_for_real(digits_mlp, class_deletion, found):
+    problem = UnlearningProblem(digits_mlp, *class_deletion)
+    asked = stabkit.GradDiff(lr=0.8, mix=0.5, steps=40)
+    assert run(problem, asked).diverged
+    for item in found.items:
+        if item.holds:
+            assert not run(problem, asked.replace(**item.changes), seed=5).diverged, item.remedy
+
+
+def test_no_point_of_the_front_is_beaten_and_all_hold(found):
+    assert len(found.front) > 3
+    for left, right in zip(found.front, found.front[1:], strict=False):
+        assert left.forget_loss < right.forget_loss
+        assert left.retain_loss < right.retain_loss
+    assert all(p.probability <= found.risk and 1 <= p.steps <= 40 for p in found.front)
+
+
+def test_a_target_is_reached_at_least_harm(found):
+    target = found.front[len(found.front) // 2].forget_loss
+    chosen = found.reaching(target)
+    assert chosen.forget_loss >= target
+    assert all(p.retain_loss >= chosen.retain_loss for p in found.front if p.forget_loss >= target)
+    assert found.reaching(1e9) == found.front[-1]
+    with pytest.raises(ValueError, match=r"`forget_loss` of `Recommendations.reaching` must .*; got nan"):
+        found.reaching(math.nan)
+    with pytest.raises(ValueError, match=r"`front` of `Recommendations` must hold a point; .* at a risk of 0\.05"):
+        dataclasses.replace(found, front=()).reaching(1.0)
+
+
+def test_a_lower_risk_asks_for_weaker_settings(report, found):
+    careful = report.recommend(risk=1e-6)
+    steps = [next(i for i in r.items if i.remedy == "step size").changes["lr"] for r in (careful, found)]
+    assert steps[0] <= steps[1]
+    with pytest.raises(ValueError, match=r"`risk` of `recommend` must be .*; got 1\.5"):
+        report.recommend(risk=1.5)
+
+
+def test_recommendations_show_and_store_themselves(found, tmp_path):
+    text = str(found)
+    assert "does not hold" in text
+    assert f"{found.asked.probability:.2f}" in text
+    assert "<table" in found._repr_html_()
+    assert Recommendations.from_json(found.to_json(tmp_path / "found.json")) == found
+    figure, axes = found.plot()
+    x, y = axes.lines[0].get_data()
+    assert list(x) == [p.retain_loss for p in found.front]
+    assert list(y) == [p.forget_loss for p in found.front]
+    mpl.pyplot.close(figure)
+
+
+@pytest.mark.parametrize("algorithm", [GradientAscent(lr=2.0), FineTune(lr=2.0)], ids=lambda a: a.name)
+def test_a_mix_that_is_fixed_is_left_alone(digits_mlp, class_deletion, algorithm):
+    found = stabkit.predict(digits_mlp, *class_deletion, algorithm=algorithm, **QUICK).recommend()
+    assert "mix" not in {item.remedy for item in found.items}
+    assert {p.mix for p in found.front} == {algorithm.mix}
+    assert algorithm_at(algorithm, found.front[0]).mix == algorithm.mix
+
+
+def test_a_report_from_a_file_cannot_recommend(report):
+    with pytest.raises(RuntimeError, match="`recommend` of `Report` needs the linearised network"):
+        stabkit.Report.from_json(report.to_json()).recommend()
+
+
+def test_staged_rollouts_confirm(digits_mlp, class_deletion):
+    settings = {**QUICK, "seeds": 1, "steps": 12}
+    report = stabkit.predict(digits_mlp, *class_deletion, lr=1.0, mix=0.5, mode="thorough", **settings)
+    found = report.recommend()
+    assert found.kind == "staged"
+    (step,) = (item for item in found.items if item.remedy == "step size")
+    assert step.holds
+    assert report.at(**step.changes).probability == pytest.approx(step.probability, abs=1e-9)
+
+
+# ------------------------------------------------------------------ tune
+
+
+def test_tuning_reaches_its_target_without_breaking(digits_mlp, class_deletion):
+    options = {key: value for key, value in QUICK.items() if key != "steps"}
+    asked = stabkit.GradDiff(lr=5.0, steps=60, batch_size=32)
+    tuned = stabkit.tune(digits_mlp, *class_deletion, algorithm=asked, forget_loss=3.0, **options)
+    assert isinstance(tuned, stabkit.GradDiff)
+    assert tuned.batch_size == 32
+    assert tuned.steps <= 60
+    real = run(UnlearningProblem(digits_mlp, *class_deletion), tuned, monitor_samples=None)
+    assert not real.diverged
+    assert real.trajectory[-1].forget_loss > 1.0  # from 0.1 or so: most of the way on the logarithm
+    assert real.trajectory[-1].retain_loss < 0.5
+
+
+def test_held_out_data_are_the_target(digits_mlp, random_deletion, digits_data):
+    options = {key: value for key, value in QUICK.items() if key != "steps"} | {"steps": 30}
+    forget, retain = random_deletion
+    held_out = (forget[0][:20] + 0.01, forget[1][:20])
+    problem = UnlearningProblem(digits_mlp, forget, retain, test=held_out)
+    loss = float(problem.evaluate(problem.test)[2].mean())
+    by_data = stabkit.tune(digits_mlp, forget, retain, test=held_out, **options)
+    by_number = stabkit.tune(digits_mlp, forget, retain, forget_loss=loss, **options)
+    assert by_data == by_number
+    with pytest.raises(ValueError, match=r"`forget_loss` of `tune` must be left out where `test` is given; got 1\.0"):
+        stabkit.tune(digits_mlp, forget, retain, test=held_out, forget_loss=1.0)
