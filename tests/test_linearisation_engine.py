@@ -368,9 +368,9 @@ def test_the_memory_of_a_pass_decides_on_rows_and_batches(monkeypatch, memory, b
         seen["rows"].append(len(inputs))
         return rows(problem, inputs)
 
-    def noted_pull(problem, inputs, cotangents, *, at_once):
+    def noted_pull(problem, inputs, cotangents, *, at_once, **settings):
         seen["columns"].append(at_once)
-        return pull(problem, inputs, cotangents, at_once=at_once)
+        return pull(problem, inputs, cotangents, at_once=at_once, **settings)
 
     monkeypatch.setattr(jacobian_module, "jacobian_rows", noted_rows)
     monkeypatch.setattr(jacobian_module, "vjp_block", noted_pull)

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
 from stabkit._version import __version__
 from stabkit.bench.cells import Cell, cells_named
 from stabkit.bench.fitting import fit_calibration, reliability
-from stabkit.bench.records import HALVINGS, CellResult, record_cell
+from stabkit.bench.records import HALVINGS, CellResult, Prediction, record_cell
 from stabkit.bench.scores import KINDS, boundary_ratios, pooled, scores
-from stabkit.calibration import Calibration
+from stabkit.calibration import Calibration, calibration
 
 SCHEMA = 2
 
@@ -164,7 +164,7 @@ def read_cell(path: Path) -> CellResult:
         path: A file that `verify_cells` wrote.
 
     Returns:
-        The cell's settings.
+        The cell's settings, P(diverge) by the shipped calibration from the scores that were recorded before the runs.
 
     Raises:
         ValueError: If it is none of this schema.
@@ -175,4 +175,16 @@ def read_cell(path: Path) -> CellResult:
             f"{os.fspath(path)!r} must be a cell's file of schema {SCHEMA}. It was written by another version, or is none: "
             "delete it to have it made again."
         )
-    return from_plain(CellResult, plain)
+    found = from_plain(CellResult, plain)
+    return replace(
+        found,
+        records=tuple(
+            replace(r, one=_shipped(r.one, "one"), staged=_shipped(r.staged, "staged")) for r in found.records
+        ),
+    )
+
+
+def _shipped(said: Prediction, kind: str) -> Prediction:
+    """A prediction with the probability that the shipped calibration gives its scores."""
+    scores = torch.tensor(said.scores, dtype=torch.float64)
+    return replace(said, probability=float(calibration(kind).probability(scores)))

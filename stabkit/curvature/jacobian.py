@@ -26,7 +26,7 @@ PRODUCT_BATCH = 256
 
 
 def jvp_block(
-    problem: UnlearningProblem, inputs: Inputs, block: Tensor, *, at_once: int | None = None
+    problem: UnlearningProblem, inputs: Inputs, block: Tensor, *, at_once: int | None = None, coupled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Outputs f and their directional derivatives J V on one batch.
 
@@ -35,6 +35,7 @@ def jvp_block(
         inputs: Inputs of b samples.
         block: V of shape (d, k).
         at_once: Vectors pushed through together; all when None.
+        coupled: Whether the batch is normalised by its own statistics, through which derivatives pass.
 
     Returns:
         Outputs (b, ...) and J V of shape (b, O, k). Cost: about k forward passes of two.
@@ -43,8 +44,10 @@ def jvp_block(
         RuntimeError: If memory runs out.
     """
 
+    forward = problem.batch_outputs if coupled else problem.outputs
+
     def function(parameters: Parameters) -> Tensor:
-        return problem.outputs(parameters, inputs)
+        return forward(parameters, inputs)
 
     def push(vector: Tensor) -> Tensor:
         return jvp(function, (problem.parameters,), (problem.unflatten(vector),))[1]
@@ -75,7 +78,9 @@ def jvp_block(
     return outputs, torch.cat(parts, dim=-1).reshape(outputs.shape[0], -1, block.shape[1])
 
 
-def vjp_block(problem: UnlearningProblem, inputs: Inputs, cotangents: Tensor, *, at_once: int | None = None) -> Tensor:
+def vjp_block(
+    problem: UnlearningProblem, inputs: Inputs, cotangents: Tensor, *, at_once: int | None = None, coupled: bool = False
+) -> Tensor:
     """Sum over one batch of J_i^T U_i.
 
     Args:
@@ -83,6 +88,7 @@ def vjp_block(problem: UnlearningProblem, inputs: Inputs, cotangents: Tensor, *,
         inputs: Inputs of b samples.
         cotangents: U of shape (b, O, k).
         at_once: Vectors pulled back together; all when None.
+        coupled: Whether the batch is normalised by its own statistics, through which derivatives pass.
 
     Returns:
         Block of shape (d, k). Cost: one forward and k backward passes.
@@ -90,7 +96,8 @@ def vjp_block(problem: UnlearningProblem, inputs: Inputs, cotangents: Tensor, *,
     Raises:
         RuntimeError: If memory runs out.
     """
-    primal = vjp(lambda parameters: problem.outputs(parameters, inputs), problem.parameters)
+    forward = problem.batch_outputs if coupled else problem.outputs
+    primal = vjp(lambda parameters: forward(parameters, inputs), problem.parameters)
     outputs, pull = primal[0], primal[1]
     result = torch.empty(problem.size, cotangents.shape[2], dtype=problem.dtype, device=problem.device)
     at_once = at_once or cotangents.shape[2]
@@ -159,7 +166,7 @@ class ScaledJacobian:
 
     Attributes:
         outputs_per_sample: O.
-        batch_size: Samples of a pass at most; halved for good where memory runs out.
+        batch_size: Samples of a pass at most; halved for good where memory runs out, unless batches are coupled.
     """
 
     def __init__(
@@ -170,6 +177,7 @@ class ScaledJacobian:
         preconditioner: Preconditioner,
         *,
         memory: int | None = None,
+        coupled: int | None = None,
     ) -> None:
         """Choose the samples.
 
@@ -180,6 +188,9 @@ class ScaledJacobian:
             preconditioner: P.
             memory: Bytes that a pass may hold in rows of J or in parameter-sized vectors, one of them at least; some hundred
                 megabytes when None. The network's own activations come on top.
+            coupled: Size of the batches that are normalised by their own statistics, b: the samples form, in their order,
+                round(m/b) batches as equal as can be, and J is that of their outputs together. None: no sample knows of
+                another.
         """
         self._problem = problem
         self._samples = samples
@@ -191,6 +202,11 @@ class ScaledJacobian:
         first, _ = samples.batch(indices[:1])
         self.outputs_per_sample = problem.outputs(problem.parameters, first).numel()
         self.batch_size = PRODUCT_BATCH
+        self._coupled = coupled is not None
+        self._ends: list[int] = []
+        if coupled is not None:
+            count, self.batch_size = max(1, round(len(self) / coupled)), coupled
+            self._ends = [len(self) * (k + 1) // count for k in range(count)]
 
     def __len__(self) -> int:
         """Number m of samples."""
@@ -198,6 +214,20 @@ class ScaledJacobian:
 
     def __matmul__(self, block: Tensor) -> Tensor:
         return torch.cat([part for _, part in self.images(block)])
+
+    def outputs(self) -> Tensor:
+        """What J is the Jacobian of.
+
+        Returns:
+            Outputs of the m samples, shape (m, ...), without gradients. Cost: m forward passes.
+        """
+        forward = self._problem.batch_outputs if self._coupled else self._problem.outputs
+
+        def evaluate(inputs: Inputs, place: slice) -> Tensor:
+            with torch.no_grad():
+                return forward(self._problem.parameters, inputs)
+
+        return torch.cat([part for _, part in self._batches(evaluate, 0, 0)])
 
     def transpose_matmul(self, cotangents: Tensor) -> Tensor:
         """P^{1/2} J^T U, summed over the samples.
@@ -230,7 +260,7 @@ class ScaledJacobian:
         def image(inputs: Inputs, place: slice) -> Tensor:
             if self.by_rows(block.shape[1]):
                 return jacobian_rows(self._problem, inputs) @ scaled
-            return jvp_block(self._problem, inputs, scaled, at_once=self._at_once)[1]
+            return jvp_block(self._problem, inputs, scaled, at_once=self._at_once, coupled=self._coupled)[1]
 
         yield from self._batches(image, block.shape[1], start)
 
@@ -252,7 +282,7 @@ class ScaledJacobian:
                 rows = jacobian_rows(self._problem, inputs)
                 total.addmm_(rows.flatten(0, 1).T, chosen.flatten(0, 1))
             else:
-                total.add_(vjp_block(self._problem, inputs, chosen, at_once=self._at_once))
+                total.add_(vjp_block(self._problem, inputs, chosen, at_once=self._at_once, coupled=self._coupled))
 
         for done, _ in self._batches(add, cotangents.shape[2], start):
             yield done
@@ -275,18 +305,25 @@ class ScaledJacobian:
             vectors: Number k of vectors in the block.
 
         Returns:
-            True where that takes fewer passes, O instead of k, and one sample's rows fit into memory.
+            True where that takes fewer passes, O instead of k, and one sample's rows fit into memory; never where batches
+            are coupled.
         """
-        return self.outputs_per_sample < vectors and self._row_bytes() <= self._row_budget
+        fits = self._row_bytes() <= self._row_budget
+        return not self._coupled and self.outputs_per_sample < vectors and fits
 
     def _row_bytes(self) -> int:
         """Size of one sample's rows."""
         return self.outputs_per_sample * self._problem.size * self._problem.dtype.itemsize
 
     def _batches(self, function: Callable[[Inputs, slice], T], vectors: int, start: int) -> Iterator[tuple[int, T]]:
-        """Samples done and the function's value for every batch, in smaller batches where memory runs out."""
+        """Samples done and the function's value for every batch, in smaller batches where memory runs out.
+
+        Coupled batches stay what they are; fewer vectors go through them together.
+        """
         while start < len(self):
             size = min(self.batch_size, len(self) - start)
+            if self._coupled:
+                size = next(end for end in self._ends if end > start) - start
             if self.by_rows(vectors):
                 size = max(1, min(size, self._row_budget // (2 * self._row_bytes())))
             place = slice(start, start + size)
@@ -296,9 +333,10 @@ class ScaledJacobian:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if size == 1:
+                if (self._at_once if self._coupled else size) == 1:
+                    least = f"one vector and {size} samples" if self._coupled else "one sample"
                     raise MemoryError(
-                        f"a product of {vectors} vectors with the Jacobian ran out of memory with one sample at a time. "
+                        f"a product of {vectors} vectors with the Jacobian ran out of memory with {least} at a time. "
                         "Lower `rank`, or compute in float32 or on another device."
                     ) from error
             else:
@@ -306,10 +344,14 @@ class ScaledJacobian:
                 yield start, value
                 continue
             # Outside the handler, so that the failed pass's tensors are gone before the next one starts.
-            self.batch_size = size // 2
+            if self._coupled:
+                self._at_once = max(1, min(self._at_once, vectors) // 2)
+                left = f"{self._at_once} vectors"
+            else:
+                self.batch_size = size // 2
+                left = f"{self.batch_size} samples"
             warnings.warn(
-                f"out of memory: products with the Jacobian go on with {self.batch_size} samples at a time. The results are "
-                "the same to rounding.",
+                f"out of memory: products with the Jacobian go on with {left} at a time. The results are the same to rounding.",
                 MemoryWarning,
                 stacklevel=2,
             )

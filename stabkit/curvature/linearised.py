@@ -17,12 +17,17 @@ class LinearisedSet:
     """One set's outputs and their derivatives in the compressed coordinates, at θ* or wherever it is linearised.
 
     Attributes:
-        outputs: f_i there, shape (m, ...), O numbers a sample.
+        outputs: f_i there, shape (m, ...), O numbers a sample: those that steps are taken from.
         features: Φ_i, shape (m, O, r).
         targets: Targets of the m samples.
         indices: Which samples of the set these are, shape (m,).
         population: Number n of samples in the whole set.
-        original: f_i(θ*), of the outputs' shape, where the linearisation is about another point; None at θ* itself.
+        original: f_i(θ*) in eval mode, of the outputs' shape, where `outputs` are others: where the linearisation is about
+            another point, or batches are coupled. None where they are the same.
+        coupled: Size of the batches whose own statistics normalise them, so that outputs and features of a sample are those
+            it has among the samples beside it; None where they are its own, in eval mode.
+        eval_outputs: f_i in eval mode, where batches are coupled.
+        eval_features: Φ_i in eval mode, running statistics held fixed, where batches are coupled.
     """
 
     outputs: Tensor
@@ -31,6 +36,9 @@ class LinearisedSet:
     indices: Tensor
     population: int
     original: Tensor | None = None
+    coupled: int | None = None
+    eval_outputs: Tensor | None = None
+    eval_features: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -73,6 +81,7 @@ class LinearisedNetwork:
         singular_values: Of the (weighted) J P^{1/2}, the r kept, descending.
         captured: Share of ‖J P^{1/2}‖_F² that the r directions carry, estimated for each set; the smaller of the two.
         gradient_equivalents: Per-sample gradient evaluations spent; a forward pass counts as a third.
+        statistics_momentum: Share of a batch's statistics in the running ones after it has passed; 0 where they are frozen.
     """
 
     retain: LinearisedSet
@@ -87,6 +96,7 @@ class LinearisedNetwork:
     singular_values: Tensor
     captured: float
     gradient_equivalents: float
+    statistics_momentum: float = 0.0
 
     @property
     def rank(self) -> int:

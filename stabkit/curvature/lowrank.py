@@ -3,6 +3,9 @@
 With V (d, r) the leading right singular directions of J P^{1/2} over sampled retain and forget examples, a displacement
 θ - θ* = P^{1/2} V c moves the outputs of sample i by Φ_i c, Φ_i = J_i P^{1/2} V. In these coordinates a preconditioned
 step is a plain gradient step, so one compression serves every step size, mix and batch size (theory §§5-6).
+
+With batchnorm="batch" the outputs of a batch depend on it as a whole. J is then the Jacobian of whole batches' outputs, in
+batches of the size that the run has, and a compression serves that batch size.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +30,7 @@ from stabkit.curvature.linearised import LinearisedNetwork, LinearisedSet
 from stabkit.curvature.sketch import PROBES, RowSketch
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
+from stabkit.samples import Samples
 
 __all__ = ["LinearisedNetwork", "LinearisedSet", "linearise", "ritz_residuals"]
 
@@ -34,6 +39,7 @@ OVERSAMPLING = 10
 FIRST_RANK = 50  # where the rank is to be found
 EXTRA = 2 + 2 * PROBES  # columns of the first pull that are not Gaussian
 ROWS_AT_ONCE = 2**16  # rotated in float64
+COUPLED_BATCH = 64
 
 
 def linearise(
@@ -44,6 +50,7 @@ def linearise(
     tolerance: float = 0.05,
     retain_samples: int | None = 512,
     forget_samples: int | None = 256,
+    batch_sizes: tuple[int, int] | None = None,
     power_iterations: int = 0,
     memory: int | str | None = None,
     seed: int = 0,
@@ -65,6 +72,8 @@ def linearise(
         tolerance: Share of ‖J P^{1/2}‖_F² that may be missing where the rank is None.
         retain_samples: Retain examples to sample; all when None.
         forget_samples: Forget examples to sample; all when None.
+        batch_sizes: B_R and B_F of the run, which matter with batchnorm="batch" alone: the samples, rounded to whole
+            batches, are put at random into batches of these sizes. 64, or the whole set where it is smaller, when None.
         power_iterations: Subspace iterations, which bring the directions nearer the true singular ones where those past r
             are not small (Halko et al. 2011, §4.5); `ritz_residuals` measures how near.
         memory: Bytes, or text such as "4GB", that basis, sketch, features and passes may take together; the activations of
@@ -80,8 +89,9 @@ def linearise(
     Returns:
         The compressed network. Cost: about 2·min(O, r)·m·(1 + power_iterations) per-sample gradients, or 2·r·m·(1 +
         power_iterations) where a sample's O·d derivatives are too many to hold. A rank that is found multiplies new
-        directions alone: it costs the latter just once, but the former for each doubling. Memory: twice (d + m·O)·(r + 28)
-        numbers.
+        directions alone: it costs the latter just once, but the former for each doubling. Coupled batches have no rows of
+        their own, so they cost the latter, and min(O, r)·m for the features in eval mode. Memory: twice (d + m·O)·(r + 28)
+        numbers, and m·O·r for those features.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -97,7 +107,12 @@ def linearise(
     check_int(power_iterations, name="power_iterations", owner=OWNER, low=0)
     check_int(checkpoint_every, name="checkpoint_every", owner=OWNER, low=1)
     budget = None if memory is None else memory_budget(memory, owner=OWNER, device=problem.device)
-    indices = problem.retain.subset(retain_samples, seed), problem.forget.subset(forget_samples, seed + 1)
+    both = problem.retain, problem.forget
+    coupled = _coupled_sizes(problem, batch_sizes)
+    indices = [
+        samples.subset(count, seed + i) if size is None else _in_batches(samples, count, size, seed + i)
+        for i, (samples, count, size) in enumerate(zip(both, (retain_samples, forget_samples), coupled, strict=True))
+    ]
     store = None
     if checkpoint is not None:
         settings = {
@@ -108,21 +123,31 @@ def linearise(
             "forget_samples": indices[1].numel(),
             "power_iterations": power_iterations,
             "seed": seed,
+            "batch_sizes": list(coupled),
         }
         store = Checkpoint(checkpoint, "linearisation", settings, owner=OWNER)
 
     jacobians = [
-        ScaledJacobian(problem, samples, chosen, preconditioner, memory=None if budget is None else budget // 4)
-        for samples, chosen in zip((problem.retain, problem.forget), indices, strict=True)
+        ScaledJacobian(
+            problem, samples, chosen, preconditioner, memory=None if budget is None else budget // 4, coupled=size
+        )
+        for samples, chosen, size in zip(both, indices, coupled, strict=True)
     ]
-    room = _Room(problem, sum(len(j) * j.outputs_per_sample for j in jacobians), budget)
+    rows = sum(len(j) * j.outputs_per_sample for j in jacobians)
+    room = _Room(problem, rows, budget, coupled=problem.batchnorm == "batch")
     asked = rank or FIRST_RANK
     room.check(asked, memory)
     evaluated = [
-        problem.evaluate(samples, indices=chosen)[:2]
-        for samples, chosen in zip((problem.retain, problem.forget), indices, strict=True)
+        problem.evaluate(samples, indices=chosen)[:2] for samples, chosen in zip(both, indices, strict=True)
     ]
-    residuals = [problem.loss.residual(outputs, targets).flatten(1) for outputs, targets in evaluated]
+    passed = [
+        outputs if size is None else jacobian.outputs()
+        for jacobian, size, (outputs, _) in zip(jacobians, coupled, evaluated, strict=True)
+    ]
+    residuals = [
+        problem.loss.residual(outputs, targets).flatten(1)
+        for outputs, (_, targets) in zip(passed, evaluated, strict=True)
+    ]
     theta = problem.vector()
     sketch = RowSketch(jacobians, residuals, preconditioner, theta, power_iterations=power_iterations, seed=seed)
     save = None
@@ -131,7 +156,7 @@ def linearise(
         marks = {
             "weights": theta,
             "preconditioner": preconditioner.sqrt(signs),
-            "outputs": torch.cat([outputs.flatten() for outputs, _ in evaluated]),
+            "outputs": torch.cat([outputs.flatten() for outputs in passed]),
             "loss derivatives": torch.cat([residual.flatten() for residual in residuals]),
         }
         _resume(store, sketch, marks)
@@ -160,18 +185,29 @@ def linearise(
 
     basis = _rotated(sketch.basis, rotation)
     root = preconditioner.sqrt(basis)
-    sets = [
-        LinearisedSet(
-            outputs=outputs,
-            features=_rotated(features, rotation),
-            targets=targets,
-            indices=chosen,
+    spent = sketch.gradients + sum(map(len, jacobians)) / 3
+    sets = []
+    for i, samples in enumerate(both):
+        part = LinearisedSet(
+            outputs=passed[i],
+            features=_rotated(sketch.features[i], rotation),
+            targets=evaluated[i][1],
+            indices=indices[i],
             population=samples.size,
         )
-        for samples, chosen, features, (outputs, targets) in zip(
-            (problem.retain, problem.forget), indices, sketch.features, evaluated, strict=True
-        )
-    ]
+        if coupled[i] is not None:
+            still = ScaledJacobian(
+                problem, samples, indices[i], preconditioner, memory=None if budget is None else budget // 4
+            )
+            part = replace(
+                part,
+                original=evaluated[i][0],
+                coupled=coupled[i],
+                eval_outputs=evaluated[i][0],
+                eval_features=still @ basis,
+            )
+            spent += part.samples * (still.passes(basis.shape[1]) + 1 / 3)
+        sets.append(part)
     return LinearisedNetwork(
         retain=sets[0],
         forget=sets[1],
@@ -184,7 +220,8 @@ def linearise(
         anchor_norm=float(theta.double().norm()),
         singular_values=energies.sqrt(),
         captured=captured,
-        gradient_equivalents=sketch.gradients + sum(map(len, jacobians)) / 3,
+        gradient_equivalents=spent,
+        statistics_momentum=problem.statistics_momentum(),
     )
 
 
@@ -217,7 +254,7 @@ def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, pr
 
     def walk() -> Iterator[int]:
         for samples, held in pairs:
-            jacobian = ScaledJacobian(problem, samples, held.indices, network.preconditioner)
+            jacobian = ScaledJacobian(problem, samples, held.indices, network.preconditioner, coupled=held.coupled)
             before = 0
             for done in jacobian.add_transposed(held.features / held.samples, image):
                 yield done - before
@@ -232,12 +269,30 @@ def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, pr
     return torch.linalg.vector_norm(residuals, dim=0, dtype=torch.float64).cpu() / (scale if scale > 0 else 1.0)
 
 
+def _coupled_sizes(problem: UnlearningProblem, batch_sizes: tuple[int, int] | None) -> tuple[int | None, int | None]:
+    """Sizes of coupled batches of both sets; None where samples are not coupled."""
+    if problem.batchnorm == "frozen":
+        return None, None
+    sizes = [COUPLED_BATCH, COUPLED_BATCH] if batch_sizes is None else list(batch_sizes)
+    for size in sizes:
+        check_int(size, name="batch_sizes", owner=OWNER, low=2, remedy="A batch of one sample has no variance.")
+    return min(sizes[0], problem.retain.size), min(sizes[1], problem.forget.size)
+
+
+def _in_batches(samples: Samples, count: int | None, size: int, seed: int) -> Tensor:
+    """A sample of whole batches, in random order; all where it covers the set."""
+    whole = None if count is None else max(1, round(count / size)) * size
+    chosen = samples.subset(whole, seed)
+    return chosen[torch.randperm(chosen.numel(), generator=torch.Generator().manual_seed(seed))]
+
+
 class _Room:
     """How wide a sketch may be."""
 
-    def __init__(self, problem: UnlearningProblem, rows: int, budget: int | None) -> None:
+    def __init__(self, problem: UnlearningProblem, rows: int, budget: int | None, *, coupled: bool) -> None:
         self._full = min(rows, problem.size)
-        self._column = 2 * (problem.size + rows) * problem.dtype.itemsize  # each is there as it was and as it becomes
+        # Each is there as it was and as it becomes; coupled batches have features in eval mode beside those.
+        self._column = (2 * (problem.size + rows) + coupled * rows) * problem.dtype.itemsize
         self._bytes = _device_bytes(problem.device) if budget is None else budget - budget // 4  # a quarter for passes
 
     def width(self, rank: int) -> int:
