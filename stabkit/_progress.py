@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from typing import TypeVar
 
-from tqdm.auto import tqdm
-
 T = TypeVar("T")
 
 
@@ -20,4 +18,8 @@ def progress_bar(items: Iterable[T], label: str, show: bool, total: int | None =
     Returns:
         The same items.
     """
-    return tqdm(items, desc=label, total=total, leave=False) if show else items
+    if not show:
+        return items
+    from tqdm.auto import tqdm  # in a notebook without widgets it warns on import, which only a bar is worth
+
+    return tqdm(items, desc=label, total=total, leave=False)

@@ -1,6 +1,7 @@
 """A small table of text that prints itself and that HTML is made from."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,3 +25,15 @@ class Table:
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         return "\n".join([self.title, text[0], "-" * len(text[0]), *text[1:], *([self.footer] if self.footer else [])])
+
+    def _repr_html_(self) -> str:
+        from stabkit.render import table_html
+
+        return table_html(self)
+
+
+class Shown:
+    """What prints itself as text: in a plain prompt as `print` shows it, not as fields."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text("..." if cycle else str(self))

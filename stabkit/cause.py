@@ -56,8 +56,8 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
         eigenvalue=value,
         retain_curvature=retain,
         forget_curvature=forget,
-        eigenvector_layers=_layer_shares(problem, vector),
-        displacement_layers=_layer_shares(problem, displacement),
+        eigenvector_layers=layer_shares(problem, vector),
+        displacement_layers=layer_shares(problem, displacement),
         retain_samples=_sample_shares(measurement.retain, measurement.network.retain.indices, inside),
         forget_samples=_sample_shares(measurement.forget, measurement.network.forget.indices, inside),
     )
@@ -112,8 +112,16 @@ def _share_to_level(network: LinearisedNetwork, c: Tensor, level: float) -> floa
     return high
 
 
-def _layer_shares(problem: UnlearningProblem, vector: Tensor) -> tuple[Share, ...]:
-    """Squared norm of a parameter vector by layer, as shares, largest first."""
+def layer_shares(problem: UnlearningProblem, vector: Tensor) -> tuple[Share, ...]:
+    """Squared norm of a parameter vector by layer.
+
+    Args:
+        problem: The unlearning problem.
+        vector: Shape (d,).
+
+    Returns:
+        Shares, largest first; none where the vector is zero or not finite.
+    """
     layers = problem.layer_of()
     energy: dict[str, float] = {}
     for name, part in problem.unflatten(vector).items():

@@ -217,7 +217,12 @@ def run_demo(output: str | os.PathLike[str], *, seed: int = 0, progress: bool = 
     )
     marked = [mark.lr for mark in marks]
     drawn = report.frontier(lr=np.geomspace(min(marked) / 1.3, max(marked) * 1.3, MAP_STEPS).tolist())
-    report.save_html(path, frontier=drawn, outcomes=marks, tables=[result.predictions(), result.outcomes()])
+    report.save_html(
+        path,
+        frontier=drawn,
+        outcomes=marks,
+        tables=[result.predictions(), result.outcomes(), report.recommend().table()],
+    )
     write_atomically(Path(output) / "demo.json", result.to_json())
     return result
 
@@ -275,7 +280,7 @@ def _marks(
     """Real runs on both sides of the predicted boundary, for the map."""
     problem, algorithm = _problem(model, data, deletion), _algorithm(report)
     boundary = report.frontier(mix=MAP_MIXES)
-    preconditioner: Preconditioner = algorithm.preconditioner(problem)
+    preconditioner: Preconditioner = algorithm.step_preconditioner(problem)
     settings = [
         (float(critical) * factor, mix)
         for mix, critical in zip(MAP_MIXES, boundary.critical_lr, strict=True)

@@ -126,6 +126,7 @@ class Measurement:
         """
         if type(algorithm) is not type(self.algorithm):
             plain = type(algorithm).preconditioner is type(self.algorithm).preconditioner is Algorithm.preconditioner
+            plain = plain and algorithm.layer_lr == self.algorithm.layer_lr
             return measure(self.problem, algorithm, self.settings, reuse=self if plain else None)
         changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
         if changed & algorithm.preconditioner_reads:
@@ -163,7 +164,7 @@ def measure(
 
     next(stages)
     start = time.perf_counter()
-    preconditioner = reuse.preconditioner if reuse else algorithm.preconditioner(problem)
+    preconditioner = reuse.preconditioner if reuse else algorithm.step_preconditioner(problem)
     costs.append(
         Cost(
             stage="preconditioner",

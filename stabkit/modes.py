@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from stabkit._table import Table
+from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import Algorithm
 from stabkit.measure import MeasureSettings
@@ -63,7 +63,7 @@ MODES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostEstimate:
+class CostEstimate(Shown):
     """What a prediction will cost, beside what the run itself would.
 
     Attributes:

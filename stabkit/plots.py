@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -72,13 +73,14 @@ def plot_front(found: Recommendations, *, ax: Axes | None = None) -> tuple[Figur
         linewidth=1,
         label="Pareto front",
     )
+    markers = itertools.cycle("*osD^vPXh")
     for name, item in (("as asked", found.asked), *((i.remedy, i) for i in found.items)):
         if not (math.isfinite(item.retain_loss) and math.isfinite(item.forget_loss)):
             continue
         colour = COLOURS["stable" if item.holds else "diverges"]
-        marker = "*" if item is found.asked else "o"
-        axes.scatter([item.retain_loss], [item.forget_loss], color=colour, marker=marker, s=60, zorder=3)
-        axes.annotate(name, (item.retain_loss, item.forget_loss), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.scatter(
+            [item.retain_loss], [item.forget_loss], color=colour, marker=next(markers), s=60, zorder=3, label=name
+        )
     axes.set(
         xscale="log",
         yscale="log",
@@ -86,7 +88,7 @@ def plot_front(found: Recommendations, *, ax: Axes | None = None) -> tuple[Figur
         ylabel="predicted forget loss",
         title=f"{found.algorithm}: green holds, red does not (risk {found.risk:.3g})",
     )
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
     return figure, axes
 
 

@@ -565,7 +565,9 @@ def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
             meaning="How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
             "those moved; for a diverging run, where its loss meets the divergence level. The largest of all stages, where "
             "there are several.",
-            remedy="mode='thorough' linearises anew on the way; otherwise leave a margin and check with verify().",
+            remedy="Leave a margin and check with verify()."
+            if measurement.settings.staged
+            else "mode='thorough' linearises anew on the way; otherwise leave a margin and check with verify().",
         ),
         Check(
             name=CAPTURED,
@@ -610,4 +612,7 @@ def _advice(
         advice.append(
             "At this step size no mix is safe, not even fine-tuning on the retain set: only a smaller step helps."
         )
+    advice.append(
+        "`report.recommend()` has batches, schedules and clipping too, with the losses each is predicted to reach."
+    )
     return tuple(advice)

@@ -178,8 +178,8 @@ class UnlearningProblem:
         Args:
             parameters: Trainable parameters by name.
             inputs: Inputs of b >= 2 samples.
-            statistics: Running statistics, which are updated in place by each layer's own rule, as a training pass of PyTorch
-                does; when None there are none to update, and `torch.func` can pass through.
+            statistics: Running statistics, which are updated in place by each layer's own rule, as in a training pass of
+                PyTorch; when None there are none to update, and `torch.func` can pass through.
 
         Returns:
             Outputs of shape (b, ...), differentiable through the batch's statistics. Dropout stays off. Cost: one forward
@@ -192,21 +192,6 @@ class UnlearningProblem:
         finally:
             for layer in self._normalisations:
                 layer.training, layer.track_running_stats = False, True
-
-    def statistics_momentum(self) -> float:
-        """Share of a batch's statistics in the running ones after it has passed.
-
-        Returns:
-            The mean of the BatchNorm layers' momenta; of a cumulative average (`momentum=None`), that of the next batch.
-            0 when frozen.
-        """
-        if self.batchnorm == "frozen":
-            return 0.0
-        momenta = [
-            float(layer.momentum) if layer.momentum is not None else 1 / (1 + float(layer.num_batches_tracked or 0))
-            for layer in self._normalisations
-        ]
-        return sum(momenta) / len(momenta)
 
     def _call(self, parameters: Parameters, inputs: Inputs) -> Any:
         """Whatever the network returns."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stabkit._serialise import Stored
-from stabkit._table import Table
+from stabkit._table import Shown, Table
 from stabkit._validate import check_real
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ class Recommendation:
     """One way out.
 
     Attributes:
-        remedy: "step size", "mix", "batch size", "warm-up", "decay", "clipping" or "forget decay".
+        remedy: "step size", "mix", "batch size", "warm-up", "decay", "forget decay", "clipping" or
+            "layer damping".
         changes: Settings to change, by name, for `algorithm.replace`.
         probability: P(diverge) with them.
         retain_loss: Predicted retain loss at the end of the run, mean over the seeds.
@@ -57,7 +58,7 @@ class ParetoPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recommendations(Stored):
+class Recommendations(Shown, Stored):
     """What to do instead, and what is to be had at all.
 
     Attributes:

@@ -14,7 +14,10 @@ from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm
 from stabkit.boundary import critical_lr
 from stabkit.calibration import calibration
+from stabkit.cause import layer_shares
+from stabkit.curvature import linearise
 from stabkit.measure import Measurement
+from stabkit.preconditioner import Diagonal, Identity
 from stabkit.recommendations import ParetoPoint, Recommendation, Recommendations
 from stabkit.rollout import Rollout, loss_scale, rollout
 from stabkit.staged import staged_rollout
@@ -24,6 +27,8 @@ POINTS = 24  # of a line of step sizes, mixes or clipping norms
 REACH = 100.0  # how far below the critical step size the line begins
 FRONT_STEPS, FRONT_MIXES = 16, 9  # step sizes and mixes behind the Pareto front
 LARGEST_BATCH = 8  # times the one asked about
+DAMPING = (0.3, 0.1)  # factors of the step size of the layers that break
+DAMPED_SHARE = 0.8  # of the predicted displacement that those layers hold together
 BACKING_OFF = (1.0, 0.7, 0.5, 0.35, 0.25, 0.12)  # factors of the step size that staged rollouts try
 
 
@@ -36,8 +41,8 @@ def recommend(measurement: Measurement, seeds: Sequence[int], *, risk: float = R
         risk: Largest P(diverge) that counts as holding, in (0, 1).
 
     Returns:
-        The recommendations. Cost: rollouts of some 300 settings a seed, no network pass; for a thorough prediction one to
-        six staged rollouts for each way out.
+        The recommendations. Cost: rollouts of some 300 settings a seed, and one or two linearisations for layer damping; for
+        a thorough prediction one to six staged rollouts for each way out.
 
     Raises:
         ValueError: If the risk is out of its domain.
@@ -55,7 +60,7 @@ def recommend(measurement: Measurement, seeds: Sequence[int], *, risk: float = R
         kind=kind,
         asked=asked,
         items=tuple(items),
-        front=search.front(),
+        front=search.front(items),
     )
 
 
@@ -68,6 +73,7 @@ class _Search:
             measurement.network,
             measurement.algorithm,
         )
+        self._measurement = measurement
         self._seeds, self._risk = seeds, risk
         self._scale = loss_scale(self._network)
 
@@ -116,6 +122,7 @@ class _Search:
             ),
             self._batches(n_retain, n_forget),
             self._clipping(),
+            self._damping(),
         ]
 
     def _steps(self) -> list[float]:
@@ -168,6 +175,44 @@ class _Search:
                 break
         return best
 
+    def _damping(self) -> Recommendation | None:
+        """The layers that the run moves most, damped; none where P is not diagonal, or one layer is all there is."""
+        if type(self._measurement.preconditioner) not in {Identity, Diagonal} or self._algorithm.layer_lr is not None:
+            return None
+        asked = self._roll(self._algorithm, [self._algorithm.lr], [self._algorithm.mix])
+        moved = self._network.displacement(asked.coordinates[0, 0].to(self._problem.device))
+        layers, held = [], 0.0
+        for layer in layer_shares(self._problem, moved):
+            layers.append(layer.name)
+            held += layer.share
+            if held >= DAMPED_SHARE:
+                break
+        if not layers or len(layers) == len(set(self._problem.layer_of().values())):
+            return None
+        settings, found = self._measurement.settings, None
+        for factor in DAMPING:
+            damped = self._algorithm.replace(layer_lr=dict.fromkeys(layers, factor))
+            network = linearise(
+                self._problem,
+                damped.step_preconditioner(self._problem),
+                rank=settings.rank,
+                retain_samples=settings.retain_samples,
+                forget_samples=settings.forget_samples,
+                seed=settings.seed,
+            )
+            rolled = rollout(
+                network,
+                damped,
+                lr=[damped.lr],
+                mix=[damped.mix],
+                batch_sizes=damped.batch_sizes(self._problem),
+                seeds=self._seeds,
+            )
+            found = self._item("layer damping", {"layer_lr": damped.layer_lr}, rolled, 0)
+            if found.holds:
+                break
+        return found
+
     def confirmed(self, item: Recommendation, *, first: bool = False) -> Recommendation:
         """The same setting by a staged rollout; its step size lowered until it holds, unless it is the one asked about."""
         best = item
@@ -175,9 +220,12 @@ class _Search:
             changed = self._algorithm.replace(**item.changes)
             changes = dict(item.changes) if factor == 1 else {**item.changes, "lr": changed.lr * factor}
             changed = changed.replace(**changes)
+            network = self._network
+            if "layer_lr" in changes:
+                network = linearise(self._problem, changed.step_preconditioner(self._problem), seed=0)
             rolled = staged_rollout(
                 self._problem,
-                self._network,
+                network,
                 changed,
                 batch_sizes=changed.batch_sizes(self._problem),
                 seeds=self._seeds,
@@ -187,8 +235,8 @@ class _Search:
                 break
         return best
 
-    def front(self) -> tuple[ParetoPoint, ...]:
-        """What no other step size, mix and number of steps beats in both losses."""
+    def front(self, items: Sequence[Recommendation]) -> tuple[ParetoPoint, ...]:
+        """What no other step size, mix and number of steps beats in both losses, of a grid and of the ways out."""
         steps = self._steps()
         lrs = np.geomspace(3 * steps[0], steps[-1], FRONT_STEPS)
         fixed = self._algorithm.fixed_mix
@@ -211,6 +259,18 @@ class _Search:
             )
             for g, t in known.nonzero().tolist()
             if int(rolled.steps[t]) > 0
+        ]
+        points += [
+            ParetoPoint(
+                lr=float(item.changes.get("lr", self._algorithm.lr)),
+                mix=float(item.changes.get("mix", self._algorithm.mix)),
+                steps=self._algorithm.steps,
+                probability=item.probability,
+                retain_loss=item.retain_loss,
+                forget_loss=item.forget_loss,
+            )
+            for item in items
+            if item.holds and set(item.changes) <= {"lr", "mix"}
         ]
         return _undominated(points)
 

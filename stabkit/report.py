@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stabkit._serialise import Stored, write_atomically
-from stabkit._table import Table
+from stabkit._table import Shown, Table
 from stabkit.boundary import CriticalValue, Frontier, Outcome
 from stabkit.calibration import Calibration
 from stabkit.recommendations import Recommendations
@@ -275,7 +275,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Stored):
+class Report(Shown, Stored):
     """A prediction for one run, with its evidence.
 
     One read from a file equals the one that was written, shows itself and can be verified; it cannot be asked for a new

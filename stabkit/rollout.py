@@ -7,8 +7,8 @@ In the compressed coordinates c of `LinearisedNetwork` one preconditioned step i
 with s_i the loss's derivative in the outputs, or what the algorithm puts in its place; clipping, weight decay, momentum and
 schedules are those of `run`. Many settings (step size, mix) roll side by side over the same batches.
 
-With batchnorm="batch" f and Φ are those of coupled batches. Losses are looked at in eval mode, where the running statistics
-lag behind: with c̄ the average of c that they are of, the outputs there are f_eval + Φ_eval (c - c̄) + Φ c̄.
+With batchnorm="batch" f and Φ are those of coupled batches. Losses are looked at in eval mode, where the outputs are taken
+to be f_eval + Φ c, as if the running statistics followed the parameters at once.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def rollout(
         and n_R + n_F indices.
 
     Raises:
-        ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, or a value is out of its domain.
+        ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, a value is out of its domain, or a run
+            whose running statistics move is to be rolled on from a later step.
     """
     check_int(check_every, name="check_every", owner="rollout", low=1)
     etas = torch.as_tensor(lr, dtype=torch.float64).reshape(-1)
@@ -158,6 +159,11 @@ def rollout(
     like = network.retain.features.new_empty(0, dtype=dtype)
     landmarks = _landmarks(network, like)
     begin = start or Start(step=0, velocity=like.new_zeros(network.rank))
+    if begin.step > 0 and network.retain.coupled is not None:
+        raise ValueError(
+            f"`start` of `rollout` must be at step 0 with batchnorm='batch'; got step {begin.step}, whose running "
+            "statistics no linearisation there knows. Roll the run out from its beginning."
+        )
     parts = [
         _roll_seed(
             network,
@@ -187,9 +193,7 @@ class _Part:
         self.outputs = part.outputs.to(dtype)
         self._original = self.outputs if part.original is None else part.original.to(dtype)
         self.features = part.features.to(dtype)
-        self._coupled = part.eval_outputs is not None and part.eval_features is not None
-        if part.eval_outputs is not None and part.eval_features is not None:
-            self._eval_outputs, self._eval_features = part.eval_outputs.to(dtype), part.eval_features.to(dtype)
+        self._offset = None if part.eval_outputs is None else part.eval_outputs.to(dtype) - self.outputs
         self.targets = part.targets.to(dtype) if part.targets.is_floating_point() else part.targets
         self.stream = (players[members] for members in stream)
         self.batch_size = batch_size
@@ -205,14 +209,12 @@ class _Part:
         moved = base.reshape(1, -1) + c @ rows.T  # f_i + Φ_i c: (G, b·O)
         return moved.reshape(settings * base.shape[0], *base.shape[1:]), _repeat(targets, settings), rows
 
-    def looked_at(self, c: Tensor, lagging: Tensor, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Outputs in eval mode (G·b, ...) and targets, running statistics being of the coordinates c̄ (G, r)."""
-        if not self._coupled:
-            return self.at(c, indices)[:2]
-        base, targets, settings = self._eval_outputs[indices], self.targets[indices], c.shape[0]
-        own, followed = self._eval_features[indices].flatten(0, 1), self.features[indices].flatten(0, 1)
-        moved = base.reshape(1, -1) + (c - lagging) @ own.T + lagging @ followed.T
-        return moved.reshape(settings * base.shape[0], *base.shape[1:]), _repeat(targets, settings)
+    def looked_at(self, c: Tensor, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Outputs in eval mode at G settings' coordinates c (G, r) as (G·b, ...), and their targets."""
+        outputs, targets, _ = self.at(c, indices)
+        if self._offset is not None:
+            outputs = outputs + _repeat(self._offset[indices], c.shape[0])
+        return outputs, targets
 
 
 def _players(part: LinearisedSet, seed: int) -> Tensor:
@@ -264,13 +266,12 @@ def _roll_seed(
     alive = torch.arange(settings)
     c = torch.zeros(settings, rank, dtype=dtype, device=device)
     velocity = start.velocity.to(c).expand(settings, rank).clone()
-    lagging = torch.zeros_like(c)
 
     def look(position: int, step: int, seen: Tensor) -> Tensor:
         """Record the losses of some rows of the working set from this check on; which of them go on."""
         rows, at = alive[seen], c[seen.to(device)]
         for place, part in enumerate((retain, forget)):
-            outputs, targets = part.looked_at(at, lagging[seen.to(device)], slice(None))
+            outputs, targets = part.looked_at(at, slice(None))
             mean = network.loss.per_sample(outputs, targets).reshape(rows.numel(), -1).mean(1).double().cpu()
             losses[place, rows, position:] = mean.nan_to_num(nan=math.inf, posinf=math.inf).unsqueeze(1)
         now = losses[:, rows, position]
@@ -291,18 +292,14 @@ def _roll_seed(
     position += 1
     for step in range(start.step + 1, algorithm.steps + 1):
         if not bool(going.all()):
-            alive, c, velocity, lagging = alive[going], *(t[going.to(device)] for t in (c, velocity, lagging))
+            alive, c, velocity = alive[going], c[going.to(device)], velocity[going.to(device)]
             if alive.numel() == 0:
                 break
         eta, alpha = etas[alive.to(device)].unsqueeze(1), alphas[alive.to(device)].unsqueeze(1)
-        plan = plans[step - 1]
-        direction, leakage = field.at(c, lagging, alpha, plan, step, leakage=rule.leakage_bound is not None)
-        if network.statistics_momentum:
-            passes = ((1 - alpha) * plan.retain != 0).to(c) + (alpha * plan.forget != 0).to(c)
-            lagging = c + (lagging - c) * (1 - network.statistics_momentum) ** passes
+        direction, leakage = field.at(c, alpha, plans[step - 1], step, leakage=rule.leakage_bound is not None)
         velocity = algorithm.momentum * velocity + direction
         ahead = direction + algorithm.momentum * velocity if algorithm.nesterov else velocity
-        change = -eta * plan.lr * ahead
+        change = -eta * plans[step - 1].lr * ahead
         ended = torch.zeros(alive.numel(), dtype=torch.bool)
         if rule.active:
             moved = ((change @ metric) * change).sum(1).clamp_min(0)
@@ -377,13 +374,10 @@ class _Field:
         self._retain, self._forget = retain, forget
         self._metric, self._anchor, self._mask, self._signs = metric, anchor, mask, signs
 
-    def at(
-        self, c: Tensor, lagging: Tensor, alpha: Tensor, plan: StepPlan, step: int, *, leakage: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def at(self, c: Tensor, alpha: Tensor, plan: StepPlan, step: int, *, leakage: bool) -> tuple[Tensor, Tensor | None]:
         """The step's direction, (G, r), and the forget batch's prediction divergence (G,) if asked for."""
-        weights = (1 - alpha) * plan.retain, -alpha * plan.forget
-        retain, _ = self._gradient(self._retain, c, lagging, weights[0], plan.retain, step, leakage=False)
-        forget, divergence = self._gradient(self._forget, c, lagging, weights[1], plan.forget, step, leakage=leakage)
+        retain, _ = self._gradient(self._retain, c, (1 - alpha) * plan.retain, plan.retain, step, leakage=False)
+        forget, divergence = self._gradient(self._forget, c, -alpha * plan.forget, plan.forget, step, leakage=leakage)
         masked = forget if self._mask is None else forget @ self._mask
         direction = retain + masked
         if plan.max_norm is not None:
@@ -409,7 +403,7 @@ class _Field:
                     next(part.stream)
 
     def _gradient(
-        self, part: _Part, c: Tensor, lagging: Tensor, weight: Tensor, drawn: float, step: int, *, leakage: bool
+        self, part: _Part, c: Tensor, weight: Tensor, drawn: float, step: int, *, leakage: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One set's share of the direction, and its prediction divergence if asked for."""
         settings, none = c.shape[0], torch.zeros_like(c)
@@ -427,5 +421,5 @@ class _Field:
         gradient = torch.where(weight == 0, 0.0, weight * (residual @ rows) / part.batch_size)
         if not leakage:
             return gradient, None
-        now, _ = part.looked_at(c, lagging, indices)
+        now, _ = part.looked_at(c, indices)
         return gradient, self._loss.divergence(original, now, targets).reshape(settings, -1).mean(1)

@@ -284,7 +284,7 @@ def run(
 
     with preserved_rng():
         if preconditioner is None:
-            preconditioner = algorithm.preconditioner(problem)
+            preconditioner = algorithm.step_preconditioner(problem)
         marks = _marks(problem, preconditioner) if store is not None else {}
         saved = store.load() if store is not None else None
         if store is not None and saved is not None:
@@ -346,14 +346,14 @@ def _check_coupled(algorithm: Algorithm, batches: tuple[int, int]) -> None:
     """Refuse batches that may have no variance to normalise by."""
     if algorithm.sampling == "poisson":
         raise ValueError(
-            f"`sampling` of `{type(algorithm).__name__}` must give batches of one size with batchnorm='batch'; got 'poisson', "
-            "which may draw a single sample. Use another, or batchnorm='frozen'."
+            f"`sampling` of `{type(algorithm).__name__}` must give batches of one size with batchnorm='batch'; got "
+            "'poisson', which may draw a single sample. Use another, or batchnorm='frozen'."
         )
     for size, share in zip(batches, (1 - algorithm.mix, algorithm.mix), strict=True):
         if size < 2 and share > 0:
             raise ValueError(
-                f"batches of `{type(algorithm).__name__}` must hold at least two samples with batchnorm='batch'; got {size}, "
-                "which has no variance. Use larger ones, or batchnorm='frozen'."
+                f"batches of `{type(algorithm).__name__}` must hold at least two samples with batchnorm='batch'; got "
+                f"{size}, which has no variance. Use larger ones, or batchnorm='frozen'."
             )
 
 
@@ -447,10 +447,7 @@ class _Steps:
         *,
         measured: bool,
     ) -> tuple[Tensor, Tensor | None, dict[bool, float]]:
-        """(1-α)ρ ĝ_R - αφ ĝ_F over the two batches, and if asked for the forget batch's prediction divergence and the losses.
-
-        The losses are by whether a batch is the forget batch.
-        """
+        """(1-α)ρ ĝ_R - αφ ĝ_F over the two batches, the forget batch's divergence, and losses by whether it is forgotten."""
         problem, algorithm = self._problem, self._algorithm
         parts: list[_Part] = []
         if weights[0] and retain.numel():

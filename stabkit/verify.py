@@ -14,7 +14,7 @@ from torch import nn
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._serialise import dumps, to_plain, write_atomically
-from stabkit._table import Table
+from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import ALGORITHMS, Algorithm
 from stabkit.boundary import Outcome
@@ -75,7 +75,7 @@ class VerifiedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verification:
+class Verification(Shown):
     """What the real runs said about a report.
 
     Attributes:
@@ -248,7 +248,7 @@ def verify(
         ]
     jobs = [(place, seed + i) for place in places for i in range(repeats)]
     with preserved_rng():
-        preconditioner = chosen.preconditioner(problem)
+        preconditioner = chosen.step_preconditioner(problem)
         runs = tuple(
             _verified(problem, chosen.replace(lr=lr), preconditioner, name, run_seed, predicted)
             for (name, lr, predicted), run_seed in progress_bar(jobs, "verify", progress)

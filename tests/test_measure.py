@@ -211,6 +211,16 @@ def test_another_algorithm_has_everything_measured(other):
     assert again.spectrum.pairs.largest == pytest.approx(fresh.spectrum.pairs.largest)
 
 
+def test_algorithms_without_a_preconditioner_share_a_linearisation():
+    first = measure(problem_of(0), GradDiff(mix=0.3), SMALL)
+    again = first.with_algorithm(FineTune())
+    assert again.network is first.network
+    assert costs_of(again)["linearisation"] == 0
+    fresh = measure(first.problem, FineTune(), SMALL)
+    assert again.spectrum.pairs.largest == pytest.approx(fresh.spectrum.pairs.largest)
+    assert first.with_algorithm(AGU(mix=0.3)).network is not first.network
+
+
 # ------------------------------------------------------------------ costs
 
 

@@ -275,6 +275,31 @@ def test_every_step_is_told_to_the_hook(digits_mlp, random_deletion):
         seen[0].step = 3
 
 
+def test_a_hook_is_told_the_losses_of_both_batches(digits_mlp, random_deletion):
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    algorithm = GradDiff(lr=0.2, mix=0.2, steps=3, batch_size=16, forget_every=2)
+    seen = []
+    run(problem, algorithm, seed=4, on_step=seen.append)
+    retain, forget = batch_streams((problem.retain.size, problem.forget.size), (16, 16), algorithm.sampling, 4)
+    for step, record in enumerate(seen):
+        theta = final_vector(problem, run(problem, algorithm.replace(steps=step), seed=4)) if step else problem.vector()
+        parameters = problem.unflatten(theta)
+        forgets = step % 2 == 0  # the others retain
+        samples, stream = (problem.forget, forget) if forgets else (problem.retain, retain)
+        expected = float(problem.evaluate(samples, parameters, next(stream))[2].mean())
+        told, other = (record.forget_loss, record.retain_loss) if forgets else (record.retain_loss, record.forget_loss)
+        assert told == pytest.approx(expected, rel=1e-4)
+        assert other is None
+    both = []
+    run(problem, GradDiff(lr=1e-3, mix=0.2, steps=1, batch_size=16), seed=4, on_step=both.append)
+    streams = batch_streams((problem.retain.size, problem.forget.size), (16, 16), algorithm.sampling, 4)
+    losses = [
+        float(problem.evaluate(samples, indices=next(stream))[2].mean())
+        for samples, stream in zip((problem.retain, problem.forget), streams, strict=True)
+    ]
+    assert [both[0].retain_loss, both[0].forget_loss] == pytest.approx(losses, rel=1e-4)
+
+
 def test_a_hook_can_end_a_run(digits_mlp, random_deletion):
     problem = UnlearningProblem(digits_mlp, *random_deletion)
     algorithm = GradDiff(lr=0.01, mix=0.2, steps=30, batch_size=16)

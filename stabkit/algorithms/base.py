@@ -10,7 +10,7 @@ small subclass and is predicted unchanged.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from stabkit import schedules
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.losses import Loss
-from stabkit.preconditioner import Identity, Preconditioner
+from stabkit.preconditioner import Diagonal, Identity, Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.sampling import SAMPLINGS
 
@@ -149,6 +149,9 @@ class Algorithm(abc.ABC):
         lr_schedule: Factors of the step size: "cosine" (from 1 towards 0 over the run), "warmup" (rising over its first
             tenth), K numbers >= 0, or None (all 1). `stabkit.schedules` makes them.
         forget_schedule: Factors of the forget gradient's weight, in the same forms.
+        layer_lr: Factors >= 0 of the step size of single layers, by the beginning of their parameters' names, as parameter
+            groups would have them: {"layer4": 0.1} damps what lies in layer4. Where several fit, the longest name counts;
+            other layers keep 1. P becomes D^{1/2} P D^{1/2} with these factors in D, for a P that is diagonal.
         forget_every: Cycles of so many steps, >= 2: the first of each cycle is a forget step of weight α, the others are
             retain steps of weight 1-α. Both sets in every step when None.
     """
@@ -174,6 +177,7 @@ class Algorithm(abc.ABC):
     lr_schedule: str | Sequence[float] | None = None
     forget_schedule: str | Sequence[float] | None = None
     forget_every: int | None = None
+    layer_lr: Mapping[str, float] | None = None
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
@@ -222,6 +226,16 @@ class Algorithm(abc.ABC):
             remedy = "None takes both sets in every step; mix=1 takes forget steps alone."
             every = check_int(self.forget_every, name="forget_every", owner=owner, low=2, remedy=remedy)
             plain["forget_every"] = every
+        if self.layer_lr is not None:
+            if not isinstance(self.layer_lr, Mapping) or not self.layer_lr:
+                raise TypeError(
+                    f"`layer_lr` of `{owner}` must map beginnings of parameter names to factors; got {self.layer_lr!r:.80}. "
+                    'For instance {"layer4": 0.1}, or None.'
+                )
+            plain["layer_lr"] = {
+                str(name): check_real(factor, name=f"layer_lr[{name!r}]", owner=owner, low=0)
+                for name, factor in self.layer_lr.items()
+            }
         for key, value in plain.items():  # NumPy scalars become Python's, which reports can write
             object.__setattr__(self, key, value)
 
@@ -235,6 +249,41 @@ class Algorithm(abc.ABC):
             The preconditioner; the identity unless a subclass says otherwise.
         """
         return Identity()
+
+    def step_preconditioner(self, problem: UnlearningProblem) -> Preconditioner:
+        """P as the steps have it: `preconditioner`, with the factors of `layer_lr`.
+
+        Args:
+            problem: The unlearning problem.
+
+        Returns:
+            The preconditioner.
+
+        Raises:
+            ValueError: If a name of `layer_lr` fits no parameter, or P is not diagonal.
+        """
+        plain = self.preconditioner(problem)
+        if self.layer_lr is None:
+            return plain
+        for name in self.layer_lr:
+            if not any(_within(parameter, name) for parameter in problem.parameters):
+                layers = ", ".join(dict.fromkeys(problem.layer_of().values()))
+                raise ValueError(
+                    f"`layer_lr` of `{type(self).__name__}` must name layers of the model; got {name!r}, which no trainable "
+                    f"parameter begins with. There are {layers:.300}."
+                )
+        factors = torch.cat([
+            torch.full((p.numel(),), _factor(parameter, self.layer_lr), dtype=p.dtype, device=p.device)
+            for parameter, p in problem.parameters.items()
+        ])
+        if type(plain) is Identity:
+            return Diagonal(factors)
+        if type(plain) is Diagonal:
+            return Diagonal(plain.diagonal * factors.to(plain.diagonal))
+        raise ValueError(
+            f"`layer_lr` of `{type(self).__name__}` must be None, as its P is not diagonal; got "
+            f"{dict(self.layer_lr)!r:.80}. Lower `lr`."
+        )
 
     def preconditioner_cost(self, problem: UnlearningProblem) -> float:
         """What `preconditioner` takes.
@@ -358,6 +407,17 @@ class Algorithm(abc.ABC):
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _within(parameter: str, name: str) -> bool:
+    """Whether a parameter belongs to a layer."""
+    return parameter == name or parameter.startswith(f"{name}.")
+
+
+def _factor(parameter: str, factors: Mapping[str, float]) -> float:
+    """The factor of the longest name that fits."""
+    fitting = [name for name in factors if _within(parameter, name)]
+    return factors[max(fitting, key=len)] if fitting else 1.0
 
 
 def _checked_schedule(

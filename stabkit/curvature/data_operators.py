@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import jvp, linearize
 
-from stabkit._errors import FallbackWarning, MemoryWarning
+from stabkit._errors import FallbackWarning, MemoryWarning, caller_level
 from stabkit._memory import is_out_of_memory, memory_budget
 from stabkit._validate import check_choice, check_int
 from stabkit.curvature.operators import CurvatureOperator
@@ -106,7 +106,7 @@ class DataOperator(CurvatureOperator):
                 f"out of memory: `{type(self).__name__}` goes on with {self.batch_size} samples a batch, keeping no graphs. "
                 "Set `batch_size` or `memory` to start that way.",
                 MemoryWarning,
-                stacklevel=3,
+                stacklevel=caller_level(),
             )
 
     def _sum(self, block: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class _JacobianOperator(DataOperator):
             f"`{type(self).__name__}` computes Jv in reverse mode, as forward mode failed on this model ({reason}). "
             "Products are right and cost about half as much again.",
             FallbackWarning,
-            stacklevel=2,
+            stacklevel=caller_level(),
         )
         return ways[-1]
 

@@ -43,7 +43,6 @@ def jvp_block(
     Raises:
         RuntimeError: If memory runs out.
     """
-
     forward = problem.batch_outputs if coupled else problem.outputs
 
     def function(parameters: Parameters) -> Tensor:
@@ -316,10 +315,7 @@ class ScaledJacobian:
         return self.outputs_per_sample * self._problem.size * self._problem.dtype.itemsize
 
     def _batches(self, function: Callable[[Inputs, slice], T], vectors: int, start: int) -> Iterator[tuple[int, T]]:
-        """Samples done and the function's value for every batch, in smaller batches where memory runs out.
-
-        Coupled batches stay what they are; fewer vectors go through them together.
-        """
+        """Samples done and the function's value for every batch; smaller ones, or fewer vectors, where memory runs out."""
         while start < len(self):
             size = min(self.batch_size, len(self) - start)
             if self._coupled:
@@ -351,7 +347,8 @@ class ScaledJacobian:
                 self.batch_size = size // 2
                 left = f"{self.batch_size} samples"
             warnings.warn(
-                f"out of memory: products with the Jacobian go on with {left} at a time. The results are the same to rounding.",
+                f"out of memory: products with the Jacobian go on with {left} at a time. The results are the same to "
+                "rounding.",
                 MemoryWarning,
                 stacklevel=2,
             )

@@ -27,7 +27,6 @@ class LinearisedSet:
         coupled: Size of the batches whose own statistics normalise them, so that outputs and features of a sample are those
             it has among the samples beside it; None where they are its own, in eval mode.
         eval_outputs: f_i in eval mode, where batches are coupled.
-        eval_features: Φ_i in eval mode, running statistics held fixed, where batches are coupled.
     """
 
     outputs: Tensor
@@ -38,7 +37,6 @@ class LinearisedSet:
     original: Tensor | None = None
     coupled: int | None = None
     eval_outputs: Tensor | None = None
-    eval_features: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -81,7 +79,6 @@ class LinearisedNetwork:
         singular_values: Of the (weighted) J P^{1/2}, the r kept, descending.
         captured: Share of ‖J P^{1/2}‖_F² that the r directions carry, estimated for each set; the smaller of the two.
         gradient_equivalents: Per-sample gradient evaluations spent; a forward pass counts as a third.
-        statistics_momentum: Share of a batch's statistics in the running ones after it has passed; 0 where they are frozen.
     """
 
     retain: LinearisedSet
@@ -96,7 +93,6 @@ class LinearisedNetwork:
     singular_values: Tensor
     captured: float
     gradient_equivalents: float
-    statistics_momentum: float = 0.0
 
     @property
     def rank(self) -> int:

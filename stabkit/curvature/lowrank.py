@@ -14,7 +14,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -89,9 +88,8 @@ def linearise(
     Returns:
         The compressed network. Cost: about 2·min(O, r)·m·(1 + power_iterations) per-sample gradients, or 2·r·m·(1 +
         power_iterations) where a sample's O·d derivatives are too many to hold. A rank that is found multiplies new
-        directions alone: it costs the latter just once, but the former for each doubling. Coupled batches have no rows of
-        their own, so they cost the latter, and min(O, r)·m for the features in eval mode. Memory: twice (d + m·O)·(r + 28)
-        numbers, and m·O·r for those features.
+        directions alone: it costs the latter just once, but the former for each doubling. Coupled samples have no rows of
+        their own, so they cost the latter. Memory: twice (d + m·O)·(r + 28) numbers.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -133,13 +131,10 @@ def linearise(
         )
         for samples, chosen, size in zip(both, indices, coupled, strict=True)
     ]
-    rows = sum(len(j) * j.outputs_per_sample for j in jacobians)
-    room = _Room(problem, rows, budget, coupled=problem.batchnorm == "batch")
+    room = _Room(problem, sum(len(j) * j.outputs_per_sample for j in jacobians), budget)
     asked = rank or FIRST_RANK
     room.check(asked, memory)
-    evaluated = [
-        problem.evaluate(samples, indices=chosen)[:2] for samples, chosen in zip(both, indices, strict=True)
-    ]
+    evaluated = [problem.evaluate(samples, indices=chosen)[:2] for samples, chosen in zip(both, indices, strict=True)]
     passed = [
         outputs if size is None else jacobian.outputs()
         for jacobian, size, (outputs, _) in zip(jacobians, coupled, evaluated, strict=True)
@@ -185,29 +180,20 @@ def linearise(
 
     basis = _rotated(sketch.basis, rotation)
     root = preconditioner.sqrt(basis)
-    spent = sketch.gradients + sum(map(len, jacobians)) / 3
-    sets = []
-    for i, samples in enumerate(both):
-        part = LinearisedSet(
+    sets = [
+        LinearisedSet(
             outputs=passed[i],
             features=_rotated(sketch.features[i], rotation),
             targets=evaluated[i][1],
             indices=indices[i],
             population=samples.size,
+            original=None if coupled[i] is None else evaluated[i][0],
+            coupled=coupled[i],
+            eval_outputs=None if coupled[i] is None else evaluated[i][0],
         )
-        if coupled[i] is not None:
-            still = ScaledJacobian(
-                problem, samples, indices[i], preconditioner, memory=None if budget is None else budget // 4
-            )
-            part = replace(
-                part,
-                original=evaluated[i][0],
-                coupled=coupled[i],
-                eval_outputs=evaluated[i][0],
-                eval_features=still @ basis,
-            )
-            spent += part.samples * (still.passes(basis.shape[1]) + 1 / 3)
-        sets.append(part)
+        for i, samples in enumerate(both)
+    ]
+    passes = 1 if coupled == (None, None) else 2  # forward, of every sample
     return LinearisedNetwork(
         retain=sets[0],
         forget=sets[1],
@@ -220,8 +206,7 @@ def linearise(
         anchor_norm=float(theta.double().norm()),
         singular_values=energies.sqrt(),
         captured=captured,
-        gradient_equivalents=spent,
-        statistics_momentum=problem.statistics_momentum(),
+        gradient_equivalents=sketch.gradients + passes * sum(map(len, jacobians)) / 3,
     )
 
 
@@ -289,10 +274,9 @@ def _in_batches(samples: Samples, count: int | None, size: int, seed: int) -> Te
 class _Room:
     """How wide a sketch may be."""
 
-    def __init__(self, problem: UnlearningProblem, rows: int, budget: int | None, *, coupled: bool) -> None:
+    def __init__(self, problem: UnlearningProblem, rows: int, budget: int | None) -> None:
         self._full = min(rows, problem.size)
-        # Each is there as it was and as it becomes; coupled batches have features in eval mode beside those.
-        self._column = (2 * (problem.size + rows) + coupled * rows) * problem.dtype.itemsize
+        self._column = 2 * (problem.size + rows) * problem.dtype.itemsize  # each is there as it was and as it becomes
         self._bytes = _device_bytes(problem.device) if budget is None else budget - budget // 4  # a quarter for passes
 
     def width(self, rank: int) -> int:

@@ -6,7 +6,7 @@ import warnings
 
 from torch import Tensor
 
-from stabkit._errors import LowConfidenceWarning
+from stabkit._errors import LowConfidenceWarning, caller_level
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.curvature import DataOperator, curvature_operator
 from stabkit.directions.cg import SolveOutcome, damped_inverse
@@ -112,7 +112,7 @@ class RetainInverse:
                 f"(H_R + {self.damping:.3g}·I)⁻¹ was not solved to {self._tolerance:g} but to "
                 f"{float(solution.residuals.max()):.2g}: {solution.reason}. To mend it: {solution.remedy}.",
                 LowConfidenceWarning,
-                stacklevel=2,
+                stacklevel=caller_level(),
             )
         return solution.vectors
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stabkit._errors import ExponentWarning
+from stabkit._errors import ExponentWarning, caller_level
 from stabkit._validate import check_choice, check_real
 from stabkit.heavy_tail.matrices import PARTS, block_index
 from stabkit.heavy_tail.table import LayerExponent, LayerExponents
@@ -227,5 +227,5 @@ def _warn(exponents: LayerExponents) -> None:
         f"the exponents of {len(neutral)} of {len(exponents)} layers cannot be trusted, so these layers are not gated: "
         f"{named}{more}. Print the table of `layer_exponents` for all reasons; untrusted='gate' uses them anyway.",
         ExponentWarning,
-        stacklevel=3,
+        stacklevel=caller_level(),
     )
