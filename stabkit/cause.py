@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stabkit.curvature.factors import SampleFactors
+from stabkit.curvature.jacobian import ScaledJacobian
 from stabkit.curvature.lowrank import LinearisedNetwork
 from stabkit.measure import Measurement
 from stabkit.problem import UnlearningProblem
@@ -82,10 +83,11 @@ def linearisation_error(problem: UnlearningProblem, network: LinearisedNetwork, 
     if not bool(torch.isfinite(c).all()):
         return math.inf
     c = c * _share_to_level(network, c, problem.divergence_level)
-    parameters = problem.unflatten(problem.vector() + network.displacement(c))
+    there = problem.at(problem.vector() + network.displacement(c))
     wrong = moved = 0.0
     for samples, part in ((problem.retain, network.retain), (problem.forget, network.forget)):
-        real = problem.evaluate(samples, parameters, part.indices)[0].double()
+        jacobian = ScaledJacobian(there, samples, part.indices, network.preconditioner, coupled=part.coupled)
+        real = jacobian.outputs().double()
         change = (part.features.double() @ c).reshape(real.shape)
         wrong += float((real - part.outputs.double() - change).square().sum())
         moved += float(change.square().sum())

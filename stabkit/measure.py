@@ -129,7 +129,8 @@ class Measurement:
             plain = plain and algorithm.layer_lr == self.algorithm.layer_lr
             return measure(self.problem, algorithm, self.settings, reuse=self if plain else None)
         changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
-        if changed & algorithm.preconditioner_reads:
+        sizes = {"batch_size", "forget_batch_size"} if self.problem.batchnorm == "batch" else set()
+        if changed & (algorithm.preconditioner_reads | sizes):
             return measure(self.problem, algorithm, self.settings)
         if changed <= FREE_SETTINGS:
             free = tuple(replace(cost, seconds=0.0, gradient_equivalents=0.0) for cost in self.costs)
@@ -189,6 +190,7 @@ def measure(
             rank=settings.rank,
             retain_samples=settings.retain_samples,
             forget_samples=settings.forget_samples,
+            batch_sizes=algorithm.batch_sizes(problem) if problem.batchnorm == "batch" else None,
             seed=settings.seed,
         )
     )

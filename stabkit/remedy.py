@@ -150,6 +150,8 @@ class _Search:
 
     def _batches(self, n_retain: int, n_forget: int) -> Recommendation | None:
         """The smallest larger batch that holds; the largest where none does."""
+        if self._problem.batchnorm == "batch":  # the linearisation is that of batches of one size
+            return None
         size, tried = self._algorithm.batch_size, None
         while size < min(n_retain, LARGEST_BATCH * self._algorithm.batch_size):
             size = min(2 * size, n_retain)
@@ -198,6 +200,7 @@ class _Search:
                 rank=settings.rank,
                 retain_samples=settings.retain_samples,
                 forget_samples=settings.forget_samples,
+                batch_sizes=damped.batch_sizes(self._problem) if self._problem.batchnorm == "batch" else None,
                 seed=settings.seed,
             )
             rolled = rollout(

@@ -100,8 +100,13 @@ def staged_rollout(
         each, and forward passes over them at log2(number of looks) places.
 
     Raises:
-        ValueError: If an argument is out of its domain.
+        ValueError: If an argument is out of its domain, or batches are normalised by their own statistics.
     """
+    if problem.batchnorm == "batch":
+        raise ValueError(
+            "`batchnorm` of `UnlearningProblem` must be 'frozen' for staged rollouts; got 'batch'. Predict with "
+            "mode='standard'."
+        )
     check_real(max_error, name="max_error", owner="staged_rollout", low=0, low_open=True)
     check_int(max_stages, name="max_stages", owner="staged_rollout", low=1)
     if len(seeds) == 0:

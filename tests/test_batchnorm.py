@@ -17,6 +17,8 @@ from stabkit.problem import UnlearningProblem
 from stabkit.rollout import Start, rollout
 from stabkit.runner import run
 from stabkit.sampling import batch_streams
+from stabkit.staged import staged_rollout
+from stabkit.training import train
 
 SIZES = (20, 12)  # retain and forget
 
@@ -406,3 +408,27 @@ def test_batches_without_variance_are_refused():
         linearise(problem, Identity(), batch_sizes=(4, 1))
     with pytest.raises(ValueError, match=r"`forget` must hold at least two samples with batchnorm='batch'; got 1"):
         UnlearningProblem(model, (x[:1], y[:1]), (x[1:], y[1:]), batchnorm="batch")
+
+
+# ------------------------------------------------------------------ the whole way
+
+
+def test_a_train_mode_prediction_is_of_the_runs_own_batches(random_deletion):
+    """Near θ* the linearised coupled outputs are right, the batch size is the run's, and stages are refused."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10))
+    forget, retain = random_deletion
+    model = train(model, *retain, epochs=4, lr=0.01, seed=0)
+    settings = {"steps": 10, "seeds": 1, "rank": 60, "retain_samples": 128, "forget_samples": 64, "batchnorm": "batch"}
+    report = stabkit.predict(model, forget, retain, lr=1e-4, mix=0.3, batch_size=32, **settings)
+    assert report.run.batchnorm == "batch"
+    assert report.linearisation_error < 0.2
+    other = report.at(batch_size=16)
+    assert {c.stage: c.gradient_equivalents for c in other.costs}["linearisation"] > 0  # other batches, other features
+    assert not {"batch size"} & {item.remedy for item in report.recommend().items}
+    with pytest.raises(ValueError, match=r"`mode` of `predict` must be 'fast' or 'standard' .*; got 'thorough'"):
+        stabkit.predict(model, forget, retain, mode="thorough", **settings)
+    problem = UnlearningProblem(model, forget, retain, batchnorm="batch")
+    network = linearise(problem, Identity(), rank=8, retain_samples=32, forget_samples=32, batch_sizes=(16, 16))
+    with pytest.raises(ValueError, match="must be 'frozen' for staged rollouts; got 'batch'"):
+        staged_rollout(problem, network, stabkit.GradDiff(batch_size=16), batch_sizes=(16, 16), seeds=[0])
