@@ -1,6 +1,6 @@
 """Every algorithm against a retrained gold, over three data sets, three deletions and three seeds; does SRAGU's gate help?
 
-    STABKIT_DATA=... python benchmarks/algorithms.py            # about an hour on one core
+    STABKIT_DATA=... python benchmarks/algorithms.py            # some three hours on one core
     STABKIT_DATA=... python benchmarks/algorithms.py --quick    # one cell, one seed, to try it out
 
 Parts of MNIST, Adult and CIFAR-10. Writes one file for each cell and seed into benchmarks/results/algorithms, and sums up in
@@ -174,6 +174,28 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return cells
 
 
+def draw(cells: dict[str, Any], path: Path) -> None:
+    """AGU beside SRAGU: share of the step sizes that survive, and the best gap, cell by cell."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * len(cells) + 1.6), layout="constrained", sharey=True)
+    for offset, (name, colour) in enumerate(zip(GRIDDED, ("#0072b2", "#d55e00"), strict=True)):
+        places = np.arange(len(cells)) + 0.36 * offset
+        grids = [cell["grids"][name] for cell in cells.values()]
+        axes[0].barh(places, [g["survived"] / g["runs"] for g in grids], height=0.34, color=colour, label=name.upper())
+        for place, best in zip(places, [g["best_gap"] for g in grids], strict=True):
+            if best is not None:
+                axes[1].plot([100 * best["low"], 100 * best["high"]], [place, place], color=colour)
+                axes[1].plot([100 * best["mean"]], [place], "o", color=colour)
+    axes[0].set_yticks(np.arange(len(cells)) + 0.18, [key.rstrip("-") for key in cells])
+    axes[0].set(xlabel="share of the grid's runs that survive", xlim=(0, 1))
+    axes[1].set(xlabel="best gap to a retrained model, per cent")
+    axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def spread(values: list[float]) -> dict[str, float] | None:
     """Mean, smallest and largest of the seeds' values."""
     return {"mean": float(np.mean(values)), "low": min(values), "high": max(values)} if values else None
@@ -207,6 +229,7 @@ def main() -> None:
         "versions": {"stabkit": stabkit.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     write_atomically(options.folder.parent / "algorithms.json", dumps(result) + "\n")
+    draw(result["cells"], options.folder.parent.parent / "figures" / "sragu_gate.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ to be f_eval + Φ c, as if the running statistics followed the parameters at onc
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Start:
     """A point of a run from which it is rolled on.
 
     Attributes:
-        step: Steps taken, one of those at which losses are looked at.
+        step: Steps taken.
         velocity: Momentum's velocity in the coordinates, shape (r,).
     """
 
@@ -107,7 +108,7 @@ def rollout(
     check_every: int = CHECK_EVERY,
     dtype: torch.dtype | None = None,
     start: Start | None = None,
-    on_check: Callable[[int, Tensor, Tensor], object] | None = None,
+    on_step: Callable[[int, Tensor, Tensor], object] | None = None,
     progress: bool = False,
 ) -> Rollout:
     """Roll out an algorithm at several settings at once.
@@ -127,8 +128,8 @@ def rollout(
         check_every: Steps between two looks at the losses, as in `run`.
         dtype: Floating dtype of the iteration; the features' own when None.
         start: Where in the run the network's linearisation stands; at its beginning when None.
-        on_check: Called with the step, the coordinates and the velocities of the settings that still run, (G', r) each, at
-            every look.
+        on_step: Called at the start and after every step with the step, the coordinates and the velocities of the settings
+            that still run, (G', r) each.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -175,7 +176,7 @@ def rollout(
             checks,
             landmarks,
             begin,
-            on_check,
+            on_step,
         )
         for seed in progress_bar(list(seeds), "rollout", progress)
     ]
@@ -243,7 +244,7 @@ def _roll_seed(
     checks: Sequence[int],
     landmarks: tuple[Tensor | None, Tensor | None],
     start: Start,
-    on_check: Callable[[int, Tensor, Tensor], object] | None,
+    on_step: Callable[[int, Tensor, Tensor], object] | None,
 ) -> dict[str, Tensor]:
     """One seed's run at all settings; settings that have ended leave the working set."""
     settings, rank, dtype, device = etas.numel(), network.rank, etas.dtype, etas.device
@@ -283,13 +284,15 @@ def _roll_seed(
         before = divergence_step[rows].isnan()
         coordinates[rows[before]] = at.double().cpu()[before]
         divergence_step[rows[before & (ratio >= 0)]] = float(step)
-        if on_check is not None:
-            on_check(step, at, velocity[seen.to(device)])
         return ratio < SCORE_CAP
 
-    position = checks.index(start.step)
-    going = look(position, start.step, torch.ones(settings, dtype=torch.bool))
-    position += 1
+    position = bisect.bisect_left(checks, start.step)
+    going = torch.ones(settings, dtype=torch.bool)
+    if on_step is not None:
+        on_step(start.step, c, velocity)
+    if checks[position] == start.step:
+        going = look(position, start.step, going)
+        position += 1
     for step in range(start.step + 1, algorithm.steps + 1):
         if not bool(going.all()):
             alive, c, velocity = alive[going], c[going.to(device)], velocity[going.to(device)]
@@ -307,6 +310,8 @@ def _roll_seed(
             ended = rule.decide((moved / norm).sqrt(), leakage).cpu()
             stopped_step[alive[ended]] = float(step)
         c = c + change
+        if on_step is not None:
+            on_step(step, c, velocity)
         going = ~ended
         due = step == checks[position]
         seen = torch.ones_like(ended) if due else ended  # a setting that ends is looked at when it does, the others not

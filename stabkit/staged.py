@@ -26,7 +26,7 @@ from stabkit.rollout import SCORE_CAP, Rollout, Start, loss_scale, rollout
 # fewer samples make stages that break too early.
 MAX_ERROR = 0.4
 STAGE_SAMPLES, STAGE_RANK = (192, 96), 50
-MAX_STAGES = 12
+MAX_STAGES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def staged_rollout(
 
     Returns:
         The rollout. Cost of every further stage and seed: a linearisation of `STAGE_SAMPLES`, 2·min(O, 60) gradients of
-        each, and forward passes over them at log2(number of looks) places.
+        each, and forward passes over them at log2(steps) places.
 
     Raises:
         ValueError: If an argument is out of its domain, or batches are normalised by their own statistics.
@@ -183,7 +183,7 @@ class _Staged:
     def _stage(
         self, network: LinearisedNetwork, step: int, velocity: Tensor
     ) -> tuple[Rollout, dict[int, tuple[Tensor, Tensor]]]:
-        """The run from a step on, and its coordinates and velocities at every look."""
+        """The run from a step on, and its coordinates and velocities after every step."""
         path: dict[int, tuple[Tensor, Tensor]] = {}
 
         def keep(k: int, at: Tensor, momentum: Tensor) -> None:
@@ -197,7 +197,7 @@ class _Staged:
             batch_sizes=self._batch_sizes,
             seeds=[self._seed],
             start=Start(step=step, velocity=velocity),
-            on_check=keep,
+            on_step=keep,
         )
         return rolled, path
 
@@ -253,13 +253,13 @@ class _Staged:
         return ((retain_loss - floor) / room).clamp_min(0).log().clamp_max(SCORE_CAP)
 
     def _joined(self, before: Rollout, after: Rollout, step: int) -> Rollout:
-        """A run up to and without a look from one rollout, which it has not crossed there, and from then on from another."""
-        place = before.steps.tolist().index(step)
+        """A run up to a step from one rollout, which has not crossed before it, and from then on from another."""
+        place = int((before.steps < step).sum())
         losses: dict[str, Any] = {
             name: torch.cat([getattr(before, name)[..., :place], getattr(after, name)[..., place:]], dim=-1)
             for name in ("retain_loss", "forget_loss")
         }
-        worst = self._ratio(losses["retain_loss"][..., :place].amax(-1))
+        worst = self._ratio(losses["retain_loss"][..., :place].amax(-1)) if place else after.score
         return replace(after, score=torch.maximum(after.score, worst), **losses)
 
     def _corrected(self, whole: Rollout, last: int, seen: _Seen) -> Rollout:
