@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     verify.add_argument("--jobs", type=int, default=1, help="processes, one thread each (default: 1)")
     verify.add_argument("--quick", action="store_true", help="eight settings a cell, to try it out")
+    verify.add_argument("--stored", action="store_true", help="run nothing, sum up what the folder holds")
     verify.add_argument("--page", help="the Markdown page to write (default: verify.md in the folder)")
     verify.add_argument("--json", action="store_true", help="print the summary as JSON instead of the page")
     fit = jobs.add_parser("calibrate", help="fit P(diverge) to the calibration cells that a folder holds")
@@ -69,7 +70,12 @@ def _verify_cells(options: argparse.Namespace) -> int:
 
     try:
         summary = verify_cells(
-            options.folder, cells=options.cells, seeds=options.seeds, jobs=options.jobs, quick=options.quick
+            options.folder,
+            cells=options.cells,
+            seeds=options.seeds,
+            jobs=options.jobs,
+            quick=options.quick,
+            stored=options.stored,
         )
     except ValueError as error:
         print(f"stabkit bench verify: {error}", file=sys.stderr)

@@ -197,6 +197,12 @@ def test_a_cut_off_benchmark_goes_on(tmp_path, monkeypatch, quick):
     assert made == []
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["roles"]["evaluation"]["pooled"]["settings"] == 32
+    (tmp_path / "digits-vit-random10-graddiff-s1-quick.json").unlink()
+    found = bench.verify_cells(tmp_path, **arguments, stored=True)  # what is not there is not made
+    assert made == []
+    assert found["roles"]["evaluation"]["pooled"]["settings"] == 24
+    with pytest.raises(ValueError, match=r"`folder` of `verify_cells` must hold .*; got '.*empty'"):
+        bench.verify_cells(tmp_path / "empty", **arguments, stored=True)
     (tmp_path / "digits-vit-class-graddiff-s0-quick.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"'.*digits-vit-class-graddiff-s0-quick\.json' must be a cell's file of schema 2"

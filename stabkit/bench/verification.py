@@ -32,8 +32,9 @@ def verify_cells(
     seeds: Sequence[int] = (0, 1, 2),
     jobs: int = 1,
     quick: bool = False,
+    stored: bool = False,
 ) -> dict[str, Any]:
-    """Predict and run cells, one file for each and seed, and sum up all that the folder holds.
+    """Predict and run cells, one file for each and seed, and sum them up.
 
     A file that is there is not made again, so that a run that was cut off goes on. Jobs go through joblib: inside a
     `joblib.parallel_config` they run on whatever backend it names.
@@ -44,9 +45,13 @@ def verify_cells(
         seeds: Seeds of data, training, deletion and runs.
         jobs: Processes, one thread each.
         quick: Eight settings a cell, into files of their own.
+        stored: Run nothing: sum up which of these cells and seeds the folder holds.
 
     Returns:
         The summary, which is also written to `summary.json` in the folder.
+
+    Raises:
+        ValueError: If nothing is stored where only that was asked for.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -54,8 +59,15 @@ def verify_cells(
     work = [
         (cell, seed, place / f"{cell.key}-s{seed}{'-quick' if quick else ''}.json") for cell in chosen for seed in seeds
     ]
+    if stored:
+        work = [(cell, seed, path) for cell, seed, path in work if path.exists()]
     missing = [(cell, seed, path) for cell, seed, path in work if not path.exists()]
     Parallel(n_jobs=jobs, verbose=0)(delayed(_one)(cell, seed, path, quick) for cell, seed, path in missing)
+    if not work:
+        raise ValueError(
+            f"`folder` of `verify_cells` must hold a cell's file with stored=True; got {os.fspath(place)!r}, which holds "
+            "none of these cells and seeds. Run them first."
+        )
     results = [read_cell(path) for _, _, path in work]
     summary = summarise(results)
     write_atomically(place / "summary.json", dumps(summary) + "\n")
