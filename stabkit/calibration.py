@@ -1,8 +1,8 @@
-"""From a rollout's score to a probability: two numbers for each kind of rollout, fitted to recorded runs and shipped.
+"""From a rollout's score to a probability: one number for each kind of rollout, fitted to recorded runs and shipped.
 
-P(diverge) is the mean over the rollout's seeds of sigmoid(slope·score + intercept), score being the logarithm of the worst
-retain loss over the divergence level. `stabkit bench calibrate` fits it on the benchmark's calibration cells, which no
-figure of the evaluation contains.
+P(diverge) is the mean over the rollout's seeds of sigmoid(slope·score), score being the logarithm of the worst retain loss
+over the divergence level: one half where the rollout itself crosses. `stabkit bench calibrate` fits the slope on the
+benchmark's calibration cells, which no figure of the evaluation contains.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class Calibration:
     Attributes:
         kind: "one" or "staged".
         slope: Factor of the score.
-        intercept: What is added.
         step_factor: Factor either way of the critical step size within which the observed one lay for nine in ten
             boundaries of the calibration cells, by split conformal prediction; None where there is none.
         runs: Real runs behind it.
@@ -55,7 +54,6 @@ class Calibration:
 
     kind: str
     slope: float
-    intercept: float
     step_factor: float | None
     runs: int
     cells: tuple[str, ...]
@@ -71,7 +69,7 @@ class Calibration:
         Returns:
             Mean over the seeds, shape (...).
         """
-        return torch.sigmoid(self.slope * score + self.intercept).mean(0)
+        return torch.sigmoid(self.slope * score).mean(0)
 
     def interval(self, value: float, low: float, high: float) -> tuple[float, float]:
         """Where the critical step size lies, at nine in ten.

@@ -94,7 +94,5 @@ def _calibrate(options: argparse.Namespace) -> int:
         print(f"stabkit bench calibrate: {error}", file=sys.stderr)
         return 2
     for kind, found in fitted.items():
-        print(
-            f"{kind}: slope {found.slope:.3g}, intercept {found.intercept:.3g}, Brier {found.brier:.3g}, {found.runs} runs"
-        )
+        print(f"{kind}: slope {found.slope:.3g}, Brier {found.brier:.3g}, {found.runs} runs")
     return 0

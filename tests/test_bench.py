@@ -231,21 +231,20 @@ def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch, quick):
 # ------------------------------------------------------------------ calibration
 
 
-def drawn(count, slope, intercept, seed):
+def drawn(count, slope, seed):
     """Cells whose runs diverge with the probability that a known logistic gives their scores."""
     generator = np.random.default_rng(seed)
     scores = generator.normal(0, 1.5, size=count)
-    happened = generator.random(count) < 1 / (1 + np.exp(-slope * scores - intercept))
+    happened = generator.random(count) < 1 / (1 + np.exp(-slope * scores))
     records = [record(1.0, 0.5, 0.5, bool(y), score=float(x)) for x, y in zip(scores, happened, strict=True)]
     ratios = np.exp(generator.normal(0, 0.4, size=count // 10))
     return result(records, role="calibration", boundaries=[(0.5, 1.0, float(r), 1.0) for r in ratios]), ratios
 
 
 def test_a_calibration_finds_the_logistic_that_the_runs_were_drawn_from():
-    found, ratios = drawn(4000, 2.5, -0.6, 0)
+    found, ratios = drawn(4000, 2.5, 0)
     fitted = bench.fit_calibration([found], "one")
     assert fitted.slope == pytest.approx(2.5, rel=0.15)
-    assert fitted.intercept == pytest.approx(-0.6, abs=0.15)
     assert fitted.runs == 4000
     assert fitted.brier == pytest.approx(
         np.mean([(p - r.diverged) ** 2 for p, r in zip(_said(fitted, found), found.records, strict=True)])
@@ -254,7 +253,7 @@ def test_a_calibration_finds_the_logistic_that_the_runs_were_drawn_from():
         assert b.said == pytest.approx(b.happened, abs=5 * math.sqrt(0.25 / b.settings))
     # Conformal: nine in ten of further boundaries lie within the factor.
     assert np.mean(np.abs(np.log(ratios)) <= math.log(fitted.step_factor)) >= 0.9
-    _, others = drawn(40_000, 1.0, 0.0, 1)
+    _, others = drawn(40_000, 1.0, 1)
     assert np.mean(np.abs(np.log(others)) <= math.log(fitted.step_factor)) == pytest.approx(0.9, abs=0.04)
     assert bench.fit_calibration([found], "staged").step_factor == pytest.approx(1.0)
     assert bench.fit_calibration([replace(found, boundaries=())], "one").step_factor is None
@@ -276,7 +275,7 @@ def test_the_command_calibrates(tmp_path, capsys):
     from stabkit._serialise import dumps, from_plain, to_plain
     from stabkit.calibration import Calibration
 
-    found, _ = drawn(300, 2.0, 0.0, 2)
+    found, _ = drawn(300, 2.0, 2)
     path = tmp_path / f"{NAME}-s0.json"
     path.write_text(dumps({"schema": 2, **to_plain(found)}), encoding="utf-8")
     written = tmp_path / "calibration.json"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stabkit.algorithms import AGU, FineTune, GradDiff, GradientAscent
+from stabkit.calibration import calibration
 from stabkit.curvature import linearise
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
@@ -459,7 +460,8 @@ def test_the_score_is_the_largest_log_ratio_and_is_capped():
             passed = rolled.steps[ratio[s, g] >= 0]
             first = float(passed[0]) if passed.numel() else math.nan
             np.testing.assert_equal(float(rolled.divergence_step[s, g]), first)
-    torch.testing.assert_close(rolled.probability, torch.sigmoid(4 * rolled.score).mean(0))
+    slope = calibration("one").slope
+    torch.testing.assert_close(rolled.probability, torch.sigmoid(slope * rolled.score).mean(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

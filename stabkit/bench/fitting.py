@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import minimize_scalar
 
 from stabkit.bench.records import CellResult
 from stabkit.bench.scores import boundary_ratios
@@ -38,7 +38,7 @@ def reliability(said: Sequence[float], happened: Sequence[bool]) -> tuple[Bin, .
 
 
 def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
-    """Slope and intercept of least log loss, and the conformal factor of the critical step size.
+    """Slope of least log loss, and the conformal factor of the critical step size.
 
     Args:
         results: Cells that no evaluation contains.
@@ -59,17 +59,14 @@ def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
     records = [record for result in results for record in result.records]
     scores = torch.tensor([getattr(r, kind).scores for r in records], dtype=torch.float64).T
     happened = torch.tensor([r.diverged for r in records], dtype=torch.float64)
-    empty = Calibration(
-        kind=kind, slope=1.0, intercept=0.0, step_factor=None, runs=len(records), cells=(), brier=None, reliability=()
-    )
+    empty = Calibration(kind=kind, slope=1.0, step_factor=None, runs=len(records), cells=(), brier=None, reliability=())
 
-    def loss(parameters: np.ndarray) -> float:
-        slope, intercept = math.exp(parameters[0]), float(parameters[1])
-        p = replace(empty, slope=slope, intercept=intercept).probability(scores).clamp(1e-6, 1 - 1e-6)
+    def loss(logarithm: float) -> float:
+        p = replace(empty, slope=math.exp(logarithm)).probability(scores).clamp(1e-6, 1 - 1e-6)
         return float(torch.nn.functional.binary_cross_entropy(p, happened))
 
-    found = minimize(loss, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-8}).x
-    fitted = replace(empty, slope=math.exp(found[0]), intercept=float(found[1]))
+    found = minimize_scalar(loss, bounds=(math.log(0.05), math.log(50)), method="bounded").x
+    fitted = replace(empty, slope=math.exp(found))
     p = fitted.probability(scores)
     away = np.sort(np.abs(np.log([ratio for result in results for ratio in boundary_ratios(result, kind)])))
     rank = math.ceil(COVERAGE * (away.size + 1))
