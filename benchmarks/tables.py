@@ -478,6 +478,38 @@ def algorithms(found: dict[str, Any]) -> str:
     ])
 
 
+def batchnorm(found: dict[str, Any]) -> str:
+    """Train-mode runs, predicted as such and as frozen ones."""
+    rows = [
+        (
+            name,
+            f"{said['balanced_accuracy']:.3f}",
+            said["missed"],
+            said["false_alarms"],
+            ", ".join(f"{ratio:.2f}" for ratio in said["critical_lr_ratios"]),
+        )
+        for name, said in found["summary"].items()
+    ]
+    return "\n".join([
+        "## BatchNorm in train mode",
+        "",
+        f"`python benchmarks/batchnorm.py`: a BatchNorm residual network of {found['parameters']:,} parameters on digits,",
+        f"{found['runs']} train-mode runs of {found['steps']} steps, {found['diverged']} of which diverged; predicted with",
+        "the statistics of the run's batches, and with frozen ones.",
+        "",
+        table(
+            (
+                "batchnorm=",
+                "balanced accuracy",
+                "missed",
+                "false alarms",
+                "predicted / observed critical step, four cells",
+            ),
+            rows,
+        ),
+    ])
+
+
 def monitor(found: dict[str, Any]) -> str:
     """The run-time guard."""
     guards, actions = found["guards"]["evaluation"], found["actions"]["evaluation"]
@@ -567,6 +599,7 @@ def main() -> None:
         ("exponents.json", exponents),
         ("algorithms.json", algorithms),
         ("remedy.json", remedy),
+        ("batchnorm.json", batchnorm),
         ("monitor.json", monitor),
     ):
         found = load(name)
