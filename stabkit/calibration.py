@@ -1,7 +1,7 @@
-"""From a rollout's score to a probability: one number for each kind of rollout, fitted to recorded runs and shipped.
+"""From a rollout's score to a probability, and what recorded runs say of both kinds of rollout.
 
 P(diverge) is the mean over the rollout's seeds of sigmoid(slope·score), score being the logarithm of the worst retain loss
-over the divergence level: one half where the rollout itself crosses. `stabkit bench calibrate` fits the slope on the
+over the divergence level: one half where the rollout itself crosses. `stabkit bench calibrate` measures it on the
 benchmark's calibration cells, which no figure of the evaluation contains.
 """
 
@@ -43,7 +43,7 @@ class Calibration:
 
     Attributes:
         kind: "one" or "staged".
-        slope: Factor of the score.
+        slope: Factor of the score, set by hand.
         step_factor: Factor either way of the critical step size within which the observed one lay for nine in ten
             boundaries of the calibration cells, by split conformal prediction; None where there is none.
         runs: Real runs behind it.

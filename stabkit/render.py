@@ -282,9 +282,9 @@ def _trust(report: Report) -> Section:
     ]
     rows.append(
         Row(
-            label="calibration of P(diverge)",
+            label="P(diverge) on recorded runs",
             value=f"Brier score {number(c.brier)}",
-            note=f"on the {c.runs:,} recorded runs it was fitted to; benchmarks/verify.md has others",
+            note=f"over {c.runs:,}, from which the interval of the critical step comes; benchmarks/verify.md has others",
         )
     )
     return Section(title=f"Confidence: {report.confidence}", rows=tuple(rows))

@@ -1,4 +1,4 @@
-"""Calibration: the logistic and the conformal factor that `stabkit/calibration.json` ships, from recorded cells."""
+"""Calibration: what `stabkit/calibration.json` ships, from recorded cells."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 
 from stabkit.bench.records import CellResult
 from stabkit.bench.scores import boundary_ratios
 from stabkit.calibration import Bin, Calibration
 
+SLOPE = 4.0  # set by hand
 COVERAGE = 0.9  # of the interval of the critical step size
 BINS = 10
 
@@ -38,7 +38,10 @@ def reliability(said: Sequence[float], happened: Sequence[bool]) -> tuple[Bin, .
 
 
 def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
-    """Slope of least log loss, and the conformal factor of the critical step size.
+    """How good the probability is on some cells, and the conformal factor of the critical step size.
+
+    The slope is not fitted. The one of least log loss, near 2 on these cells, lowers the Brier score by a tenth at most, and
+    would call every run of a model marginal whose retain loss is half the divergence level before the first step.
 
     Args:
         results: Cells that no evaluation contains.
@@ -59,19 +62,15 @@ def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
     records = [record for result in results for record in result.records]
     scores = torch.tensor([getattr(r, kind).scores for r in records], dtype=torch.float64).T
     happened = torch.tensor([r.diverged for r in records], dtype=torch.float64)
-    empty = Calibration(kind=kind, slope=1.0, step_factor=None, runs=len(records), cells=(), brier=None, reliability=())
+    plain = Calibration(
+        kind=kind, slope=SLOPE, step_factor=None, runs=len(records), cells=(), brier=None, reliability=()
+    )
 
-    def loss(logarithm: float) -> float:
-        p = replace(empty, slope=math.exp(logarithm)).probability(scores).clamp(1e-6, 1 - 1e-6)
-        return float(torch.nn.functional.binary_cross_entropy(p, happened))
-
-    found = minimize_scalar(loss, bounds=(math.log(0.05), math.log(50)), method="bounded").x
-    fitted = replace(empty, slope=math.exp(found))
-    p = fitted.probability(scores)
+    p = plain.probability(scores)
     away = np.sort(np.abs(np.log([ratio for result in results for ratio in boundary_ratios(result, kind)])))
     rank = math.ceil(COVERAGE * (away.size + 1))
     return replace(
-        fitted,
+        plain,
         step_factor=float(np.exp(away[rank - 1])) if rank <= away.size else None,
         cells=tuple(dict.fromkeys(result.cell.key for result in results)),
         brier=float((p - happened).square().mean()),
