@@ -39,8 +39,8 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         f"differ by a factor of {_number(summary['grid_factor'])} (median).\n"
         f"Where the grid brackets a boundary, its interval is halved {HALVINGS} times, by further runs for the observed "
         "one and by further predictions for the predicted one.\n"
-        "P(diverge) comes from the scores recorded before the runs. Constants were chosen and fitted on the calibration cells "
-        "alone; that a stage may end at any step, not at a look only, was decided after evaluation cells had been seen too.",
+        "P(diverge) comes from the scores recorded before the runs. Constants were chosen on the calibration cells alone; "
+        "that a stage may end at any step, not at a look only, was decided after evaluation cells had been seen too.",
     ]
     for role, found in summary["roles"].items():
         figure = target.parent / "figures" / f"verify_{role}.png"
