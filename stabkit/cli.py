@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("--stored", action="store_true", help="run nothing, sum up what the folder holds")
     verify.add_argument("--page", help="the Markdown page to write (default: verify.md in the folder)")
     verify.add_argument("--json", action="store_true", help="print the summary as JSON instead of the page")
-    fit = jobs.add_parser("calibrate", help="fit P(diverge) to the calibration cells that a folder holds")
+    fit = jobs.add_parser("calibrate", help="interval and Brier score from the calibration cells that a folder holds")
     fit.add_argument("--folder", default="verify", help="where `bench verify` left its files (default: verify)")
     fit.add_argument("--output", required=True, help="the file to write, such as stabkit/calibration.json")
     options = parser.parse_args(arguments)

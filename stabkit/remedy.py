@@ -38,7 +38,8 @@ def recommend(measurement: Measurement, seeds: Sequence[int], *, risk: float = R
     Args:
         measurement: What the prediction measured, with the algorithm and the setting that was asked about.
         seeds: Rollouts behind every probability.
-        risk: Largest P(diverge) that counts as holding, in (0, 1).
+        risk: Largest P(diverge) that counts as holding, in (0, 1). Where the retain loss at θ* is near half the divergence
+            level or above, P is past 0.05 from the start (theory §7) and nothing holds: allow more.
 
     Returns:
         The recommendations. Cost: rollouts of some 300 settings a seed, and one or two linearisations for layer damping; for

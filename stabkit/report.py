@@ -395,7 +395,8 @@ class Report(Shown, Stored):
         """What to do instead: settings that hold, what they reach, and the Pareto front over step size, mix and steps.
 
         Args:
-            risk: Largest P(diverge) that counts as holding, in (0, 1).
+            risk: Largest P(diverge) that counts as holding, in (0, 1). Allow more where the retain loss at θ* is near half
+                the divergence level or above: P is past 0.05 there from the start.
 
         Returns:
             The recommendations; they print as a table, and `plot` draws the front. Cost: rollouts of some 300 settings a

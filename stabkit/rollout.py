@@ -81,7 +81,7 @@ class Rollout:
 
     @property
     def probability(self) -> Tensor:
-        """P(diverge) of every setting, shape (G,): the calibrated logistic of each seed's score, averaged over seeds."""
+        """P(diverge) of every setting, shape (G,): the logistic of each seed's score, averaged over seeds (theory §7)."""
         return calibration(self.kind).probability(self.score)
 
     def expected_divergence_step(self) -> list[float | None]:

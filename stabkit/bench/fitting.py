@@ -40,8 +40,8 @@ def reliability(said: Sequence[float], happened: Sequence[bool]) -> tuple[Bin, .
 def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
     """How good the probability is on some cells, and the conformal factor of the critical step size.
 
-    The slope is not fitted. The one of least log loss, near 2 on these cells, lowers the Brier score by a tenth at most, and
-    would call every run of a model marginal whose retain loss is half the divergence level before the first step.
+    The slope is not fitted. Least log loss asks for a lower one, and P is never below 1/(1 + 2^slope) for a model whose
+    retain loss is half the divergence level before the first step, however harmless the run.
 
     Args:
         results: Cells that no evaluation contains.

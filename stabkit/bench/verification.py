@@ -75,7 +75,7 @@ def verify_cells(
 
 
 def calibrate(folder: str | Path, path: str | Path) -> dict[str, Calibration]:
-    """Fit the calibration to the cells of that role that a folder holds, and write it down.
+    """Measure P(diverge) and the interval of the critical step on a folder's calibration cells, and write both down.
 
     Args:
         folder: Where `verify_cells` left its files.
