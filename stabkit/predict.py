@@ -49,6 +49,7 @@ MIN_CAPTURED = 0.5
 MIN_CAPTURED_COUPLED = (
     0.2  # of coupled batches, whose statistics add directions that matter little: benchmarks/batchnorm.py
 )
+MAX_CHANGE = 0.5  # of P(diverge), at half the rank or half the samples
 CAPTURED = "captured output sensitivity"
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
 
@@ -274,7 +275,7 @@ def judge(
     mix_detail, error = verdict_by.mix, verdict_by.error
     probability = float(verdict_by.rollout.probability[0])
     used = calibration(verdict_by.rollout.kind)
-    checks = _checks(measurement, error)
+    checks = (*_checks(measurement, error), *_half_checks(measurement, rolled, seeds))
     return Report(
         verdict=_verdict(probability),
         probability=probability,
@@ -599,6 +600,37 @@ def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
             remedy="Compute in float64 with `dtype`.",
         ),
     )
+
+
+def _half_checks(measurement: Measurement, rolled: Rollout, seeds: Sequence[int]) -> tuple[Check, ...]:
+    """Whether P(diverge) would be another at half the size, each in turn."""
+    network, algorithm = measurement.network, measurement.algorithm
+    said = float(rolled.probability[0])
+    found = []
+    for name, half, remedy in (
+        ("half the rank", network.thinned(rank=math.ceil(network.rank / 2)), "Raise `rank`."),
+        ("half the samples", network.thinned(samples=0.5), "Raise `retain_samples` and `forget_samples`."),
+    ):
+        again = rollout(
+            half,
+            algorithm,
+            lr=[algorithm.lr],
+            mix=[algorithm.mix],
+            batch_sizes=algorithm.batch_sizes(measurement.problem),
+            seeds=seeds,
+        )
+        change = abs(float(again.probability[0]) - said)
+        found.append(
+            Check(
+                name=f"change at {name}",
+                value=change,
+                threshold=MAX_CHANGE,
+                passed=change <= MAX_CHANGE,
+                meaning=f"How far P(diverge) of one linearisation moves when it has {name}.",
+                remedy=remedy,
+            )
+        )
+    return tuple(found)
 
 
 def _advice(

@@ -247,9 +247,8 @@ class _Search:
         mixes = np.array([self._algorithm.mix]) if fixed else np.arange(1, FRONT_MIXES + 1) / (FRONT_MIXES + 1)
         eta, alpha = (grid.ravel() for grid in np.meshgrid(lrs, mixes, indexing="ij"))
         rolled = self._roll(self._algorithm, eta.tolist(), alpha.tolist())
-        floor, room = self._scale
-        ratio = ((rolled.retain_loss - floor) / room).clamp_min(0).log().cummax(-1).values  # (S, G, T)
-        probability = calibration(rolled.kind).probability(ratio)
+        reached = self._scale.score(rolled.retain_loss).cummax(-1).values  # (S, G, T)
+        probability = calibration(rolled.kind).probability(reached)
         retain, forget = rolled.retain_loss.mean(0), rolled.forget_loss.mean(0)
         known = (probability <= self._risk) & retain.isfinite() & forget.isfinite()
         points = [

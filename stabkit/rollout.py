@@ -56,8 +56,9 @@ class Rollout:
         lr: Step sizes, shape (G,), as they were given.
         mix: Mixes, shape (G,).
         score: Largest log ratio of the retain loss to the divergence level, capped at `SCORE_CAP`, shape (S, G). From 0 on
-            this seed's run crosses. `SCORE_CAP` where any loss is not finite, or the level is passed at θ*; a loss that
-            is negative at θ* is counted from there.
+            this seed's run crosses. Below, it is stretched where the loss at θ* would score more than -1, to be -1 there.
+            `SCORE_CAP` where any loss is not finite, or the level is passed at θ*; a loss that is negative at θ* is counted
+            from there.
         divergence_step: First checked step past the level, shape (S, G); NaN where it is never passed.
         stopped_step: Last step taken, shape (S, G); earlier than K where a stop rule ended the run.
         steps: The checked steps, shape (T,).
@@ -256,7 +257,7 @@ def _roll_seed(
     plans = algorithm.plan()
     rule = algorithm.stop_rule()
     field.skip(plans[: start.step], leakage=rule.leakage_bound is not None)
-    floor, room = loss_scale(network)
+    scale = loss_scale(network)
 
     score = torch.full((settings,), -math.inf, dtype=torch.float64)
     divergence_step = torch.full((settings,), math.nan, dtype=torch.float64)
@@ -276,15 +277,15 @@ def _roll_seed(
             mean = network.loss.per_sample(outputs, targets).reshape(rows.numel(), -1).mean(1).double().cpu()
             losses[place, rows, position:] = mean.nan_to_num(nan=math.inf, posinf=math.inf).unsqueeze(1)
         now = losses[:, rows, position]
-        ratio = ((now[0] - floor) / room).clamp_min(0).log().clamp_max(SCORE_CAP)
-        ratio[~now.isfinite().all(0)] = SCORE_CAP
-        score[rows] = torch.maximum(score[rows], ratio)
+        reached = scale.score(now[0])
+        reached[~now.isfinite().all(0)] = SCORE_CAP
+        score[rows] = torch.maximum(score[rows], reached)
         if step == 0:
-            score[rows[ratio >= 0]] = SCORE_CAP  # past the level before the first step: nothing is left to predict
+            score[rows[reached >= 0]] = SCORE_CAP  # past the level before the first step: nothing is left to predict
         before = divergence_step[rows].isnan()
         coordinates[rows[before]] = at.double().cpu()[before]
-        divergence_step[rows[before & (ratio >= 0)]] = float(step)
-        return ratio < SCORE_CAP
+        divergence_step[rows[before & (reached >= 0)]] = float(step)
+        return reached < SCORE_CAP
 
     position = bisect.bisect_left(checks, start.step)
     going = torch.ones(settings, dtype=torch.bool)
@@ -328,21 +329,52 @@ def _roll_seed(
     }
 
 
-def loss_scale(network: LinearisedNetwork) -> tuple[float, float]:
-    """Where the retain loss is counted from, and how far above that the divergence level lies.
+@dataclass(frozen=True, kw_only=True)
+class LossScale:
+    """How near a retain loss is to the divergence level.
+
+    Attributes:
+        floor: Where losses are counted from: 0, or the loss at θ* where that is negative.
+        room: How far the level lies above it, > 0.
+        stretch: Factor of scores below the level, >= 1, which puts the loss at θ* at -1 or below.
+    """
+
+    floor: float
+    room: float
+    stretch: float
+
+    def score(self, loss: Tensor) -> Tensor:
+        """Log ratio to the level, 0 where it is reached.
+
+        Args:
+            loss: Retain losses, any shape.
+
+        Returns:
+            The same shape, at most `SCORE_CAP`.
+        """
+        ratio = ((loss - self.floor) / self.room).clamp_min(0).log().clamp_max(SCORE_CAP)
+        return torch.where(ratio < 0, ratio * self.stretch, ratio)
+
+
+def loss_scale(network: LinearisedNetwork) -> LossScale:
+    """The scale of a run's scores.
 
     Args:
         network: The compressed network at θ*.
 
     Returns:
-        0 and the level, but for losses that are negative at θ*, which are counted from there.
+        The scale. A network whose loss is close to the level before the first step is not half diverged for it, so its
+        scores are stretched.
     """
     part = network.retain
     outputs = part.outputs if part.original is None else part.original
     start = float(network.loss.per_sample(outputs, part.targets).double().mean())
     floor, level = min(0.0, start), network.divergence_level
-    # A level that the loss at θ* has passed leaves no room below it; the run has diverged before its first step.
-    return (floor, level - floor) if level > floor else (level - 1, 1.0)
+    if not level > floor:  # the run has diverged before its first step
+        return LossScale(floor=level - 1, room=1.0, stretch=1.0)
+    share = (start - floor) / (level - floor)
+    near = math.exp(-1) < share < 1
+    return LossScale(floor=floor, room=level - floor, stretch=-1 / math.log(share) if near else 1.0)
 
 
 def _landmarks(network: LinearisedNetwork, like: Tensor) -> tuple[Tensor | None, Tensor | None]:

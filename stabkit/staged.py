@@ -20,7 +20,7 @@ from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm
 from stabkit.curvature import LinearisedNetwork, linearise
 from stabkit.problem import UnlearningProblem
-from stabkit.rollout import SCORE_CAP, Rollout, Start, loss_scale, rollout
+from stabkit.rollout import Rollout, Start, loss_scale, rollout
 
 # A compromise between cost and error, made on calibration cells of the benchmark. Few samples make a stage cheap and a
 # little too ready to break: more of them are worth trying where the verdict matters.
@@ -247,11 +247,6 @@ class _Staged:
         error = math.inf if not math.isfinite(wrong) else math.sqrt(wrong / moved) if moved > 0 else 0.0
         return _Seen(error=error, retain_loss=losses[0], forget_loss=losses[1])
 
-    def _ratio(self, retain_loss: Tensor) -> Tensor:
-        """ln(loss / level), as the score has it."""
-        floor, room = self._scale
-        return ((retain_loss - floor) / room).clamp_min(0).log().clamp_max(SCORE_CAP)
-
     def _joined(self, before: Rollout, after: Rollout, step: int) -> Rollout:
         """A run up to a step from one rollout, which has not crossed before it, and from then on from another."""
         place = int((before.steps < step).sum())
@@ -259,7 +254,7 @@ class _Staged:
             name: torch.cat([getattr(before, name)[..., :place], getattr(after, name)[..., place:]], dim=-1)
             for name in ("retain_loss", "forget_loss")
         }
-        worst = self._ratio(losses["retain_loss"][..., :place].amax(-1)) if place else after.score
+        worst = self._scale.score(losses["retain_loss"][..., :place].amax(-1)) if place else after.score
         return replace(after, score=torch.maximum(after.score, worst), **losses)
 
     def _corrected(self, whole: Rollout, last: int, seen: _Seen) -> Rollout:
@@ -268,13 +263,13 @@ class _Staged:
         place = steps.index(last) if last in steps else next(i for i, k in enumerate(steps) if k > last)
         retain, forget = whole.retain_loss.clone(), whole.forget_loss.clone()
         retain[..., place], forget[..., place] = seen.retain_loss, seen.forget_loss
-        ratio = self._ratio(retain[..., place])
+        reached = self._scale.score(retain[..., place])
         crossed = float(whole.divergence_step[0, 0])
-        if bool(ratio >= 0):  # what lies beyond may be worse still
+        if bool(reached >= 0):  # what lies beyond may be worse still
             step = last if math.isnan(crossed) else crossed
-            score = torch.maximum(whole.score, ratio)
+            score = torch.maximum(whole.score, reached)
         else:
-            step, score = math.nan, self._ratio(retain[..., : place + 1].amax(-1))
+            step, score = math.nan, self._scale.score(retain[..., : place + 1].amax(-1))
         if math.isnan(crossed):  # the run has ended: its losses stay
             retain[..., place:], forget[..., place:] = seen.retain_loss, seen.forget_loss
         return replace(

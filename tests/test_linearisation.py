@@ -345,3 +345,27 @@ def test_rank_and_tolerance_are_checked(digits_mlp, random_deletion):
         linearise(problem, Identity(), rank=0)
     with pytest.raises(ValueError, match=r"`tolerance` of `linearise` must be .*\[0, 1\]; got 1\.5"):
         linearise(problem, Identity(), rank=None, tolerance=1.5)
+
+
+def test_a_thinned_linearisation_is_its_leading_directions_and_some_of_its_samples(digits_mlp, random_deletion):
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    network = linearise(problem, Identity(), rank=40, retain_samples=101, forget_samples=None)
+    less = network.thinned(rank=15)
+    assert less.rank == 15
+    assert torch.equal(less.forget.features, network.forget.features[..., :15])
+    c = torch.randn(15, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([c, torch.zeros(25)])
+    torch.testing.assert_close(less.displacement(c), network.displacement(padded))
+    for name in ("metric", "anchor"):
+        full = getattr(network, name)
+        torch.testing.assert_close(getattr(less, name), full[:15, :15] if full.dim() == 2 else full[:15])
+    half = network.thinned(samples=0.5)
+    assert (half.retain.samples, half.retain.population) == (51, network.retain.population)
+    assert half.forget.samples == network.forget.samples == network.forget.population  # held whole, and left so
+    places = torch.searchsorted(network.retain.indices, half.retain.indices)
+    assert torch.equal(network.retain.indices[places], half.retain.indices)
+    for name in ("outputs", "features", "targets"):
+        assert torch.equal(getattr(network.retain, name)[places], getattr(half.retain, name))
+    same = network.thinned()
+    assert same.retain.samples == 101
+    assert torch.equal(same.basis, network.basis)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import subprocess
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -290,6 +291,24 @@ def test_a_prediction_in_too_few_directions_says_so(digits_mlp, class_deletion):
     with pytest.warns(stabkit.LowConfidenceWarning, match="Raise `rank`") as again:
         report.at(lr=2e-4)
     assert {w.filename for w in (*caught, *again)} == {__file__}  # the caller's line, not the library's
+
+
+def test_a_prediction_that_depends_on_its_size_says_so(digits_mlp, random_deletion):
+    """Near the boundary a few samples of each set say another thing than more of them; all of them leave nothing to ask."""
+    settings = {**QUICK, "rank": 40, "lr": 0.45, "mix": 0.3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stabkit.StabkitWarning)
+        few = stabkit.predict(digits_mlp, *random_deletion, **{**settings, "retain_samples": 40, "forget_samples": 20})
+        every = stabkit.predict(
+            digits_mlp, *random_deletion, **{**settings, "retain_samples": "all", "forget_samples": "all"}
+        )
+    name = "change at half the samples"
+    unsure, sure = ({c.name: c for c in report.checks}[name] for report in (few, every))
+    assert sure.value == 0.0
+    assert unsure.value > 0.0
+    assert unsure.passed == (unsure.value <= unsure.threshold)
+    ranks = {c.name: c for c in few.checks}["change at half the rank"]
+    assert 0.0 <= ranks.value <= 1.0
 
 
 class Masked(nn.Module):

@@ -76,7 +76,10 @@ def sgd_on_the_linearised_network(problem, jacobians, p, algorithm, batches, see
         mean = float(problem.loss.per_sample(outputs, targets).mean())
         return math.inf if math.isnan(mean) else mean
 
-    floor = min(0.0, loss(delta, 0))
+    begin = loss(delta, 0)
+    floor = min(0.0, begin)
+    room = (begin - floor) / (level - floor)
+    stretch = max(1.0, -1 / math.log(room)) if 0 < room < 1 else 1.0
     losses, score, crossed, stopped, kept = [], -math.inf, math.nan, algorithm.steps, delta
 
     def look(step):
@@ -85,6 +88,7 @@ def sgd_on_the_linearised_network(problem, jacobians, p, algorithm, batches, see
         losses.append([loss(delta, which) for which in (0, 1)])
         share = max(0.0, losses[-1][0] - floor) / (level - floor)
         ratio = min(SCORE_CAP, math.log(share)) if share > 0 else -math.inf
+        ratio = ratio * stretch if ratio < 0 else ratio
         ratio = ratio if all(map(math.isfinite, losses[-1])) else SCORE_CAP
         score = max(score, ratio)
         if math.isnan(crossed):
@@ -451,6 +455,9 @@ def test_the_score_is_the_largest_log_ratio_and_is_capped():
     pairs = [(0.01, 0.0), (0.05, 0.5), (40.0, 0.5)]
     rolled = roll(network, GradDiff(steps=60), pairs, seeds=[0, 1])
     ratio = (rolled.retain_loss / problem.divergence_level).log()
+    stretch = max(1.0, -1 / float(ratio[0, 0, 0]))
+    assert stretch > 1
+    ratio = torch.where(ratio < 0, stretch * ratio, ratio)
     torch.testing.assert_close(rolled.score, ratio.max(2).values.clamp_max(SCORE_CAP))
     assert bool((rolled.score[:, 0] < 0).all())
     assert bool((rolled.score[:, 2] == SCORE_CAP).all())
@@ -462,6 +469,19 @@ def test_the_score_is_the_largest_log_ratio_and_is_capped():
             np.testing.assert_equal(float(rolled.divergence_step[s, g]), first)
     slope = calibration("one").slope
     torch.testing.assert_close(rolled.probability, torch.sigmoid(slope * rolled.score).mean(0))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_a_half_trained_model_is_not_half_diverged(share):
+    """A step size of nothing leaves the loss where it was, which is no sign of divergence."""
+    network = network_of(1)[1]
+    start = float(roll(network, GradDiff(steps=1), [(1e-9, 0.0)], seeds=[0]).retain_loss[0, 0, 0])
+    network = replace(network, divergence_level=start / share)
+    rolled = roll(network, GradDiff(steps=40), [(1e-9, 0.0), (1e9, 1.0)], seeds=[0])
+    still, gone = rolled.score[0].tolist()
+    assert still == pytest.approx(min(-1.0, math.log(share)), rel=1e-5)
+    assert float(rolled.probability[0]) < 0.05
+    assert gone == SCORE_CAP
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,31 @@ class LinearisedSet:
     def samples(self) -> int:
         """Number m of samples held."""
         return self.outputs.shape[0]
+
+    def thinned(self, share: float) -> LinearisedSet:
+        """A random part of the samples, which stands for the same set.
+
+        Args:
+            share: Part of the samples to keep, in (0, 1].
+
+        Returns:
+            The part, the same at every call.
+        """
+        kept = torch.randperm(self.samples, generator=torch.Generator().manual_seed(0))
+        kept = kept[: math.ceil(share * self.samples)].sort().values.to(self.outputs.device)
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[kept.to(values.device)]
+
+        return replace(
+            self,
+            outputs=self.outputs[kept],
+            features=self.features[kept],
+            targets=self.targets[kept],
+            indices=self.indices[kept.to(self.indices.device)],
+            original=of(self.original),
+            eval_outputs=of(self.eval_outputs),
+        )
 
     def factors(self, loss: Loss) -> SampleFactors:
         """Per-sample Gauss-Newton factors and gradients in the compressed coordinates.
@@ -98,6 +124,30 @@ class LinearisedNetwork:
     def rank(self) -> int:
         """Number r of coordinates."""
         return self.basis.shape[1]
+
+    def thinned(self, *, rank: int | None = None, samples: float = 1.0) -> LinearisedNetwork:
+        """The leading directions and a random part of the samples, from which to see how much either matters.
+
+        Args:
+            rank: Directions to keep; all when None.
+            samples: Part of the samples to keep, in (0, 1], of each set that is a sample itself; a whole set stays whole.
+
+        Returns:
+            The smaller network, which shares this one's memory where it can. `captured` stays that of all directions.
+        """
+        r = self.rank if rank is None else min(rank, self.rank)
+        sets = [
+            part.thinned(samples) if part.samples < part.population else part for part in (self.retain, self.forget)
+        ]
+        return replace(
+            self,
+            retain=replace(sets[0], features=sets[0].features[..., :r]),
+            forget=replace(sets[1], features=sets[1].features[..., :r]),
+            basis=self.basis[:, :r],
+            metric=self.metric[:r, :r],
+            anchor=self.anchor[:r],
+            singular_values=self.singular_values[:r],
+        )
 
     def displacement(self, coordinates: Tensor) -> Tensor:
         """θ - θ* = P^{1/2} V c.
