@@ -9,11 +9,14 @@ for step in range(steps):
     for group in optimiser.param_groups:
         group["lr"] = lr * alert.lr_factor
     optimiser.step()
+
+In `stabkit.run` it is a hook: run(..., on_step=stabkit.Monitor(report, action="stop").on_step).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +25,10 @@ from typing import SupportsFloat
 import numpy as np
 from torch import Tensor
 
+from stabkit._errors import StabkitWarning, caller_level
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.report import Report
+from stabkit.runner import StepRecord
 
 ACTIONS = ("shrink", "stop", "warn")
 CALM, RISING, DIVERGED = "calm", "rising", "diverged"
@@ -79,6 +84,11 @@ class Monitor:
     rolled-out curve (T14), log-linear between the checks. The run has come as far as the later of the two steps found, s,
     and has c - s steps to go; the alarm is raised at `warn_ahead` or fewer. After the step size was shrunk the prediction is
     of another run, and the rule rests.
+
+    Attributes:
+        level: Retain loss that counts as diverged.
+        step: Number of updates so far.
+        alert: The last one that `on_step` had; None before.
     """
 
     def __init__(
@@ -133,6 +143,8 @@ class Monitor:
         self._predicted_stable = self._course is not None and math.isinf(self._course.crossing)
         self._factor = 1.0
         self._shrunk_at = -math.inf
+        self.alert: Alert | None = None
+        self._told = False
 
     def update(
         self,
@@ -187,6 +199,28 @@ class Monitor:
             self._factor *= self.shrink
             self._shrunk_at = self.step
         return self._alert(RISING, self.step + to_go, why)
+
+    def on_step(self, record: StepRecord) -> None:
+        """Watch `run` as its `on_step`. With action="stop" an alarm ends the run, whose reason then is "on_step".
+
+        Args:
+            record: What `run` tells of a step.
+
+        Raises:
+            StopIteration: If the run is to end.
+            ValueError: If the action is "shrink": the step size of a run is fixed.
+        """
+        if self.action == "shrink":
+            raise ValueError(
+                "`action` of `Monitor` must be 'warn' or 'stop' in `run`, whose step size is fixed; got 'shrink'. Shrink it "
+                "in a loop of your own, or lower `lr`."
+            )
+        self.alert = self.update(record.retain_loss, record.forget_loss, record.gradient_norm)
+        if self.alert.state != CALM and not self._told:
+            self._told = True
+            warnings.warn(f"the run is watched: {self.alert.message}", StabkitWarning, stacklevel=caller_level())
+        if self.alert.stop:
+            raise StopIteration
 
     def _height(self, loss: float) -> float:
         """A loss as a share of the level; of a loss that begins below 0 as a share of its rise from there."""

@@ -407,3 +407,26 @@ def test_the_rules_it_is_compared_with(report):
     assert line(setting(report, [0.1, 0.2] * 8, None)) == (None, math.inf)
     assert clock(setting(replace(report, divergence_step=13.0), growing, 16)) == (3, 13.0)
     assert clock(setting(replace(report, divergence_step=None), growing, 16)) == (None, math.inf)
+
+
+def test_a_run_is_watched_by_a_hook(digits_mlp, class_deletion):
+    problem = stabkit.UnlearningProblem(digits_mlp, *class_deletion)
+    wild = stabkit.GradDiff(lr=0.3, mix=0.6, steps=60)
+    unwatched = stabkit.run(problem, wild, seed=0)
+    assert unwatched.diverged
+    guard = Monitor(level=problem.divergence_level, action="stop")
+    with pytest.warns(stabkit.StabkitWarning, match="the run is watched: step .*, rising") as caught:
+        stopped = stabkit.run(problem, wild, seed=0, on_step=guard.on_step)
+    assert {w.filename for w in caught} == {__file__}
+    assert stopped.stop_reason == "on_step"
+    assert stopped.steps == guard.alert.step < unwatched.steps
+    watcher = Monitor(level=problem.divergence_level)
+    with pytest.warns(stabkit.StabkitWarning, match="rising") as caught:
+        watched = stabkit.run(problem, wild, seed=0, on_step=watcher.on_step)
+    assert len(caught) == 1  # said once
+    assert watched.steps == unwatched.steps
+    calm = Monitor(level=problem.divergence_level, action="stop")
+    assert stabkit.run(problem, wild.replace(lr=1e-3), seed=0, on_step=calm.on_step).stop_reason == "steps"
+    assert calm.alert.state == "calm"
+    with pytest.raises(ValueError, match=r"`action` of `Monitor` must be 'warn' or 'stop' in `run`.*; got 'shrink'"):
+        stabkit.run(problem, wild, on_step=Monitor(level=1.0, action="shrink").on_step)
