@@ -170,14 +170,15 @@ def rollout(
         _roll_seed(
             network,
             algorithm,
-            etas.to(like),
-            alphas.to(like),
+            etas.cpu(),
+            alphas.cpu(),
             batch_sizes,
             int(seed),
             checks,
             landmarks,
             begin,
             on_step,
+            like,
         )
         for seed in progress_bar(list(seeds), "rollout", progress)
     ]
@@ -246,9 +247,11 @@ def _roll_seed(
     landmarks: tuple[Tensor | None, Tensor | None],
     start: Start,
     on_step: Callable[[int, Tensor, Tensor], object] | None,
+    like: Tensor,
 ) -> dict[str, Tensor]:
     """One seed's run at all settings; settings that have ended leave the working set."""
-    settings, rank, dtype, device = etas.numel(), network.rank, etas.dtype, etas.device
+    # What decides which settings go on lies on the host, so that an accelerator is waited for at the looks alone.
+    settings, rank, dtype, device = etas.numel(), network.rank, like.dtype, like.device
     sets = (network.retain, network.forget)
     streams = batch_streams((sets[0].population, sets[1].population), batch_sizes, algorithm.sampling, seed)
     retain, forget = (_Part(sets[i], streams[i], batch_sizes[i], 2 * seed + i, dtype) for i in (0, 1))
@@ -287,6 +290,13 @@ def _roll_seed(
         divergence_step[rows[before & (reached >= 0)]] = float(step)
         return reached < SCORE_CAP
 
+    def driven() -> tuple[Tensor, Tensor, tuple[bool, bool]]:
+        """Step sizes and mixes of the working set, (G', 1), and whether any of them takes either set."""
+        mixes = alphas[alive]
+        eta, alpha = (values[alive].to(like).unsqueeze(1) for values in (etas, alphas))
+        return eta, alpha, (bool((mixes < 1).any()), bool((mixes > 0).any()))
+
+    eta, alpha, taken = driven()
     position = bisect.bisect_left(checks, start.step)
     going = torch.ones(settings, dtype=torch.bool)
     if on_step is not None:
@@ -299,8 +309,8 @@ def _roll_seed(
             alive, c, velocity = alive[going], c[going.to(device)], velocity[going.to(device)]
             if alive.numel() == 0:
                 break
-        eta, alpha = etas[alive.to(device)].unsqueeze(1), alphas[alive.to(device)].unsqueeze(1)
-        direction, leakage = field.at(c, alpha, plans[step - 1], step, leakage=rule.leakage_bound is not None)
+            eta, alpha, taken = driven()
+        direction, leakage = field.at(c, alpha, taken, plans[step - 1], step, leakage=rule.leakage_bound is not None)
         velocity = algorithm.momentum * velocity + direction
         ahead = direction + algorithm.momentum * velocity if algorithm.nesterov else velocity
         change = -eta * plans[step - 1].lr * ahead
@@ -411,10 +421,16 @@ class _Field:
         self._retain, self._forget = retain, forget
         self._metric, self._anchor, self._mask, self._signs = metric, anchor, mask, signs
 
-    def at(self, c: Tensor, alpha: Tensor, plan: StepPlan, step: int, *, leakage: bool) -> tuple[Tensor, Tensor | None]:
+    def at(
+        self, c: Tensor, alpha: Tensor, taken: tuple[bool, bool], plan: StepPlan, step: int, *, leakage: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The step's direction, (G, r), and the forget batch's prediction divergence (G,) if asked for."""
-        retain, _ = self._gradient(self._retain, c, (1 - alpha) * plan.retain, plan.retain, step, leakage=False)
-        forget, divergence = self._gradient(self._forget, c, -alpha * plan.forget, plan.forget, step, leakage=leakage)
+        retain, _ = self._gradient(
+            self._retain, c, (1 - alpha) * plan.retain, plan.retain, taken[0], step, leakage=False
+        )
+        forget, divergence = self._gradient(
+            self._forget, c, -alpha * plan.forget, plan.forget, taken[1], step, leakage=leakage
+        )
         masked = forget if self._mask is None else forget @ self._mask
         direction = retain + masked
         if plan.max_norm is not None:
@@ -440,7 +456,7 @@ class _Field:
                     next(part.stream)
 
     def _gradient(
-        self, part: _Part, c: Tensor, weight: Tensor, drawn: float, step: int, *, leakage: bool
+        self, part: _Part, c: Tensor, weight: Tensor, drawn: float, taken: bool, step: int, *, leakage: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One set's share of the direction, and its prediction divergence if asked for."""
         settings, none = c.shape[0], torch.zeros_like(c)
@@ -448,7 +464,7 @@ class _Field:
             return none, None
         indices = next(part.stream).to(c.device)
         # Leakage is watched even where the forget set does not drive the run.
-        if indices.numel() == 0 or not (leakage or bool((weight != 0).any())):
+        if indices.numel() == 0 or not (leakage or (drawn and taken)):
             return none, None
         outputs, targets, rows = part.at(c, indices)
         original = part.original(indices, settings)
