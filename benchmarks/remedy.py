@@ -32,6 +32,7 @@ from stabkit.metrics import audit
 from stabkit.problem import UnlearningProblem
 from stabkit.runner import run
 from stabkit.training import train
+from stabkit.tune import SPECTRUM_SAMPLES
 
 STEPS, BATCH = 100, 64
 ALGORITHMS = ("graddiff", "agu")
@@ -108,14 +109,14 @@ def _algorithm(
     grid = [measured(key) for key in settings if key.startswith("grid")]
     held = [point for point in grid if point["gap"] is not None]
     original = found["original"].average_gap
-    report = stabkit.predict_cost(*data, algorithm=name, steps=STEPS, batch_size=batch)
+    cost = stabkit.predict_cost(*data, algorithm=name, steps=STEPS, batch_size=batch, spectrum_samples=SPECTRUM_SAMPLES)
     return {
         "tuned": measured("tuned"),
         "default": measured("default"),
         "best_of_grid": min(held, key=lambda p: p["gap"]) if held else None,
         "grid_diverged": sum(p["diverged"] for p in grid),
         "original_gap": original.value if original else None,
-        "tuning_gradients_over_grid": report.gradient_equivalents / (report.run.gradient_equivalents * len(grid)),
+        "tuning_gradients_over_grid": cost.gradient_equivalents / (cost.run.gradient_equivalents * len(grid)),
         "tuning_over_grid": tuning / (running * len(grid) / sum(map(len, diverged.values()))),
     }
 

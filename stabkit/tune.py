@@ -14,6 +14,7 @@ from stabkit.problem import UnlearningProblem
 from stabkit.remedy import RISK, algorithm_at
 from stabkit.samples import Data
 
+SPECTRUM_SAMPLES = 8  # of each set: the eigenvalues only say where to begin the scan of step sizes
 HALVINGS = 4  # of the step size, while staged rollouts do not confirm it
 
 
@@ -46,8 +47,8 @@ def tune(
         **settings: Anything else that `predict` takes: mode, batch_size, steps, seed, progress.
 
     Returns:
-        The algorithm, ready for `run`. Cost: one prediction and rollouts of some 450 settings; in mode="thorough" also
-        staged rollouts of the chosen setting, whose step size is lowered until they hold.
+        The algorithm, ready for `run`. Cost: one linearisation, the eigenvalues of few samples, and rollouts of some 450
+        settings; in mode="thorough" also staged rollouts of the chosen setting, whose step size is lowered until they hold.
 
     Raises:
         ValueError: If both `test` and `forget_loss` are given, or no setting holds.
@@ -59,6 +60,7 @@ def tune(
         )
     target = None if forget_loss is None else check_real(forget_loss, name="forget_loss", owner="tune")
     chosen = resolve_algorithm(algorithm, owner="tune")
+    settings = {"spectrum_samples": SPECTRUM_SAMPLES, **settings}
     report = predict(model, forget, retain, algorithm=chosen, loss=loss, **settings)
     if target is None and test is not None:
         problem = UnlearningProblem(
