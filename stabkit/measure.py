@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from stabkit._progress import progress_bar
@@ -20,6 +21,7 @@ from stabkit.curvature import (
     linearise,
 )
 from stabkit.heavy_tail import layer_exponents
+from stabkit.precision import arithmetic
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost, LayerGate
@@ -56,6 +58,7 @@ class MeasureSettings:
         seed: Seed of samples, sketches and start vectors.
         mode: Name of what chose the above.
         staged: Whether the verdict is to come from staged rollouts.
+        precision: How float32 is multiplied, "float32" or "tf32".
     """
 
     curvature: str
@@ -66,6 +69,7 @@ class MeasureSettings:
     seed: int
     mode: str = "standard"
     staged: bool = False
+    precision: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,11 +80,13 @@ class Spectrum:
         pairs: Lowest and highest eigenpair of P^{1/2} D P^{1/2}.
         retain: vᵀH_R v for each vector, shape (k,).
         forget: vᵀH_F v for each vector, shape (k,).
+        tf32_error: ‖Dv - D'v‖ / ‖Dv‖ for a random v, D' multiplied in TF32; None where none was used.
     """
 
     pairs: Eigenpairs
     retain: Tensor
     forget: Tensor
+    tf32_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,6 +166,19 @@ def measure(
         The measurement. Cost: some 25 Hessian-vector products over the spectrum's samples, 2·O per-sample gradients of
         the linearised ones, and what the preconditioner takes.
     """
+    with arithmetic(settings.precision):
+        return _measured(problem, algorithm, settings, reuse, progress=progress)
+
+
+def _measured(
+    problem: UnlearningProblem,
+    algorithm: Algorithm,
+    settings: MeasureSettings,
+    reuse: Measurement | None,
+    *,
+    progress: bool,
+) -> Measurement:
+    """All stages."""
     costs: list[Cost] = []
     stages = iter(progress_bar(range(5), "measure", progress))
 
@@ -230,17 +249,30 @@ def _spectrum(
 ) -> tuple[Spectrum, float]:
     """Extreme eigenpairs of P^{1/2} D P^{1/2}, and the gradient-equivalents they took."""
     indices = [s.subset(settings.spectrum_samples, settings.seed) for s in (problem.retain, problem.forget)]
-    retain, forget = (
-        PreconditionedOperator(
-            curvature_operator(problem, samples, kind=settings.curvature, indices=chosen), preconditioner
+
+    def operators() -> tuple[PreconditionedOperator, PreconditionedOperator]:
+        retain, forget = (
+            PreconditionedOperator(
+                curvature_operator(problem, samples, kind=settings.curvature, indices=chosen), preconditioner
+            )
+            for samples, chosen in zip((problem.retain, problem.forget), indices, strict=True)
         )
-        for samples, chosen in zip((problem.retain, problem.forget), indices, strict=True)
-    )
-    pairs = extreme_eigenpairs(MixedOperator(retain, forget, mix), seed=settings.seed)
+        return retain, forget
+
+    retain, forget = operators()
+    mixed = MixedOperator(retain, forget, mix)
+    pairs = extreme_eigenpairs(mixed, seed=settings.seed)
+    error = None
+    if settings.precision == "tf32":
+        v = torch.randn(mixed.shape[0], generator=torch.Generator().manual_seed(settings.seed))
+        v = v.to(problem.device, problem.dtype)
+        with arithmetic("float32"):
+            exact = MixedOperator(*operators(), mix) @ v
+        error = float((mixed @ v - exact).double().norm() / exact.double().norm())
     vectors = pairs.vectors.to(problem.device, problem.dtype)
     quotients = [(vectors * (operator @ vectors)).sum(0).double().cpu() for operator in (retain, forget)]
     gradients = 2.0 * sum(o.products * i.numel() for o, i in zip((retain, forget), indices, strict=True))
-    return Spectrum(pairs=pairs, retain=quotients[0], forget=quotients[1]), gradients
+    return Spectrum(pairs=pairs, retain=quotients[0], forget=quotients[1], tf32_error=error), gradients
 
 
 def _layers(problem: UnlearningProblem, algorithm: Algorithm) -> tuple[LayerGate, ...]:

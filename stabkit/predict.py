@@ -33,7 +33,9 @@ from stabkit.cause import find_cause, linearisation_error
 from stabkit.losses import Loss, PerSampleLoss
 from stabkit.measure import Measurement, measure
 from stabkit.modes import CostEstimate, Sizes, choose_settings, estimate_cost
+from stabkit.precision import PRECISIONS, arithmetic
 from stabkit.problem import UnlearningProblem
+from stabkit.recommendations import Recommendations
 from stabkit.remedy import recommend
 from stabkit.report import Check, CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
 from stabkit.rollout import Rollout, rollout
@@ -49,6 +51,7 @@ MIN_CAPTURED = 0.5
 MIN_CAPTURED_COUPLED = (
     0.2  # of coupled batches, whose statistics add directions that matter little: benchmarks/batchnorm.py
 )
+MAX_TF32_ERROR = 1e-2
 MAX_CHANGE = 0.5  # of P(diverge), at half the rank or half the samples
 CAPTURED = "captured output sensitivity"
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
@@ -84,6 +87,7 @@ def predict(
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    precision: str = "float32",
     progress: bool = False,
 ) -> Report:
     """Say whether an unlearning run will diverge, before it is run.
@@ -125,6 +129,8 @@ def predict(
         seed: Seed of everything random here; the caller's random state is left as it was.
         device: Where to compute; where the model is when None.
         dtype: Dtype of the network's derivatives; the model's, but at least float32, when None.
+        precision: "float32": products of float32 matrices are in float32, whatever PyTorch is set to. "tf32": in TF32, where
+            the device has it; two more curvature products say in the report's checks what that does.
         progress: Whether to show progress bars.
 
     Returns:
@@ -138,6 +144,7 @@ def predict(
     check_choice(curvature, name="curvature", owner="predict", choices=("ggn", "hessian"))
     check_int(seeds, name="seeds", owner="predict", low=1)
     check_int(seed, name="seed", owner="predict", low=0)
+    check_choice(precision, name="precision", owner="predict", choices=PRECISIONS)
     sizes = Sizes(
         rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
     )
@@ -167,7 +174,7 @@ def predict(
         settings = choose_settings(
             problem, chosen, mode=mode, budget=budget, sizes=sizes, curvature=curvature, seed=seed, seeds=seeds
         )
-        measurement = measure(problem, chosen, settings, progress=progress)
+        measurement = measure(problem, chosen, replace(settings, precision=precision), progress=progress)
         report = judge(measurement, range(seed, seed + seeds), progress=progress)
     _warn_if_unsure(report)
     return report
@@ -250,6 +257,12 @@ def judge(
     Returns:
         The report.
     """
+    with arithmetic(measurement.settings.precision):
+        return _judged(measurement, seeds, limits, progress=progress)
+
+
+def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | None, *, progress: bool) -> Report:
+    """The verdict and all that stands beside it."""
     start = time.perf_counter()
     problem, algorithm, network = measurement.problem, measurement.algorithm, measurement.network
     batch_sizes = algorithm.batch_sizes(problem)
@@ -315,7 +328,7 @@ def judge(
         ),
         _frontier=lambda **grid: _frontier(measurement, seeds, lr_detail, **grid),
         _at=lambda **changes: _at(measurement, seeds, limits, **changes),
-        _recommend=lambda *, risk: recommend(measurement, seeds, risk=risk),
+        _recommend=lambda *, risk: _recommended(measurement, seeds, risk),
     )
 
 
@@ -381,6 +394,11 @@ def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, **chang
     return report
 
 
+def _recommended(measurement: Measurement, seeds: Sequence[int], risk: float) -> Recommendations:
+    with arithmetic(measurement.settings.precision):
+        return recommend(measurement, seeds, risk=risk)
+
+
 def _frontier(
     measurement: Measurement,
     seeds: Sequence[int],
@@ -399,15 +417,16 @@ def _frontier(
         )
 
     def rolled(lrs: np.ndarray, mixes: np.ndarray, seeds: Sequence[int], progress: bool) -> Frontier:
-        return frontier(
-            measurement.network,
-            algorithm,
-            lr=lrs.tolist(),
-            mix=mixes.tolist(),
-            batch_sizes=batch_sizes,
-            seeds=seeds,
-            progress=progress,
-        )
+        with arithmetic(measurement.settings.precision):
+            return frontier(
+                measurement.network,
+                algorithm,
+                lr=lrs.tolist(),
+                mix=mixes.tolist(),
+                batch_sizes=batch_sizes,
+                seeds=seeds,
+                progress=progress,
+            )
 
     if lr is not None:
         return rolled(np.atleast_1d(np.asarray(lr, dtype=float)), mixes, seeds, progress)
@@ -570,7 +589,17 @@ def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
     scale = max(abs(pairs.smallest), abs(pairs.largest))
     residual = float(pairs.residuals.max()) / scale if scale > 0 else 0.0
     least = MIN_CAPTURED_COUPLED if measurement.problem.batchnorm == "batch" else MIN_CAPTURED
+    rough = measurement.spectrum.tf32_error
+    tf32 = Check(
+        name="error of TF32",
+        value=rough,
+        threshold=MAX_TF32_ERROR,
+        passed=rough is None or rough <= MAX_TF32_ERROR,
+        meaning="How far a curvature product in TF32 is from one in float32, relative to it.",
+        remedy="Predict with precision='float32'.",
+    )
     return (
+        *([] if rough is None else [tf32]),
         Check(
             name="linearisation error",
             value=error,
