@@ -30,6 +30,7 @@ from stabkit.boundary import (
 )
 from stabkit.calibration import calibration
 from stabkit.cause import find_cause, linearisation_error
+from stabkit.curvature import LinearisedNetwork
 from stabkit.losses import Loss, PerSampleLoss
 from stabkit.measure import Measurement, measure
 from stabkit.modes import CostEstimate, Sizes, choose_settings, estimate_cost
@@ -52,7 +53,7 @@ MIN_CAPTURED_COUPLED = (
     0.2  # of coupled batches, whose statistics add directions that matter little: benchmarks/batchnorm.py
 )
 MAX_TF32_ERROR = 1e-2
-MAX_CHANGE = 0.5  # of P(diverge), at half the rank or half the samples
+MAX_CHANGE = 0.5  # of P(diverge), with half the rank, half the samples or stages
 CAPTURED = "captured output sensitivity"
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
 
@@ -288,7 +289,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     mix_detail, error = verdict_by.mix, verdict_by.error
     probability = float(verdict_by.rollout.probability[0])
     used = calibration(verdict_by.rollout.kind)
-    checks = (*_checks(measurement, error), *_half_checks(measurement, rolled, seeds))
+    checks = (*_checks(measurement, error), *_change_checks(measurement, rolled, verdict_by.rollout, seeds))
     return Report(
         verdict=_verdict(probability),
         probability=probability,
@@ -631,35 +632,39 @@ def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
     )
 
 
-def _half_checks(measurement: Measurement, rolled: Rollout, seeds: Sequence[int]) -> tuple[Check, ...]:
-    """Whether P(diverge) would be another at half the size, each in turn."""
+def _change_checks(
+    measurement: Measurement, rolled: Rollout, verdict_by: Rollout, seeds: Sequence[int]
+) -> tuple[Check, ...]:
+    """Whether P(diverge) of one linearisation is another at half its size, and in stages."""
     network, algorithm = measurement.network, measurement.algorithm
+    batch_sizes = algorithm.batch_sizes(measurement.problem)
+
+    def again(other: LinearisedNetwork) -> Rollout:
+        return rollout(other, algorithm, lr=[algorithm.lr], mix=[algorithm.mix], batch_sizes=batch_sizes, seeds=seeds)
+
+    others = [
+        ("half the rank", again(network.thinned(rank=math.ceil(network.rank / 2))), "Raise `rank`."),
+        (
+            "half the samples",
+            again(network.thinned(samples=0.5)),
+            "Raise `retain_samples` and `forget_samples`.",
+        ),
+    ]
+    if measurement.settings.staged:
+        others.append(("stages", verdict_by, "Leave a margin and check with verify()."))
     said = float(rolled.probability[0])
-    found = []
-    for name, half, remedy in (
-        ("half the rank", network.thinned(rank=math.ceil(network.rank / 2)), "Raise `rank`."),
-        ("half the samples", network.thinned(samples=0.5), "Raise `retain_samples` and `forget_samples`."),
-    ):
-        again = rollout(
-            half,
-            algorithm,
-            lr=[algorithm.lr],
-            mix=[algorithm.mix],
-            batch_sizes=algorithm.batch_sizes(measurement.problem),
-            seeds=seeds,
+    changes = [abs(float(other.probability[0]) - said) for _, other, _ in others]
+    return tuple(
+        Check(
+            name=f"change with {name}",
+            value=change,
+            threshold=MAX_CHANGE,
+            passed=change <= MAX_CHANGE,
+            meaning=f"How far P(diverge) of one linearisation is from that with {name}.",
+            remedy=remedy,
         )
-        change = abs(float(again.probability[0]) - said)
-        found.append(
-            Check(
-                name=f"change at {name}",
-                value=change,
-                threshold=MAX_CHANGE,
-                passed=change <= MAX_CHANGE,
-                meaning=f"How far P(diverge) of one linearisation moves when it has {name}.",
-                remedy=remedy,
-            )
-        )
-    return tuple(found)
+        for (name, _, remedy), change in zip(others, changes, strict=True)
+    )
 
 
 def _advice(

@@ -40,6 +40,11 @@ def test_a_mode_measures_what_it_says(case, mode):
     assert low <= report.critical_lr_detail.low <= report.critical_lr <= high
     assert stabkit.Report.from_json(report.to_json()) == report
     assert mode in report.summary()
+    changes = {check.name: check for check in report.checks if check.name.startswith("change with")}
+    assert ("change with stages" in changes) == staged
+    if staged:
+        one = stabkit.predict(*case, mode="standard", **SMALL)
+        assert changes["change with stages"].value == pytest.approx(abs(report.probability - one.probability))
 
 
 @pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")

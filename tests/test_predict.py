@@ -302,12 +302,12 @@ def test_a_prediction_that_depends_on_its_size_says_so(digits_mlp, random_deleti
         every = stabkit.predict(
             digits_mlp, *random_deletion, **{**settings, "retain_samples": "all", "forget_samples": "all"}
         )
-    name = "change at half the samples"
+    name = "change with half the samples"
     unsure, sure = ({c.name: c for c in report.checks}[name] for report in (few, every))
     assert sure.value == 0.0
     assert unsure.value > 0.0
     assert unsure.passed == (unsure.value <= unsure.threshold)
-    ranks = {c.name: c for c in few.checks}["change at half the rank"]
+    ranks = {c.name: c for c in few.checks}["change with half the rank"]
     assert 0.0 <= ranks.value <= 1.0
 
 
