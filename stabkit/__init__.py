@@ -16,6 +16,7 @@ from stabkit._errors import (
 from stabkit._version import __version__
 from stabkit.algorithms import (
     AGU,
+    NPO,
     SCRUB,
     SRAGU,
     Algorithm,
@@ -44,6 +45,7 @@ from stabkit.verify import Verification, verify
 
 __all__ = [
     "AGU",
+    "NPO",
     "SCRUB",
     "SRAGU",
     "Algorithm",

@@ -1,4 +1,4 @@
-"""Which samples to forget: at random, by class or cluster, by influence, or because they were corrupted.
+"""Which samples to forget: at random, by class, cluster or person, by influence, or because they were corrupted.
 
 Data are an (x, y) pair of tensors, a torch Dataset or any other form that `UnlearningProblem` reads; where labels or the
 number of rows are all that matters, those will do. Nothing alters the caller's tensors, model or random state.
@@ -29,6 +29,7 @@ RESTARTS = 10  # of k-means
 __all__ = [
     "CorruptedDeletion",
     "Deletion",
+    "forget_people",
     "gradient_norms",
     "high_influence",
     "mislabelled",
@@ -119,6 +120,26 @@ def subclass(
     member = torch.from_numpy(KMeans(clusters, n_init=RESTARTS, random_state=seed).fit_predict(points)).long()
     chosen = member.bincount(minlength=clusters).argsort(descending=True, stable=True)[cluster]
     return _deletion(f"subclass {cluster} of class {label}", rows[member == chosen], len(labels), seed)
+
+
+def forget_people(person: Tensor, fraction: float, *, seed: int = 0) -> Deletion:
+    """Forget every row about a uniformly random part of the people, as whole people and not single facts ask to be.
+
+    Args:
+        person: Whom each row is about, such as `ProfileSplit.person_train`; integers, shape (n,).
+        fraction: Share of the people to forget, in (0, 1), rounded to whole people.
+        seed: Seed of the choice.
+
+    Returns:
+        The deletion.
+    """
+    labels = _labels(person, "forget_people")
+    _check_one_each(labels, "forget_people")
+    people = labels.unique()
+    count = _count(len(people), fraction, "forget_people", what="people")
+    order = torch.randperm(len(people), generator=torch.Generator().manual_seed(seed))
+    chosen = people[order[:count].to(people.device)]
+    return _deletion(f"people {fraction:.0%}", torch.isin(labels, chosen).nonzero().flatten(), len(labels), seed)
 
 
 def gradient_norms(model: nn.Module, data: Data, *, loss: str | PerSampleLoss | Loss = "cross_entropy") -> Tensor:
@@ -277,13 +298,13 @@ def _deletion(name: str, rows: Tensor, n: int, seed: int | None) -> Deletion:
     return Deletion(name=name, forget=(~kept).nonzero().flatten(), retain=kept.nonzero().flatten(), seed=seed)
 
 
-def _count(n: int, fraction: object, owner: str) -> int:
+def _count(n: int, fraction: object, owner: str, *, what: str = "rows") -> int:
     """A share of n rows as a whole number that leaves something on either side."""
     share = check_real(fraction, name="fraction", owner=owner, low=0, high=1, low_open=True, high_open=True)
     count = round(share * n)
     if not 0 < count < n:
         raise ValueError(
-            f"`fraction` of `{owner}` must leave at least one row to forget and one to retain; got {share:g} of {n} rows, "
+            f"`fraction` of `{owner}` must leave at least one row to forget and one to retain; got {share:g} of {n} {what}, "
             f"which is {count}. Choose another share, or more data."
         )
     return count

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stabkit.algorithms import SCRUB, FineTune, GradDiff, L1Sparse, RandomLabels, RemainNewton, SalUn, SFROn
+from stabkit.algorithms import NPO, SCRUB, FineTune, GradDiff, L1Sparse, RandomLabels, RemainNewton, SalUn, SFROn
 from stabkit.algorithms.base import Batch
 from stabkit.algorithms.random_labels import random_label_residual
 from stabkit.algorithms.sfr_on import diagonal_fisher
-from stabkit.losses import CrossEntropy, SquaredError
+from stabkit.losses import CrossEntropy, SquaredError, resolve_loss
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
 from stabkit.runner import run
 from tests.cases import CASES, dense_ggn, mean_loss
+from tests.test_rollout import compare_to_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 
@@ -243,6 +244,139 @@ def test_scrub_counts_the_original_models_passes():
     assert result.gradient_equivalents == pytest.approx((2 * 6 + 2 * 3) * 4 / 3 + 5 * 2 / 3)
 
 
+# ------------------------------------------------------------------ NPO
+
+
+def answer(outputs, targets, causal):
+    """ln π of every sample's whole answer, as the released code sums it."""
+    if causal:
+        outputs, targets = outputs[:, :-1].transpose(1, 2), targets[:, 1:]
+    losses = F.cross_entropy(outputs, targets, ignore_index=-100, reduction="none")
+    return -losses.sum(-1) if causal else -losses
+
+
+def npo_loss(outputs, original, targets, beta, causal):
+    """-(2/β) E log σ(-β log(π_θ/π_θ*)), as the paper writes it."""
+    ratio = answer(outputs, targets, causal) - answer(original, targets, causal)
+    return -2 / beta * F.logsigmoid(-beta * ratio).mean()
+
+
+def answers(causal, seed=0):
+    """Outputs now and at θ*, and targets: answers of one to four tokens after questions, or one label each."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (12, 6, 5) if causal else (12, 5)
+    outputs, original = (2 * torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(0, 5, shape[:-1], generator=g)
+    for row in range(12 if causal else 0):
+        targets[row, : 1 + row % 2] = -100
+        targets[row, 2 + row % 4 + row % 2 :] = -100
+    return outputs, original, targets, resolve_loss("causal_lm" if causal else "cross_entropy")
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["classes", "answers"])
+@pytest.mark.parametrize("beta", [0.02, 0.1, 2.0])
+def test_npos_residual_is_the_derivative_of_its_loss(causal, beta):
+    outputs, original, targets, loss = answers(causal)
+    leaf = outputs.clone().requires_grad_()
+    (down,) = torch.autograd.grad(12 * npo_loss(leaf, original, targets, beta, causal), leaf)
+    climbed = NPO(beta=beta).forget_residual(loss, batch_of(outputs, targets, original=original))
+    torch.testing.assert_close(climbed, -down, rtol=1e-12, atol=1e-14)
+    repeated = [t.repeat(3, *[1] * (t.dim() - 1)) for t in (outputs, targets, original)]
+    together = batch_of(repeated[0], repeated[1], original=repeated[2], copies=3)
+    torch.testing.assert_close(
+        NPO(beta=beta).forget_residual(loss, together), climbed.repeat(3, *[1] * (climbed.dim() - 1))
+    )
+    if causal:
+        labelled = F.pad(targets[:, 1:], (0, 1), value=-100) != -100
+        assert {1, 2, 4} <= set(labelled.sum(1).tolist())
+        assert not bool(climbed[~labelled].any())
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["classes", "answers"])
+def test_without_temperature_npo_is_ascent_on_the_answers(causal):
+    outputs, original, targets, loss = answers(causal)
+    leaf = outputs.clone().requires_grad_()
+    (up,) = torch.autograd.grad(-answer(leaf, targets, causal).sum(), leaf)  # gradient ascent on summed tokens
+    batch = batch_of(outputs, targets, original=original)
+    torch.testing.assert_close(NPO(beta=1e-9).forget_residual(loss, batch), up, rtol=1e-7, atol=1e-9)
+    unmoved = batch_of(original, targets, original=original)
+    own = loss.residual(original, targets).flatten(1)
+    npo = NPO(beta=3.0).forget_residual(loss, unmoved).flatten(1)
+    if causal:
+        own = own * (targets[:, 1:] != -100).sum(1, keepdim=True)
+    torch.testing.assert_close(npo, own, rtol=1e-12, atol=1e-14)  # all weights are 1 at θ*
+
+
+def test_npos_curvature_where_it_starts():
+    """n Λ - (β/2) n² s sᵀ in the outputs, where ascent on the loss has Λ."""
+    _, original, targets, loss = answers(True)
+    beta, n = 0.8, 4
+    row = next(i for i in range(12) if int((targets[i, 1:] != -100).sum()) == n)
+    f, y = original[row : row + 1], targets[row : row + 1]
+    climbed = -torch.autograd.functional.hessian(lambda at: npo_loss(at, f, y, beta, True), f).reshape(30, 30)
+    curvature = loss.hessian_apply(f, y, torch.eye(30, dtype=torch.float64).unsqueeze(0))[0]
+    s = loss.residual(f, y).flatten()
+    torch.testing.assert_close(climbed, n * curvature - beta / 2 * n**2 * torch.outer(s, s), rtol=1e-9, atol=1e-12)
+
+
+def test_npos_weights_fall_as_answers_are_forgotten():
+    targets = torch.zeros(4, dtype=torch.int64)
+    original = torch.tensor([[3.0, 0.0]], dtype=torch.float64).expand(4, 2)
+    outputs = torch.tensor([[3.0, 0.0], [0.0, 3.0], [-1e4, 0.0], [40.0, 0.0]], dtype=torch.float64)
+    loss = CrossEntropy()
+    residual = NPO(beta=1.0).forget_residual(loss, batch_of(outputs, targets, original=original))
+    weights = residual[:3, 0] / loss.residual(outputs, targets)[:3, 0]
+    odds = math.exp(-3)  # of the other class at θ*; it is e³ in the second row, so π falls by this factor
+    assert weights.tolist() == pytest.approx([1.0, 2 * odds / (1 + odds), 0.0], abs=1e-12)
+    assert bool(residual.isfinite().all())
+    unlikely = batch_of(original[:1], targets[:1], original=outputs[2:3])
+    recalled = NPO(beta=1.0).forget_residual(loss, unlikely) / loss.residual(original[:1], targets[:1])
+    torch.testing.assert_close(recalled, torch.full_like(recalled, 2.0))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["classes", "answers"])
+def test_npo_runs_as_written(causal):
+    """Descent on the NPO loss and on the retain loss at once, in parameters, by autograd."""
+    problem = CASES[4].problem() if causal else problem_of()
+    algorithm = NPO(lr=0.3, mix=0.4, steps=4, beta=0.5, **full(problem))
+    samples = problem.forget
+    start = outputs_of(problem, samples, problem.vector()).detach()
+    targets = samples.batch(torch.arange(samples.size))[1]
+
+    def objective(leaf):
+        forget = npo_loss(outputs_of(problem, samples, leaf), start, targets, 0.5, causal)
+        return 0.6 * mean_loss(problem, "retain")(leaf) + 0.4 * forget
+
+    theta = problem.vector()
+    for _ in range(4):
+        theta = theta - 0.3 * gradient(problem, objective, theta)
+    result = run(problem, algorithm, stop_on_divergence=False)
+    torch.testing.assert_close(final_vector(problem, result), theta, rtol=1e-9, atol=1e-11)
+    assert float((theta - problem.vector()).norm()) > 0.1
+
+
+def test_npos_rollout_of_a_linear_language_model_is_its_run():
+    g = torch.Generator().manual_seed(3)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = nn.Linear(3, 4).double()  # at every position
+    x, y = torch.randn(20, 5, 3, generator=g, dtype=torch.float64), torch.randint(0, 4, (20, 5), generator=g)
+    y[:, :2] = -100
+    y[::2, 4] = -100  # answers of two and of three tokens
+    problem = UnlearningProblem(model, (x[:8], y[:8]), (x[8:], y[8:]), loss="causal_lm")
+    algorithm = NPO(lr=0.3, mix=0.5, steps=20, beta=0.3, batch_size=5, forget_batch_size=3, momentum=0.5)
+    _, real = compare_to_run(problem, algorithm, seed=2, check_every=1)
+    ascent = run(problem, GradDiff(**{k: v for k, v in algorithm.settings().items() if k != "beta"}), seed=2)
+    assert real.trajectory[-1].forget_loss != pytest.approx(ascent.trajectory[-1].forget_loss, rel=0.01)
+
+
+def test_npo_counts_the_original_models_passes():
+    problem = problem_of()
+    algorithm = NPO(steps=3, batch_size=6, forget_batch_size=3)
+    result = run(problem, algorithm, monitor_samples=1, check_every=3, stop_on_divergence=False)
+    assert result.gradient_equivalents == pytest.approx(3 * 9 * 4 / 3 + len(result.trajectory) * 2 / 3)
+
+
 # ------------------------------------------------------------------ SFR-on
 
 
@@ -336,6 +470,8 @@ def test_remain_newton_is_its_dense_formula():
         (SalUn, "share", 0, ValueError, r"`share` of `SalUn` must be a finite number in \(0, 1\]; got 0"),
         (SalUn, "forgetting", "descent", ValueError, "`forgetting` of `SalUn` .* got 'descent'. Did you mean 'ascent'"),
         (L1Sparse, "penalty", -1, ValueError, r"`penalty` of `L1Sparse` must be .*\[0, inf\); got -1"),
+        (NPO, "beta", 0, ValueError, r"`beta` of `NPO` must be .*\(0, inf\); got 0"),
+        (NPO, "beta", "0.1", TypeError, "`beta` of `NPO` .*got '0.1'"),
         (SCRUB, "loss_weight", -0.5, ValueError, r"`loss_weight` of `SCRUB` .*got -0\.5"),
         (SCRUB, "divergence_weight", "0", TypeError, "`divergence_weight` of `SCRUB` .*got '0'"),
         (SCRUB, "temperature", 0, ValueError, r"`temperature` of `SCRUB` .*\(0, inf\); got 0"),

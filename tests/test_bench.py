@@ -17,7 +17,7 @@ NAME = "digits-mlp-class-graddiff"
 
 
 def record(lr, mix, probability, diverged, *, predicted_step=None, staged=None, score=0.0, **changes):
-    plain = {"growth": 0.0, "step_limit": 1.0, "coherence_rule": False, "divergence_step": None}
+    plain = {"growth": 0.0, "step_limit": 1.0, "coherence_rule": False, "divergence_step": None, "again": diverged}
     one = bench.Prediction(probability=probability, scores=(score,), step=predicted_step)
     other = one if staged is None else replace(one, probability=staged)
     return bench.Record(lr=lr, mix=mix, one=one, staged=other, diverged=diverged, **(plain | changes))
@@ -30,7 +30,7 @@ def result(records, *, role="evaluation", name="digits-cnn-class-graddiff", seed
         seed=seed,
         records=tuple(records),
         boundaries=tuple(
-            bench.Boundary(mix=mix, observed=observed, one=one, staged=staged)
+            bench.Boundary(mix=mix, observed=observed, one=one, staged=staged, again=observed and 2 * observed)
             for mix, observed, one, staged in boundaries
         ),
         measure_seconds=3.0,
@@ -101,6 +101,7 @@ def test_a_cell_is_predicted_and_run_at_every_setting(quick):
         line = sorted((r for r in quick.records if r.mix == boundary.mix), key=lambda r: r.lr)
         for found, crossed in (
             (boundary.observed, [r.diverged for r in line]),
+            (boundary.again, [r.again for r in line]),
             (boundary.one, [r.one.probability >= 0.5 for r in line]),
             (boundary.staged, [r.staged.probability >= 0.5 for r in line]),
         ):
@@ -112,7 +113,7 @@ def test_a_cell_is_predicted_and_run_at_every_setting(quick):
 
 def test_scores_are_those_of_the_definitions():
     records = [
-        record(0.1, 0.5, 0.1, False, growth=1.0),
+        record(0.1, 0.5, 0.1, False, growth=1.0, again=True),
         record(0.2, 0.5, 0.6, False, growth=8.0, coherence_rule=True),
         record(0.4, 0.5, 0.7, True, growth=7.0, predicted_step=20.0, divergence_step=10, step_limit=0.3),
         record(0.8, 0.5, 0.4, True, growth=9.0, predicted_step=5.0, divergence_step=10),
@@ -128,6 +129,7 @@ def test_scores_are_those_of_the_definitions():
     assert found.growth.balanced_accuracy == pytest.approx((1 + 1 / 2) / 2)
     assert found.growth.auc == pytest.approx(5 / 6)
     assert found.coherence_rule.balanced_accuracy == pytest.approx((0 + 1 / 2) / 2)
+    assert found.again.balanced_accuracy == pytest.approx((1 + 1 / 2) / 2)
     assert found.one.step_ratio == pytest.approx(np.median([2.0, 0.5]))
     alone = bench.scores(records[:2])
     assert math.isnan(alone.one.auc)
@@ -141,6 +143,7 @@ def test_boundaries_are_compared_where_both_are_bracketed():
     found = result([], boundaries=[(0.2, 10.0, 1.0, 5.0), (0.4, 2.0, 2.0, None), (0.6, None, 3.0, 3.0)])
     assert bench.boundary_ratios(found, "one") == [0.1, 1.0]
     assert bench.boundary_ratios(found, "staged") == [0.5]
+    assert bench.boundary_ratios(found, "again") == [2.0, 2.0]
 
 
 def test_what_was_calibrated_on_is_never_pooled():
@@ -205,7 +208,7 @@ def test_a_cut_off_benchmark_goes_on(tmp_path, monkeypatch, quick):
         bench.verify_cells(tmp_path / "empty", **arguments, stored=True)
     (tmp_path / "digits-vit-class-graddiff-s0-quick.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"'.*digits-vit-class-graddiff-s0-quick\.json' must be a cell's file of schema 2"
+        ValueError, match=r"'.*digits-vit-class-graddiff-s0-quick\.json' must be a cell's file of schema 3"
     ):
         bench.verify_cells(tmp_path, **arguments)
 
@@ -276,7 +279,7 @@ def test_the_command_calibrates(tmp_path, capsys):
 
     found, _ = drawn(300, 2.0, 2)
     path = tmp_path / f"{NAME}-s0.json"
-    path.write_text(dumps({"schema": 2, **to_plain(found)}), encoding="utf-8")
+    path.write_text(dumps({"schema": verification.SCHEMA, **to_plain(found)}), encoding="utf-8")
     written = tmp_path / "calibration.json"
     assert main(["bench", "calibrate", "--folder", str(tmp_path), "--output", str(written)]) == 0
     assert "one: slope" in capsys.readouterr().out

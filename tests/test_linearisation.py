@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stabkit.curvature.jacobian
+import stabkit.curvature.linearised
 from stabkit.curvature import linearise
 from stabkit.curvature.lowrank import OVERSAMPLING
 from stabkit.models import MLP
@@ -369,3 +370,19 @@ def test_a_thinned_linearisation_is_its_leading_directions_and_some_of_its_sampl
     same = network.thinned()
     assert same.retain.samples == 101
     assert torch.equal(same.basis, network.basis)
+
+
+@pytest.mark.parametrize("rank", [4, 30])
+def test_factors_are_no_larger_than_the_coordinates(digits_mlp, random_deletion, rank, monkeypatch):
+    """A language model has more outputs a sample than there are directions."""
+    monkeypatch.setattr(stabkit.curvature.linearised, "FACTORED_AT_ONCE", 7)
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    network = linearise(problem, Identity(), rank=rank, retain_samples=20, forget_samples=15)
+    for part in (network.retain, network.forget):
+        found = part.factors(network.loss)
+        assert found.factors.shape == (part.samples, min(10, rank), rank)
+        rows = network.loss.factor_transpose(part.outputs.double(), part.targets, part.features.double())
+        gram = torch.einsum("mor,mos->mrs", rows, rows)
+        torch.testing.assert_close(torch.einsum("mcr,mcs->mrs", found.factors, found.factors), gram)
+        residual = network.loss.residual(part.outputs.double(), part.targets)
+        torch.testing.assert_close(found.gradients, torch.einsum("mor,mo->mr", part.features.double(), residual))

@@ -7,6 +7,7 @@ from stabkit.algorithms.fine_tune import FineTune
 from stabkit.algorithms.grad_diff import GradDiff
 from stabkit.algorithms.gradient_ascent import GradientAscent
 from stabkit.algorithms.l1_sparse import L1Sparse
+from stabkit.algorithms.npo import NPO
 from stabkit.algorithms.random_labels import RandomLabels
 from stabkit.algorithms.remain_newton import RemainNewton
 from stabkit.algorithms.retrain import Retrained, retrain
@@ -23,6 +24,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
         GradDiff,
         GradientAscent,
         L1Sparse,
+        NPO,
         RandomLabels,
         RemainNewton,
         SalUn,
@@ -63,6 +65,7 @@ def resolve_algorithm(algorithm: str | Algorithm, *, owner: str = "resolve_algor
 __all__ = [
     "AGU",
     "ALGORITHMS",
+    "NPO",
     "SCRUB",
     "SRAGU",
     "Algorithm",

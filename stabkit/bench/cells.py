@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from stabkit.datasets import Deletion, TensorSplit, adult, cifar10, digits, mnist
-from stabkit.deletion import high_influence, mislabelled, one_class, random_fraction, subclass
-from stabkit.models import MLP, ResNet, SmallCNN, TabularMLP, VisionTransformer
+from stabkit.datasets import Deletion, ProfileSplit, TensorSplit, adult, cifar10, digits, mnist, profiles
+from stabkit.deletion import forget_people, high_influence, mislabelled, one_class, random_fraction, subclass
+from stabkit.models import MLP, CausalLM, ResNet, SmallCNN, TabularMLP, VisionTransformer
 from stabkit.training import train
 
 
@@ -21,10 +21,12 @@ class Trained:
     Attributes:
         model: The network, in eval mode.
         split: Its data, labels as it saw them.
+        loss: Name of the loss it was trained with.
     """
 
     model: nn.Module
     split: TensorSplit
+    loss: str = "cross_entropy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Cell:
     Attributes:
         dataset: Key of `DATASETS`.
         model: Key of `MODELS`.
-        deletion: "random1", "random10", "random50", "class", "subclass", "influence" or "mislabelled".
+        deletion: "random1", "random10", "random50", "class", "subclass", "influence", "mislabelled" or "people10".
         algorithm: Name of the algorithm.
         momentum: Heavy-ball momentum.
         steps: Steps of every run.
@@ -61,6 +63,7 @@ DATASETS: dict[str, Callable[[int], TensorSplit]] = {
     "mnist": lambda seed: mnist(subset=2500, test_subset=1500, seed=seed),
     "adult": lambda seed: adult(subset=5000, test_subset=2500, seed=seed),
     "cifar10": lambda seed: cifar10(subset=2000, test_subset=1000, seed=seed),
+    "profiles": lambda seed: profiles(seed=seed),
 }
 MODELS: dict[str, Callable[[TensorSplit, int], nn.Module]] = {
     "mlp": lambda split, seed: MLP(split.x_train[0].numel(), _classes(split), hidden=(64,), seed=seed),
@@ -76,8 +79,12 @@ MODELS: dict[str, Callable[[TensorSplit, int], nn.Module]] = {
         split.x_train.shape[1], split.x_train.shape[2], _classes(split), patch=split.x_train.shape[2] // 4, seed=seed
     ),
     "tabular": lambda split, seed: TabularMLP(split.x_train.shape[1], _classes(split), hidden=(64, 32), seed=seed),
+    "lm": lambda split, seed: CausalLM(
+        len(_people(split).vocabulary), context=split.x_train.shape[1], width=48, depth=2, seed=seed
+    ),
 }
-EPOCHS = {"digits": 30, "mnist": 8, "adult": 15, "cifar10": 15}
+EPOCHS = {"digits": 30, "mnist": 8, "adult": 15, "cifar10": 15, "profiles": 150}
+LOSSES = {"profiles": "causal_lm"}  # cross-entropy for the others
 MISLABELLED = 0.1
 
 
@@ -97,28 +104,37 @@ def prepared(cell: Cell, seed: int) -> tuple[Trained, Deletion]:
     if cell.deletion == "mislabelled":
         corrupted = mislabelled(y, MISLABELLED, seed=seed)
         chosen, y = corrupted, corrupted.y
-    model = train(MODELS[cell.model](split, seed), x, y, epochs=EPOCHS[cell.dataset], lr=3e-3, seed=seed)
-    trained = Trained(model=model, split=TensorSplit(x_train=x, y_train=y, x_test=split.x_test, y_test=split.y_test))
+    loss = LOSSES.get(cell.dataset, "cross_entropy")
+    model = train(MODELS[cell.model](split, seed), x, y, epochs=EPOCHS[cell.dataset], lr=3e-3, loss=loss, seed=seed)
+    trained = Trained(model=model, split=replace(split, y_train=y), loss=loss)
     return trained, chosen or _deletion(cell.deletion, trained, seed)
 
 
 def _deletion(name: str, trained: Trained, seed: int) -> Deletion:
     x, y = trained.split.x_train, trained.split.y_train
+    if name.startswith("people"):
+        return forget_people(_people(trained.split).person_train, int(name.removeprefix("people")) / 100, seed=seed)
     if name.startswith("random"):
         return random_fraction(y, int(name.removeprefix("random")) / 100, seed=seed)
     if name == "class":
         return one_class(y, int(y.unique()[seed % y.unique().numel()]))
     if name == "subclass":
         return subclass((x, y), int(y.unique()[seed % y.unique().numel()]), seed=seed)
-    return high_influence(trained.model, (x, y), 0.1)
+    return high_influence(trained.model, (x, y), 0.1, loss=trained.loss)
+
+
+def _people(split: TensorSplit) -> ProfileSplit:
+    """Data about people."""
+    assert isinstance(split, ProfileSplit)
+    return split
 
 
 def _classes(split: TensorSplit) -> int:
     return int(torch.cat([split.y_train, split.y_test]).max()) + 1
 
 
-# Calibration: two small networks on digits, and the two cells on which the staged rollout was made, where one linearisation
-# fails. What was chosen or fitted was so on these alone.
+# Calibration: two small networks on digits, with momentum too, and the two cells on which the staged rollout was made, where
+# one linearisation fails. What was chosen or fitted was so on these alone.
 CELLS: tuple[Cell, ...] = (
     *(
         Cell(dataset="digits", model=model, deletion=deletion, algorithm=algorithm, role="calibration")
@@ -126,6 +142,7 @@ CELLS: tuple[Cell, ...] = (
         for deletion in ("random10", "class")
         for algorithm in ("graddiff", "agu")
     ),
+    Cell(dataset="digits", model="mlp", deletion="random10", algorithm="graddiff", momentum=0.9, role="calibration"),
     Cell(dataset="digits", model="cnn", deletion="mislabelled", algorithm="graddiff", role="calibration"),
     Cell(dataset="digits", model="resnet", deletion="class", algorithm="graddiff", role="calibration"),
     *(
@@ -163,6 +180,10 @@ CELLS: tuple[Cell, ...] = (
     *(
         Cell(dataset="cifar10", model="cnn", deletion=deletion, algorithm="graddiff")
         for deletion in ("random10", "class")
+    ),
+    *(
+        Cell(dataset="profiles", model="lm", deletion="people10", algorithm=algorithm)
+        for algorithm in ("graddiff", "npo")
     ),
 )
 

@@ -32,6 +32,7 @@ HALVINGS = 3  # of the interval around a boundary on the grid, in the logarithm
 ROLLOUT_SEEDS = (0, 1, 2)
 STAGED_SEEDS = (0,)
 FIRST_RUN_SEED = 777  # of the real runs' batches; the rollouts draw others
+OTHER_RUN_SEED = 1777  # of the runs beside them, which show how far the batches alone decide
 BATCH = 64
 WATCHED = 512  # samples of each set behind a real run's verdict
 COHERENCE_SAMPLES = 64  # of each set, behind the coherence rule
@@ -71,6 +72,7 @@ class Record:
         coherence_rule: Whether T13 calls divergence.
         diverged: What the real run did.
         divergence_step: When; None if it did not.
+        again: What a real run with other batches did.
     """
 
     lr: float
@@ -82,6 +84,7 @@ class Record:
     coherence_rule: bool
     diverged: bool
     divergence_step: int | None
+    again: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +96,14 @@ class Boundary:
         observed: Of the real runs; None where the grid does not bracket it.
         one: Predicted from one linearisation; None likewise.
         staged: Predicted by the staged rollout; None likewise.
+        again: Of the real runs with other batches; None likewise.
     """
 
     mix: float
     observed: float | None
     one: float | None
     staged: float | None
+    again: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +148,8 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         quick: Whether to take four step sizes, two mixes and no halving.
 
     Returns:
-        The records. Cost: training, and as many real runs and staged rollouts as there are settings, 50, and 15 more at the
-        boundaries; 8 and none if quick.
+        The records. Cost: training, as many staged rollouts as there are settings, 50, and 15 more at the boundaries, and
+        twice as many real runs; 8 settings and none more if quick.
     """
     mixes = MIXES[1:4:2] if quick else MIXES
     with preserved_rng(), warnings.catch_warnings():
@@ -152,7 +157,7 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         trained, deletion = prepared(cell, seed)
         x, y = trained.split.x_train, trained.split.y_train
         forget, retain = ((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
-        problem = UnlearningProblem(trained.model, forget, retain)
+        problem = UnlearningProblem(trained.model, forget, retain, loss=trained.loss)
         at = _Bench(problem, _algorithm(cell, problem), seed)
         lrs = _grid(at.measurement, at.batch_sizes, mixes, 4 if quick else POINTS)
         settings = [(i, j) for i in range(len(lrs)) for j in range(len(mixes))]
@@ -170,6 +175,7 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         ]
         # Everything that is predicted has been, before the first real run.
         real = {(i, j): at.real(lrs[i], mixes[j]) for i, j in settings}
+        again = {(i, j): at.again(lrs[i], mixes[j]) for i, j in settings}
         records = [
             Record(
                 lr=lrs[i],
@@ -181,13 +187,18 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
                 coherence_rule=bool(rules[i, j]),
                 diverged=real[i, j].diverged,
                 divergence_step=real[i, j].divergence_step,
+                again=again[i, j].diverged,
             )
             for i, j in settings
         ]
         boundaries = []
         for j, mix in enumerate(mixes):
-            observed = at.boundary(at.real, lrs, mix, [real[i, j].diverged for i in range(len(lrs))], quick)
-            boundaries.append(Boundary(mix=mix, observed=observed, one=predicted[j][0], staged=predicted[j][1]))
+            observed, beside = (
+                at.boundary(outcome, lrs, mix, [runs[i, j].diverged for i in range(len(lrs))], quick)
+                for outcome, runs in ((at.real, real), (at.again, again))
+            )
+            one_edge, staged_edge = predicted[j]
+            boundaries.append(Boundary(mix=mix, observed=observed, one=one_edge, staged=staged_edge, again=beside))
     network = at.measurement.network
     return CellResult(
         cell=cell,
@@ -250,13 +261,20 @@ class _Bench:
 
     def real(self, lr: float, mix: float) -> RunResult:
         """For real."""
+        return self._run(lr, mix, FIRST_RUN_SEED)
+
+    def again(self, lr: float, mix: float) -> RunResult:
+        """For real, with other batches."""
+        return self._run(lr, mix, OTHER_RUN_SEED)
+
+    def _run(self, lr: float, mix: float, first_seed: int) -> RunResult:
         start = time.process_time()
         changed = self.algorithm.replace(lr=lr, mix=mix)
         result = run(
             self.problem,
             changed,
             preconditioner=self.measurement.preconditioner,
-            seed=FIRST_RUN_SEED + self.seed,
+            seed=first_seed + self.seed,
             monitor_samples=WATCHED,
         )
         self.run_seconds += time.process_time() - start

@@ -15,6 +15,7 @@ GROWTH = math.log(1e3)  # of the mean square, which the growth rule calls diverg
 
 
 KINDS = ("one", "staged")
+BOUNDARIES = (*KINDS, "again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Scores:
         growth: K·ln ρ(T_η) > ln 1000, and as a score.
         step_limit: η > 2(1+β)/λ_max(D).
         coherence_rule: The coherence rule.
+        again: A real run with other batches, in a predictor's place: what the batches alone leave open.
     """
 
     settings: int
@@ -55,6 +57,7 @@ class Scores:
     growth: Quality
     step_limit: Quality
     coherence_rule: Quality
+    again: Quality
 
 
 def scores(records: Sequence[Record]) -> Scores:
@@ -104,6 +107,7 @@ def scores(records: Sequence[Record]) -> Scores:
         growth=rule(growth > GROWTH, growth),
         step_limit=rule(np.array([r.lr > r.step_limit for r in records])),
         coherence_rule=rule(np.array([r.coherence_rule for r in records])),
+        again=rule(np.array([r.again for r in records])),
     )
 
 
@@ -132,7 +136,7 @@ def boundary_ratios(result: CellResult, kind: str) -> list[float]:
 
     Args:
         result: One cell's settings for one seed.
-        kind: "one" or "staged".
+        kind: "one", "staged", or "again" for the runs with other batches.
 
     Returns:
         Ratios, at most one a mix.

@@ -19,10 +19,10 @@ from stabkit._version import __version__
 from stabkit.bench.cells import Cell, cells_named
 from stabkit.bench.fitting import fit_calibration, reliability
 from stabkit.bench.records import HALVINGS, CellResult, Prediction, record_cell
-from stabkit.bench.scores import KINDS, boundary_ratios, pooled, scores
+from stabkit.bench.scores import BOUNDARIES, KINDS, boundary_ratios, pooled, scores
 from stabkit.calibration import Calibration, calibration
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def verify_cells(
@@ -113,13 +113,13 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         keys = list(dict.fromkeys(result.cell.key for result in mine))
         ratios = {
             kind: {key: [x for r in mine if r.cell.key == key for x in boundary_ratios(r, kind)] for key in keys}
-            for kind in KINDS
+            for kind in BOUNDARIES
         }
-        everything = {kind: [ratio for values in ratios[kind].values() for ratio in values] for kind in KINDS}
+        everything = {kind: [ratio for values in ratios[kind].values() for ratio in values] for kind in BOUNDARIES}
         summary["roles"][role] = {
             "pooled": asdict(pooled(mine)),
             "boundary_runs": HALVINGS * sum(b.observed is not None for r in mine for b in r.boundaries),
-            "boundary": {kind: _boundary(everything[kind]) for kind in KINDS},
+            "boundary": {kind: _boundary(everything[kind]) for kind in BOUNDARIES},
             "ratios": everything,
             "reliability": {kind: _reliability(mine, kind) for kind in KINDS},
             "cost": {
@@ -131,7 +131,7 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
             "cells": {
                 key: {
                     "scores": asdict(scores([x for r in mine if r.cell.key == key for x in r.records])),
-                    "boundary": {kind: _boundary(ratios[kind][key]) for kind in KINDS},
+                    "boundary": {kind: _boundary(ratios[kind][key]) for kind in BOUNDARIES},
                 }
                 for key in keys
             },

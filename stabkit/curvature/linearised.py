@@ -12,6 +12,8 @@ from stabkit.curvature.factors import SampleFactors
 from stabkit.losses import Loss
 from stabkit.preconditioner import Preconditioner
 
+FACTORED_AT_ONCE = 64  # samples, in float64
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinearisedSet:
@@ -76,16 +78,19 @@ class LinearisedSet:
             loss: The per-sample loss.
 
         Returns:
-            Factors V_i = L_i^T Φ_i of shape (m, O, r) and gradients Φ_i^T s_i of shape (m, r), float64.
+            Factors V_i with V_i^T V_i = (L_i^T Φ_i)^T (L_i^T Φ_i), shape (m, C, r) with C = min(O, r), and gradients
+            Φ_i^T s_i of shape (m, r), float64. Where a sample has more outputs than there are coordinates, as a language model's have,
+            V_i is the triangular factor of L_i^T Φ_i: later costs grow with C².
         """
-        outputs, features = self.outputs.double(), self.features.double()
-        targets = self.targets.double() if self.targets.is_floating_point() else self.targets
-        residual = loss.residual(outputs, targets).flatten(1)
-        return SampleFactors(
-            factors=loss.factor_transpose(outputs, targets, features).detach(),
-            gradients=torch.einsum("mor,mo->mr", features, residual),
-            population=self.population,
-        )
+        factors, gradients = [], []
+        for place in torch.arange(self.samples).split(FACTORED_AT_ONCE):
+            outputs, features, targets = (t[place] for t in (self.outputs, self.features, self.targets))
+            outputs, features = outputs.double(), features.double()
+            targets = targets.double() if targets.is_floating_point() else targets
+            rows = loss.factor_transpose(outputs, targets, features).detach()
+            factors.append(torch.linalg.qr(rows, mode="r").R if rows.shape[1] > rows.shape[2] else rows)
+            gradients.append(torch.einsum("mor,mo->mr", features, loss.residual(outputs, targets).flatten(1)))
+        return SampleFactors(factors=torch.cat(factors), gradients=torch.cat(gradients), population=self.population)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
