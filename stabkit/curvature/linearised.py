@@ -79,8 +79,8 @@ class LinearisedSet:
 
         Returns:
             Factors V_i with V_i^T V_i = (L_i^T Φ_i)^T (L_i^T Φ_i), shape (m, C, r) with C = min(O, r), and gradients
-            Φ_i^T s_i of shape (m, r), float64. Where a sample has more outputs than there are coordinates, as a language model's have,
-            V_i is the triangular factor of L_i^T Φ_i: later costs grow with C².
+            Φ_i^T s_i of shape (m, r), float64. Where a sample has more outputs than there are coordinates, as a language
+            model's have, V_i is the triangular factor of L_i^T Φ_i: later costs grow with C².
         """
         factors, gradients = [], []
         for place in torch.arange(self.samples).split(FACTORED_AT_ONCE):
