@@ -13,7 +13,6 @@ from torch import nn
 from stabkit.algorithms import NPO, SCRUB, FineTune, GradDiff, L1Sparse, RandomLabels, RemainNewton, SalUn, SFROn
 from stabkit.algorithms.base import Batch
 from stabkit.algorithms.random_labels import random_label_residual
-from stabkit.algorithms.sfr_on import diagonal_fisher
 from stabkit.losses import CrossEntropy, SquaredError, resolve_loss
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
@@ -387,11 +386,11 @@ def test_the_mask_compares_per_sample_fisher_information():
         mask = SFROn(threshold=ratio).preconditioner(problem).forget_mask
         assert torch.equal(mask == 1, fisher[0] >= ratio * fisher[1])
         assert 0 < float(mask.mean()) < 1
-    for found, samples in zip(fisher, (problem.forget, problem.retain), strict=True):
-        torch.testing.assert_close(diagonal_fisher(problem, samples, None), found, rtol=1e-9, atol=1e-15)
-    chosen = problem.retain.subset(5, seed=0)
-    expected = per_sample_gradients(problem, problem.retain)[chosen].square().mean(0)
-    torch.testing.assert_close(diagonal_fisher(problem, problem.retain, 5), expected, rtol=1e-9, atol=1e-15)
+    few = [
+        per_sample_gradients(problem, s)[s.subset(5, seed=0)].square().mean(0) for s in (problem.forget, problem.retain)
+    ]
+    mask = SFROn(fisher_samples=5).preconditioner(problem).forget_mask
+    assert torch.equal(mask == 1, (few[0] >= few[1]) & (few[0] > 0))
     assert SFROn().preconditioner_cost(problem) == 20
     assert SFROn(fisher_samples=5).preconditioner_cost(problem) == 10
     assert SFROn(fisher_samples=None).preconditioner_cost(problem) == 20

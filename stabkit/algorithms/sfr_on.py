@@ -10,11 +10,10 @@ from torch import Tensor
 
 from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
-from stabkit.curvature.gradients import gradient_blocks
+from stabkit.directions import fisher_diagonal
 from stabkit.losses import Loss
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
-from stabkit.samples import Samples
 
 LOSS_FLOOR = 0.01  # of the batch's mean loss: smaller losses weigh as much as this one would
 
@@ -106,7 +105,10 @@ class SFROn(Algorithm):
         Returns:
             The preconditioner. Cost: a per-sample gradient of every sample behind the Fisher information.
         """
-        forget, retain = (diagonal_fisher(problem, s, self.fisher_samples) for s in (problem.forget, problem.retain))
+        forget, retain = (
+            fisher_diagonal(problem, s, indices=s.subset(self.fisher_samples, seed=0))
+            for s in (problem.forget, problem.retain)
+        )
         mask = (forget >= self.threshold * retain) & (forget > 0)
         return PlainSteps(forget_mask=mask.to(problem.dtype))
 
@@ -140,21 +142,3 @@ class SFROn(Algorithm):
         weights = (losses.maximum(floor) / floor) ** -self.loss_power
         weights = weights * (losses.shape[1] / weights.sum(1, keepdim=True))
         return residual * weights.reshape(-1, *[1] * (residual.dim() - 1))
-
-
-def diagonal_fisher(problem: UnlearningProblem, samples: Samples, count: int | None) -> Tensor:
-    """mean_i (∂ℓ_i/∂θ_j)² at θ*: the diagonal of the empirical Fisher information.
-
-    Args:
-        problem: The unlearning problem.
-        samples: The set.
-        count: How many of its samples, drawn by a fixed seed; all when None.
-
-    Returns:
-        Vector of shape (d,), float64. Cost: one gradient a sample.
-    """
-    total = torch.zeros(problem.size, dtype=torch.float64, device=problem.device)
-    indices = samples.subset(count, seed=0)
-    for gradients in gradient_blocks(problem, samples, indices):
-        total += problem.flatten({name: g.double().square().sum(0) for name, g in gradients.items()})
-    return total / indices.numel()
