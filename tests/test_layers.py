@@ -14,7 +14,18 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 # From the bottom up; a module may import its own layer's package-mates and anything below. The order is the data's way:
 # problem -> curvature -> measured quantities -> stability -> prediction -> report -> verification.
 LAYERS = [
-    {"_version", "_errors", "_rng", "_progress", "_validate", "_table", "_serialise", "_memory", "_checkpoint", "precision"},
+    {
+        "_version",
+        "_errors",
+        "_rng",
+        "_progress",
+        "_validate",
+        "_table",
+        "_serialise",
+        "_memory",
+        "_checkpoint",
+        "precision",
+    },
     {"sampling", "schedules", "samples", "losses", "heavy_tail", "parallel", "calibration"},
     {"problem", "models", "training", "datasets"},
     {"preconditioner", "metrics"},

@@ -1,0 +1,289 @@
+"""What everything costs on the device: products, spectra, Grams, maps, predictions, layer exponents; what precision is lost.
+
+Times are medians of several after one to warm up, read when the device has finished. Products are also given in gradients (a
+forward and a backward pass) of the same network and batch. Peers are timed where they are installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import stabkit
+from benchmarks.gpu.store import Store, timed
+from benchmarks.gpu.tasks import Task
+from benchmarks.gpu.unlearning import problem_of
+from stabkit.algorithms import GradDiff
+from stabkit.boundary import frontier
+from stabkit.curvature import DataOperator, GGNOperator, HessianOperator, curvature_gram
+from stabkit.heavy_tail import layer_exponents
+from stabkit.measure import MeasureSettings, measure
+from stabkit.precision import arithmetic
+from stabkit.problem import UnlearningProblem
+from stabkit.runner import run
+from stabkit.spectrum import extreme_eigenpairs
+from stabkit.stability import LinearDynamics, stability_map
+
+BLOCK, ENDS, TOLERANCE, MAP_POINTS = 8, 5, 1e-3, 20
+GRAM_SAMPLES = (4, 2)  # times the batch over 8: retain and forget samples of the Gram
+LINEARISED = {"full": (100, 512, 256, 512), "small": (16, 40, 20, 16)}  # rank, retain, forget and spectrum samples
+NOT_INSTALLED = "not installed"
+
+
+def median(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median of several times, after one call to warm up."""
+    function()
+    return statistics.median(timed(function, device)[1] for _ in range(repeats))
+
+
+def subject(store: Store, task: Task, *, dtype: torch.dtype | None = None) -> UnlearningProblem:
+    """The trained network, asked to forget a random tenth."""
+    model = store.load_weights(f"original-{task.name}", task.build(0))
+    sets = task.sets("random10")
+    if dtype is None:
+        return problem_of(model, task, sets)
+    few = 2 * task.scale.batch  # what is read in another precision is checked in it first
+    retain, forget = ((x[:few], y[:few]) for x, y in (sets.retain, sets.forget))
+    return UnlearningProblem(model, forget, retain, dtype=dtype)
+
+
+def products(store: Store, task: Task) -> dict[str, Any]:
+    """Hessian and Gauss-Newton products of one batch, one vector and a block of eight, in gradients of that batch."""
+    problem, device, repeats = subject(store, task), store.device, task.scale.repeats
+    indices = torch.arange(task.scale.batch)
+    inputs, targets = problem.retain.batch(indices)
+    model = problem.new_model()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient() -> None:
+        torch.autograd.grad(nn.functional.cross_entropy(model(inputs), targets), parameters)
+
+    unit = median(gradient, device, repeats)
+    block = torch.randn(problem.size, BLOCK, generator=torch.Generator().manual_seed(1)).to(device)
+    rows: dict[str, Any] = {"gradient_seconds": unit, "batch": task.scale.batch, "parameters": problem.size}
+    for name, cls in (("hvp", HessianOperator), ("ggn", GGNOperator)):
+        for kept in (True, False):
+            operator: DataOperator = cls(problem, problem.retain, indices=indices, batch_size=task.scale.batch)
+            operator.kept = kept
+            which = "" if kept else "_not_kept"
+            rows[f"{name}{which}"] = median(lambda o=operator: o @ block[:, 0], device, repeats) / unit
+            if kept:
+                rows[f"{name}_of_{BLOCK}"] = median(lambda o=operator: o @ block, device, repeats) / unit / BLOCK
+            del operator
+    rows |= _curvlinops(model, parameters, (inputs, targets), block, unit, device, repeats)
+    return {"kind": "products", **rows}
+
+
+def _curvlinops(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    batch: tuple[Tensor, Tensor],
+    block: Tensor,
+    unit: float,
+    device: torch.device,
+    repeats: int,
+) -> dict[str, Any]:
+    """The same products by curvlinops."""
+    if importlib.util.find_spec("curvlinops") is None:
+        return {"curvlinops": NOT_INSTALLED}
+    import curvlinops
+
+    rows = {}
+    for name, cls in (("hvp", curvlinops.HessianLinearOperator), ("ggn", curvlinops.GGNLinearOperator)):
+        operator = cls(model, nn.CrossEntropyLoss(), parameters, [batch], check_deterministic=False)
+        rows[f"curvlinops_{name}"] = median(lambda o=operator: o @ block[:, 0], device, repeats) / unit
+        rows[f"curvlinops_{name}_of_{BLOCK}"] = median(lambda o=operator: o @ block, device, repeats) / unit / BLOCK
+    return rows
+
+
+def spectrum(store: Store, task: Task) -> dict[str, Any]:
+    """Five eigenpairs at each end, and the Gram of curvature factors."""
+    problem, device, batch = subject(store, task), store.device, task.scale.batch
+    indices = torch.arange(2 * batch)
+    operator = HessianOperator(problem, problem.retain, indices=indices)
+    operator @ torch.ones(problem.size, device=device)  # its graphs, and the device's kernels
+    pairs, seconds = timed(
+        lambda: extreme_eigenpairs(operator, ends=ENDS, tolerance=TOLERANCE, max_products=1000), device
+    )
+    retain, forget = (max(2, share * batch // 8) for share in GRAM_SAMPLES)
+    chosen = [torch.arange(retain), torch.arange(forget)]
+    gram, gram_seconds = timed(
+        lambda: curvature_gram(problem, (problem.retain, problem.forget), indices=chosen), device
+    )
+    return {
+        "kind": "spectrum",
+        "samples": 2 * batch,
+        "eigen_seconds": seconds,
+        "eigen_products": pairs.products,
+        "eigen_residual": float(pairs.residuals.max()) / pairs.scale,
+        "eigen_converged": pairs.converged,
+        "largest": pairs.largest,
+        "smallest": pairs.smallest,
+        "gram_seconds": gram_seconds,
+        "gram_samples": list(gram.sizes),
+        "gram_rows": gram.matrix.shape[0],
+        "gram_passes": gram.passes,
+    }
+
+
+def predictions(store: Store, task: Task) -> dict[str, Any]:
+    """`predict` in two modes, a map of 400 settings both ways, and the runs that they are about."""
+    problem, device, scale = subject(store, task), store.device, task.scale
+    model, sets = problem.new_model(), task.sets("random10")
+    plain = GradDiff(mix=0.2, batch_size=scale.batch_size[task.name])
+    sizes = dict(scale.measured[task.name])
+    rows: dict[str, Any] = {"kind": "predictions", "run_steps": list(scale.run_steps)}
+
+    rank, retain, forget, watched = LINEARISED[scale.name]
+    settings = MeasureSettings(
+        curvature="hessian", rank=rank, retain_samples=retain, forget_samples=forget, spectrum_samples=watched, seed=0
+    )
+    shortest = plain.replace(steps=scale.run_steps[0])
+    measurement, rows["measure"] = timed(lambda: measure(problem, shortest, settings), device)
+    rows["measure_stages"] = {cost.stage: cost.seconds for cost in measurement.costs}
+    rows["captured"] = measurement.network.captured
+    sizes_of_batches = shortest.batch_sizes(problem)
+    centre = 2 / float(torch.linalg.eigvalsh(measurement.retain.mean())[-1])
+    lrs = np.geomspace(centre / 100, centre * 10, MAP_POINTS).tolist()
+    mixes = np.linspace(0, 1, MAP_POINTS).tolist()
+    _, rows["map_of_400_rolled_out"] = timed(
+        lambda: frontier(measurement.network, shortest, lr=lrs, mix=mixes, batch_sizes=sizes_of_batches, seeds=(0,)),
+        device,
+    )
+    dynamics = LinearDynamics(
+        retain=measurement.retain,
+        forget=measurement.forget,
+        mix=0.2,
+        batch_sizes=sizes_of_batches,
+        sampling=shortest.sampling,
+    )
+    _, rows["map_of_400_exact"] = timed(lambda: stability_map(dynamics, {"lr": lrs, "mix": mixes}), device)
+    own = (
+        sizes if scale.name == "small" else {"seeds": sizes["seeds"]}
+    )  # the mode's own sizes where there is time for them
+    for name, mode, multiplied, given in (
+        ("predict_tf32", "standard", "tf32", sizes),
+        ("predict_fast", "fast", "float32", own),
+        ("predict_standard", "standard", "float32", sizes),
+    ):
+        report, rows[name] = timed(
+            lambda mode=mode, multiplied=multiplied, given=given: stabkit.predict(
+                model, sets.forget, sets.retain, algorithm=shortest, mode=mode, precision=multiplied, **given
+            ),
+            device,
+        )
+        rows[f"{name}_critical_lr"] = report.critical_lr
+        rows[f"{name}_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
+    safe = 0.1 * min(report.critical_lr, report.thresholds.step_limit)
+    for steps in scale.run_steps:
+        algorithm = plain.replace(lr=safe, steps=steps)
+        result, rows[f"run_{steps}"] = timed(
+            lambda algorithm=algorithm: run(problem, algorithm, monitor_samples=scale.watched), device
+        )
+        rows[f"run_{steps}_gradients"] = result.gradient_equivalents
+        rows[f"run_{steps}_diverged"] = result.diverged
+    return rows
+
+
+def exponents(store: Store, task: Task) -> dict[str, Any]:
+    """Heavy-tailed exponents of every layer on the device, on the CPU, and by weightwatcher."""
+    model = store.load_weights(f"original-{task.name}", task.build(0))
+    device, host = store.device, torch.device("cpu")
+    repeats = min(3, task.scale.repeats)
+    rows: dict[str, Any] = {"kind": "exponents"}
+    table, _ = timed(lambda: layer_exponents(model, shuffles=0), device)
+    rows["device"] = median(lambda: layer_exponents(model, shuffles=0), device, repeats)
+    rows["device_with_shuffles"] = timed(lambda: layer_exponents(model), device)[1]
+    rows["cpu"] = median(lambda: layer_exponents(model, shuffles=0, device="cpu"), device, repeats)
+    other = layer_exponents(model, shuffles=0, device="cpu")
+    ours = {row.name: row.exponent for row in table.rows}
+    rows["layers"] = len(ours)
+    rows["largest_difference_to_cpu"] = _apart(ours, {row.name: row.exponent for row in other.rows})
+    if importlib.util.find_spec("weightwatcher") is None:
+        return {**rows, "weightwatcher": NOT_INSTALLED}
+    with _silence():
+        import weightwatcher
+
+        copied = task.build(0)
+        copied.load_state_dict(model.to(host).state_dict())
+        found, rows["weightwatcher"] = timed(
+            lambda: weightwatcher.WeightWatcher(model=copied).analyze(pool=True), device
+        )
+    theirs = {row["longname"]: row["alpha"] for row in found.to_dict("records")}
+    return {**rows, "largest_difference_to_weightwatcher": _apart(ours, theirs)}
+
+
+def _apart(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """Largest difference over the layers that both have."""
+    shared = ours.keys() & theirs.keys()
+    return max((abs(ours[name] - theirs[name]) for name in shared if np.isfinite(theirs[name])), default=float("nan"))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what weightwatcher prints and logs."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def precision(store: Store, task: Task) -> dict[str, Any]:
+    """Relative errors of a Hessian product in tf32 and bfloat16 beside float32, against float64."""
+    indices = torch.arange(task.scale.batch)
+    generator = torch.Generator().manual_seed(2)
+    exact = subject(store, task, dtype=torch.float64)
+    plain = subject(store, task, dtype=torch.float32)
+    leaves = {name: p.detach().requires_grad_() for name, p in exact.parameters.items()}
+    inputs, targets = exact.retain.batch(indices)
+    with torch.enable_grad():
+        loss = exact.loss.per_sample(exact.outputs(leaves, inputs), targets).mean()
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+    directions = {
+        "random direction": torch.randn(exact.size, generator=generator, dtype=torch.float64).to(store.device),
+        "gradient": torch.cat([g.reshape(-1) for g in gradients]),
+    }
+    rows: dict[str, Any] = {"kind": "precision", "batch": task.scale.batch, "errors": {}}
+    for name, vector in directions.items():
+        vector = vector / vector.norm()
+        truth = HessianOperator(exact, exact.retain, indices=indices) @ vector
+        found = {}
+        for how, multiplied, lowered in (
+            ("float32", arithmetic("float32"), False),
+            ("as PyTorch multiplies by default", contextlib.nullcontext(), False),
+            ("tf32", arithmetic("tf32"), False),
+            ("bfloat16 autocast", arithmetic("float32"), True),
+        ):
+            with multiplied, torch.autocast(store.device.type, torch.bfloat16, enabled=lowered):
+                operator = HessianOperator(plain, plain.retain, indices=indices)
+                operator.kept = False
+                product = (operator @ vector.float()).double()
+            found[how] = {
+                "relative_error": float((product - truth).norm() / truth.norm()),
+                "curvature_error": float(vector @ (product - truth)) / float(vector @ truth),
+            }
+        rows["errors"][name] = found
+    return rows
+
+
+PARTS: dict[str, Callable[[Store, Task], dict[str, Any]]] = {
+    "products": products,
+    "spectrum": spectrum,
+    "predictions": predictions,
+    "exponents": exponents,
+    "precision": precision,
+}

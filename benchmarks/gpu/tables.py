@@ -1,0 +1,485 @@
+"""A page of tables from what the jobs left.
+
+    PYTHONPATH=. python benchmarks/gpu/tables.py FOLDER PAGE
+
+FOLDER holds results.json and predictions.json, as `run.py` gathers them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.store import canonical, sha256
+from stabkit._serialise import write_atomically
+from stabkit.bench.records import Prediction, Record
+from stabkit.bench.scores import Scores, scores
+
+THOROUGH = "thorough"  # mode whose predictions have a boundary and no probability
+NETWORKS = {
+    "full": {
+        "resnet18": "ResNet-18",
+        "vit": "vision transformer",
+        "lm": "language model",
+        "lm-gpt2": "language model of GPT-2's size",
+    },
+    "small": {
+        "resnet18": "tiny ResNet",
+        "vit": "tiny vision transformer",
+        "lm": "tiny language model",
+        "lm-gpt2": "tiny language model, two layers",
+    },
+}
+# FA, RA, TA, MIA, average gap and KL of SFR-on's table: CIFAR-10, ResNet-18, random 10 %, per cent.
+PAPER = {
+    "gold": (95.62, 100.0, 95.34, 74.84, 0.0, 0.10),
+    "ga": (93.91, 93.76, 87.00, 77.19, 4.66, 0.36),
+    "salun": (100.0, 99.99, 94.89, 67.54, 3.03, 0.27),
+    "scrub": (99.44, 99.88, 94.13, 87.43, 4.43, 0.25),
+    "sfr_on": (96.58, 99.88, 94.19, 72.26, 1.20, 0.15),
+}
+PUBLISHED_AS = {
+    "sfr_on-paper": "sfr_on",
+    "ga-sfr_on-paper": "ga",
+    "salun-torchunlearn": "salun",
+    "scrub-torchunlearn": "scrub",
+}
+
+
+def write(folder: str | Path, page: str | Path) -> Path:
+    """Write the page.
+
+    Args:
+        folder: Where results.json and predictions.json lie.
+        page: The page.
+
+    Returns:
+        The page's path.
+    """
+    place = Path(folder)
+    results = dict(sorted(_load(place / "results.json").items(), key=lambda item: item[1]["started"]))
+    predictions = _load(place / "predictions.json")
+    failures = _load(place / "failures.json")
+    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, entry in results.items():
+        kinds.setdefault(entry["result"]["kind"], {})[key] = entry
+    cells = {key: entry["result"] for key, entry in kinds.get("cell", {}).items()}
+    names = NETWORKS[next((entry["scale"] for entry in results.values()), "full")]
+    parts = [
+        _head(results, failures),
+        _training(kinds.get("training", {}), names),
+        _quality(cells, predictions, names),
+        _cells(cells, predictions),
+        _published(kinds.get("published", {})),
+        *(_audit(entry["result"], names) for entry in kinds.get("audit", {}).values()),
+        _cost(cells, kinds.get("published", {}), kinds.get("predictions", {})),
+        _speed(kinds),
+        _order(results, predictions),
+    ]
+    return write_atomically(page, "\n\n".join(part for part in parts if part) + "\n")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+# ---------------------------------------------------------------------- sections
+
+
+def _head(results: dict[str, Any], failures: dict[str, Any]) -> str:
+    """What this is and where it was made."""
+    lines = ["# GPU experiments: predict first, then run"]
+    if not results:
+        return "\n\n".join([*lines, "No job has left a result yet."])
+    last = max(results.values(), key=lambda entry: entry["finished"])
+    scales, devices = ({entry[key] for entry in results.values()} for key in ("scale", "device"))
+    if "small" in scales:
+        lines.append(
+            "**This is the reduced proof at CPU scale and no GPU result**: tiny stand-ins of the networks, some hundred\n"
+            "images, twenty people, few steps and seeds. It shows that every job runs, in the same way as on a GPU, and\n"
+            "nothing about ResNet-18, GPT-2 or speed."
+        )
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in last["versions"].items())
+    multiplied = ", ".join(f"{name} {how}" for name, how in last["arithmetic"].items())
+    seconds = sum(entry["seconds"] for entry in results.values())
+    lines.append(
+        f"`PYTHONPATH=. python benchmarks/gpu/run.py --scale {'/'.join(sorted(scales))}` on {', '.join(sorted(devices))}: "
+        f"{len(results)} jobs in {seconds / 60:.1f} minutes, {len(failures)} failed.\n{versions}.\n"
+        "BatchNorm is frozen in runs and predictions, the library's default, but where a cell says `batch`.\n"
+        f"Predictions multiply float32 in float32, runs as PyTorch does by default ({multiplied})."
+    )
+    for key, entry in failures.items():
+        lines.append(f"Failed: `{key}`, {entry['error'].strip().splitlines()[-1]}")
+    return "\n\n".join(lines)
+
+
+def _training(entries: dict[str, Any], names: dict[str, str]) -> str:
+    """Accuracies as measured."""
+    if not entries:
+        return ""
+    rows = [
+        (
+            names[r["task"]],
+            r["deletion"] or "nothing",
+            f"{r['parameters']:,}",
+            r["epochs"],
+            f"{100 * r['train_accuracy']:.2f}",
+            f"{100 * r['test_accuracy']:.2f}",
+            f"{r['train_seconds']:.1f}",
+        )
+        for r in (entry["result"] for entry in entries.values())
+    ]
+    columns = ("network", "left out", "parameters", "epochs", "train accuracy %", "test accuracy %", "seconds")
+    return "## Networks\n\nAccuracies without augmentation, as measured.\n\n" + _table(columns, rows)
+
+
+def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str, str]) -> str:
+    """Predictions against runs, network by network."""
+    if not cells:
+        return ""
+    rows = []
+    for task, name in names.items():
+        mine = {k: c for k, c in cells.items() if c["cell"]["task"] == task and c["cell"]["mode"] != THOROUGH}
+        if not mine:
+            continue
+        found = _scores(mine, predictions)
+        rows.append((
+            name,
+            len(mine),
+            found.settings,
+            f"{found.share_diverged:.2f}",
+            _number(found.one.balanced_accuracy),
+            _number(found.step_limit.balanced_accuracy),
+            _number(found.again.balanced_accuracy),
+            _number(found.one.auc),
+            _number(found.one.brier),
+            _number(found.one.step_ratio),
+            *_ratios(mine.values()),
+        ))
+    return "\n\n".join([
+        "## Predictions against runs",
+        "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary predicted for each mix.\n"
+        "Beside the balanced accuracy stand that of η > 2(1+β)/λ_max(D) and that of another real run, with other batches.\n"
+        "Ratios are of predicted over observed critical step sizes, where the grid brackets one.",
+        _table(
+            (
+                "network",
+                "cells",
+                "runs",
+                "diverged",
+                "balanced accuracy",
+                "2/λ_max",
+                "another run",
+                "AUC",
+                "Brier",
+                "divergence step, predicted / observed",
+                "boundaries",
+                "median ratio",
+                "within 1.5",
+                "within 2",
+            ),
+            rows,
+        ),
+    ])
+
+
+def _cells(cells: dict[str, Any], predictions: dict[str, Any]) -> str:
+    """The same, cell by cell."""
+    if not cells:
+        return ""
+    rows = []
+    for key, found in cells.items():
+        advised, scored = found["advised"], _scores({key: found}, predictions)
+        edges = [f"{_number(b['predicted'])} / {_number(b['observed'])}" for b in found["boundaries"]]
+        rows.append((
+            _name(found["cell"]),
+            scored.settings,
+            f"{scored.share_diverged:.2f}",
+            _number(scored.one.balanced_accuracy),
+            "–" if found["cell"]["mode"] == THOROUGH else _number(scored.one.auc),
+            " · ".join(edges),
+            f"{_number(advised['lr'])}: {'diverged' if advised['diverged'] else 'stable'}",
+        ))
+    return "\n\n".join([
+        "## Cell by cell",
+        "Critical step sizes, predicted / observed, for each mix; – where none was found in the scan, or the grid does not\n"
+        "bracket one. The advised step is half the largest that no rollout broke at.",
+        _table(("cell", "runs", "diverged", "balanced accuracy", "AUC", "critical step size", "advised step"), rows),
+    ])
+
+
+def _published(entries: dict[str, Any]) -> str:
+    """Published settings: said, reported, happened."""
+    if not entries:
+        return ""
+    rows, notes = [], []
+    for entry in entries.values():
+        r = entry["result"]
+        said, run = r["said"], r["run"]
+        happened = (
+            f"diverged at {run['divergence_step']}" if run["diverged"] else f"retain loss {_number(run['retain_loss'])}"
+        )
+        rows.append((
+            r["name"],
+            _number(r["settings"]["lr"]),
+            r["settings"]["steps"],
+            f"{said['verdict']}, P = {said['probability']:.2f}",
+            _number(said["critical_lr"]),
+            r["outcome"],
+            happened,
+        ))
+        notes.append(f"- {r['name']}: {r['source']}. {r['differs']}.")
+    columns = ("setting", "step size", "steps", "predicted", "critical step size", "published", "here")
+    return "\n\n".join(["## Published settings", _table(columns, rows), "\n".join(notes)])
+
+
+def _audit(found: dict[str, Any], names: dict[str, str]) -> str:
+    """Methods by their gap to the retrained network, and the published order beside it."""
+    rows = []
+    ours = {}
+    for name, entry in found["models"].items():
+        values = [_share(entry, key) for key in ("forget_accuracy", "retain_accuracy", "test_accuracy", "mia")]
+        gap = entry["average_gap"]["value"] if entry.get("average_gap") else None
+        method = _method(name)
+        paper = PAPER.get(method) if found["deletion"] == "random10" else None
+        if method in PAPER and method != "gold" and gap is not None:
+            ours[method] = min(gap, ours.get(method, math.inf))
+        rows.append((
+            gap if gap is not None else -1.0,
+            (
+                name,
+                *values,
+                "–" if gap is None else f"{100 * gap:.2f}",
+                _number(entry["kl_forget"]["value"] if entry.get("kl_forget") else None),
+                " ".join(f"{v:.2f}" for v in paper[:4]) if paper else "–",
+                f"{paper[4]:.2f}" if paper else "–",
+            ),
+        ))
+    rows.sort(key=lambda row: row[0])
+    forget, retain, test = found["sizes"]
+    text = [
+        f"## Methods against a retrained network: {names[found['task']]}, {found['deletion']}",
+        f"{forget} to forget, {retain} to retain, {test} test, per cent. MIA is the share of the forget set called member\n"
+        f"by {found['attack']}; the gap is the mean difference to the retrained network in FA, RA, TA and MIA. Models\n"
+        "named as algorithms are those of the cells, at the advised step. Published: SFR-on's table, of ResNet-18.",
+        _table(
+            ("model", "FA", "RA", "TA", "MIA", "gap", "KL, forget set", "published FA RA TA MIA", "published gap"),
+            [row for _, row in rows],
+        ),
+    ]
+    if len(ours) > 1 and found["deletion"] == "random10":
+        order = sorted(ours, key=lambda name: ours[name])
+        theirs = sorted(ours, key=lambda name: PAPER[name][4])
+        text.append(f"By gap, best first: {' < '.join(order)} here; {' < '.join(theirs)} as published.")
+    return "\n\n".join(text)
+
+
+def _cost(cells: dict[str, Any], published: dict[str, Any], timings: dict[str, Any]) -> str:
+    """What a prediction costs beside the run that it is about."""
+    rows = []
+    for entry in timings.values():
+        r = entry["result"]
+        for steps in r["run_steps"]:
+            for mode in ("fast", "standard"):
+                rows.append((
+                    f"predict, mode {mode}, against a run of {steps} steps",
+                    _number(r[f"predict_{mode}"]),
+                    _number(r[f"run_{steps}"]),
+                    _number(r[f"predict_{mode}"] / r[f"run_{steps}"]),
+                    _number(r[f"predict_{mode}_gradients"] / r[f"run_{steps}_gradients"]),
+                ))
+    for entry in published.values():
+        r = entry["result"]
+        if not r["run"]["diverged"]:
+            seconds, gradients = r["seconds"], r["gradients"]
+            rows.append((
+                f"{r['name']}, {r['settings']['steps']} steps",
+                _number(seconds["predict"]),
+                _number(seconds["run"]),
+                _number(seconds["predict"] / seconds["run"]),
+                _number(gradients["predict"] / gradients["run"]),
+            ))
+    for found in cells.values():
+        seconds, gradients = found["seconds"], found["gradients"]
+        if seconds["full_run"]:
+            rows.append((
+                f"{_name(found['cell'])}, {found['steps']} steps",
+                _number(seconds["predict"]),
+                _number(seconds["full_run"]),
+                _number(seconds["predict"] / seconds["full_run"]),
+                _number(gradients["predict"] / gradients["full_run"]),
+            ))
+    if not rows:
+        return ""
+    return "\n\n".join([
+        "## What a prediction costs",
+        "In seconds of wall clock, and as a share of one run, in seconds and in per-sample gradients.\n"
+        "Runs of cells are short.",
+        _table(("prediction", "seconds", "run, seconds", "share", "share in gradients"), rows),
+    ])
+
+
+def _speed(kinds: dict[str, dict[str, Any]]) -> str:
+    """Timings as they are, name by name."""
+    titles = {
+        "products": "Products, in gradients of the same batch",
+        "spectrum": "Spectrum and Gram",
+        "predictions": "Predictions and maps, seconds",
+        "exponents": "Layer exponents, seconds",
+    }
+    parts = []
+    for kind, title in titles.items():
+        for entry in kinds.get(kind, {}).values():
+            rows = [
+                (name.replace("_", " "), _shown(value))
+                for name, value in entry["result"].items()
+                if name != "kind" and not isinstance(value, dict)
+            ]
+            rows += [
+                (f"measure: {name}", _shown(value)) for name, value in entry["result"].get("measure_stages", {}).items()
+            ]
+            parts += [f"### {title}", _table(("what", "value"), rows)]
+    for entry in kinds.get("precision", {}).values():
+        rows = [
+            (direction, how, f"{error['relative_error']:.1e}", f"{error['curvature_error']:+.1e}")
+            for direction, found in entry["result"]["errors"].items()
+            for how, error in found.items()
+        ]
+        parts += [
+            "### A Hessian product in lower precision, against float64",
+            _table(("vector", "arithmetic", "‖Hv - exact‖/‖exact‖", "relative error of vᵀHv"), rows),
+        ]
+    return "\n\n".join(["## Speed and precision", *parts]) if parts else ""
+
+
+def _order(results: dict[str, Any], predictions: dict[str, Any]) -> str:
+    """That predictions came before runs."""
+    rows, before, whole = [], 0, 0
+    for key, entry in results.items():
+        mark = entry["result"].get("predictions")
+        if mark is None:
+            continue
+        first = entry["result"]["first_run"]
+        held = key in predictions and sha256(canonical(predictions[key])) == mark["sha256"]
+        before += mark["made"] < first
+        whole += held
+        rows.append((key, mark["made"], first, f"`{mark['sha256'][:16]}…`", "yes" if held else "no"))
+    if not rows:
+        return ""
+    return "\n\n".join([
+        "## Predictions came first",
+        f"{before} of {len(rows)} predictions were made before their first run; {whole} still have the SHA-256 that their\n"
+        "runs read.",
+        _table(("job", "predicted", "first run", "SHA-256", "unchanged"), rows),
+    ])
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+def _scores(cells: dict[str, Any], predictions: dict[str, Any]) -> Scores:
+    """Quality over all runs of some cells."""
+    said = {key: predictions[key]["predictions"]["mixes"] for key in cells}
+    return scores([record for key, found in cells.items() for record in _records(found, said[key])])
+
+
+def _records(found: dict[str, Any], said: list[dict[str, Any]]) -> Iterator[Record]:
+    """A cell's runs as the benchmark has them; of the kinds of rollout there is but one."""
+    limits = {line["mix"]: line["step_limit"] for line in said}
+    points = {(line["mix"], point["lr"]): point for line in said for point in line["grid"]}
+    for setting in found["settings"]:
+        point, limit = points[setting["mix"], setting["lr"]], limits[setting["mix"]]
+        one = Prediction(
+            probability=point["probability"],
+            scores=() if point["score"] is None else (point["score"],),
+            step=point["divergence_step"],
+        )
+        for place, diverged in enumerate(setting["diverged"]):
+            yield Record(
+                lr=setting["lr"],
+                mix=setting["mix"],
+                one=one,
+                staged=one,
+                growth=math.nan,
+                step_limit=math.inf if limit is None else limit,
+                coherence_rule=False,
+                diverged=diverged,
+                divergence_step=setting["divergence_step"][place],
+                again=setting["diverged"][place - 1],
+            )
+
+
+def _ratios(cells: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """Boundaries that both sides have, the median ratio, and the shares within 1.5 and 2."""
+    ratios = [
+        b["predicted"] / b["observed"]
+        for found in cells
+        for b in found["boundaries"]
+        if b["predicted"] is not None and b["observed"] is not None
+    ]
+    if not ratios:
+        return ("0", "–", "–", "–")
+    away = np.abs(np.log(ratios))
+    return (
+        str(len(ratios)),
+        f"{np.median(ratios):.2f}",
+        f"{(away <= math.log(1.5)).mean():.2f}",
+        f"{(away <= math.log(2)).mean():.2f}",
+    )
+
+
+def _name(spec: dict[str, Any]) -> str:
+    """A cell's name."""
+    extra = [spec[key] for key, plain in (("mode", "standard"), ("batchnorm", "frozen")) if spec[key] != plain]
+    return ", ".join([spec["task"], spec["deletion"], spec["algorithm"], *extra])
+
+
+def _method(name: str) -> str:
+    """Which row of the published table a model belongs to."""
+    if name.startswith("published-"):
+        return PUBLISHED_AS.get(name.removeprefix("published-"), "")
+    return name
+
+
+def _share(entry: dict[str, Any], key: str) -> str:
+    """A share in per cent."""
+    return f"{100 * entry[key]['value']:.2f}" if entry.get(key) else "–"
+
+
+def _shown(value: Any) -> str:
+    """Any plain value."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return str(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else _number(value)
+
+
+def _number(value: float | None) -> str:
+    """Three digits, or a dash where there is no number."""
+    return "–" if value is None or math.isnan(value) else f"{value:.3g}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("page", type=Path)
+    options = parser.parse_args()
+    write(options.folder, options.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""The GPU experiments at a size that a test has time for: the list of jobs, resuming, predictions that come first."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.gpu import speed, tables
+from benchmarks.gpu.run import Job, jobs, work
+from benchmarks.gpu.scale import FULL, SMALL, Scale, Training
+from benchmarks.gpu.store import Store, arithmetic_now, canonical, sha256
+from benchmarks.gpu.tasks import PADDING, Task, augmented, fit
+from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of
+from stabkit.datasets import digits
+from stabkit.models import MLP, ResNet
+
+pytestmark = pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+
+CPU = torch.device("cpu")
+
+
+class OnDigits(Scale):
+    """The small scale with images that are there without a download."""
+
+    def data(self, task):
+        return super().data(task) if task.startswith("lm") else digits()
+
+
+TINY = OnDigits(**{
+    **SMALL.__dict__,
+    "people": {"people": 10, "test_people": 3, "facts": 1},
+    "networks": {**SMALL.networks, "vit": {"patch": 4, "width": 8, "depth": 1, "heads": 2}},
+    "training": {
+        "resnet18": replace(SMALL.training["resnet18"], epochs=8, batch_size=64),
+        "vit": replace(SMALL.training["vit"], epochs=3, batch_size=64),
+        "lm": replace(SMALL.training["lm"], epochs=40),
+        "lm-gpt2": replace(SMALL.training["lm-gpt2"], epochs=5),
+    },
+    "steps": dict.fromkeys(SMALL.steps, 8),
+    "points": 4,
+})
+
+
+def chosen(*keys):
+    found = {job.key: job for job in jobs()}
+    return [found[key] for key in keys]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a call leaves: a trained network, one retrained, two cells, and the audit of what they left."""
+    place = tmp_path_factory.mktemp("gpu")
+    store, said = Store(place, "small", CPU), []
+    keys = ("train-resnet18", "gold-resnet18-random10", "cell-resnet18-random10-graddiff", "cell-resnet18-random10-ga")
+    audit = replace(chosen("audit-resnet18-random10")[0], after=keys[2:])
+    work(store, TINY, [*chosen(*keys), audit], minutes=100, say=said.append)
+    store.pack()
+    tables.write(place, place / "page.md")
+    assert [line.split(":")[0] for line in said] == [f"ok {key}" for key in (*keys, "audit-resnet18-random10")]
+    return place
+
+
+# ---------------------------------------------------------------------- the list of jobs
+
+
+def test_every_job_comes_after_what_it_needs_and_fits_into_a_call():
+    keys = [job.key for job in jobs()]
+    assert len(set(keys)) == len(keys)
+    for place, job in enumerate(jobs()):
+        assert {*job.needs, *job.after} <= set(keys[:place]), job.key
+        assert 0 < job.minutes < 9, job.key
+
+
+def test_jobs_cover_every_network_deletion_and_algorithm_that_is_asked_for():
+    keys = {job.key for job in jobs()}
+    for deletion in ("random10", "class", "random50"):
+        for algorithm in ("ga", "graddiff", "agu", "sragu", "salun", "scrub", "sfr_on"):
+            assert f"cell-resnet18-{deletion}-{algorithm}" in keys
+        assert {f"gold-resnet18-{deletion}", f"audit-resnet18-{deletion}"} <= keys
+    assert {f"cell-lm-gpt2-people-{a}" for a in ("ga", "graddiff", "npo")} <= keys
+    assert {"cell-resnet18-random10-graddiff-batch", "cell-vit-class-graddiff-thorough"} <= keys
+    assert {f"published-{setting.name}" for setting in PUBLISHED} | {f"speed-{part}" for part in speed.PARTS} <= keys
+
+
+def test_the_full_scale_has_the_networks_that_it_speaks_of():
+    resnet = Task("resnet18", replace(FULL, images=40, test_images=10), CPU)
+    resnet.__dict__["_split"] = (torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    assert (
+        sum(p.numel() for p in resnet.build(0).parameters()) == 11_173_962
+    )  # ResNet-18 with CIFAR's stem, ten classes
+    settings = FULL.networks["lm-gpt2"]
+    assert (settings["width"], settings["depth"], settings["heads"]) == (768, 12, 12)
+    assert 85e6 * (FULL.measured["lm-gpt2"]["rank"] + 12) < 2**31  # what torch.linalg.qr takes on CUDA
+
+
+# ---------------------------------------------------------------------- predictions first
+
+
+def test_predictions_are_on_disk_before_the_first_run_and_are_what_is_run(folder):
+    for key in ("cell-resnet18-random10-graddiff", "cell-resnet18-random10-ga"):
+        result = json.loads((folder / "jobs" / f"{key}.json").read_text())["result"]
+        text = (folder / "predictions" / f"{key}.json").read_text()
+        said, mark = json.loads(text), result["predictions"]
+        assert mark["sha256"] == sha256(text)
+        assert mark["made"] == said["made"] < result["first_run"]
+        lines = said["predictions"]["mixes"]
+        assert [line["mix"] for line in lines] == ([1.0] if key.endswith("-ga") else list(TINY.mixes))
+        told = [(line["mix"], point["lr"]) for line in lines for point in line["grid"]]
+        assert [(s["mix"], s["lr"]) for s in result["settings"]] == told
+        for line, edge in zip(lines, result["boundaries"], strict=True):
+            assert edge["predicted"] == line["critical_lr"]
+            assert line["grid"][-1]["lr"] == pytest.approx(TINY.span**2 * line["grid"][0]["lr"])
+        outcomes = [s["diverged"] for s in result["settings"]]
+        assert {len(over_seeds) for over_seeds in outcomes} == {len(TINY.seeds)}
+        assert {diverged for over_seeds in outcomes for diverged in over_seeds} == {True, False}
+
+
+def test_runs_follow_the_file_of_predictions_whatever_it_says(folder):
+    store, key = Store(folder, "small", CPU), "cell-resnet18-random10-graddiff"
+    path = folder / "predictions" / f"{key}.json"
+    kept = path.read_text()
+    other = json.loads(kept)
+    other["predictions"]["mixes"] = other["predictions"]["mixes"][:1]
+    other["predictions"]["mixes"][0]["grid"] = [{**other["predictions"]["mixes"][0]["grid"][0], "lr": 1e-6}]
+    path.write_text(canonical(other))
+    try:
+        found = cell(
+            store, Task("resnet18", TINY, CPU), Cell(task="resnet18", deletion="random10", algorithm="graddiff"), key
+        )
+    finally:
+        path.write_text(kept)
+    assert [s["lr"] for s in found["settings"]] == [1e-6]
+    assert found["settings"][0]["diverged"] == [False] * len(TINY.seeds)
+    assert found["boundaries"][0]["observed"] is None
+    assert found["predictions"]["sha256"] == sha256(canonical(other)) != sha256(kept)
+
+
+def test_the_page_tells_predictions_that_were_changed_afterwards(folder, tmp_path):
+    for name in ("results", "predictions"):
+        (tmp_path / f"{name}.json").write_text((folder / f"{name}.json").read_text())
+    assert "2 still have the SHA-256" in tables.write(tmp_path, tmp_path / "page.md").read_text()
+    changed = json.loads((tmp_path / "predictions.json").read_text())
+    changed["cell-resnet18-random10-ga"]["predictions"]["mixes"][0]["grid"][0]["probability"] = 1.0
+    (tmp_path / "predictions.json").write_text(json.dumps(changed))
+    page = tables.write(tmp_path, tmp_path / "page.md").read_text()
+    assert "2 of 2 predictions were made before their first run; 1 still have the SHA-256" in page
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+def test_a_second_call_does_nothing_that_is_done(folder):
+    said = []
+    assert work(Store(folder, "small", CPU), TINY, chosen("train-resnet18"), minutes=100, say=said.append) == []
+    assert said == []
+
+
+def test_what_fails_stops_nothing_else_and_is_not_tried_again_unasked(tmp_path):
+    store, said, tries = Store(tmp_path, "small", CPU), [], []
+
+    def make(store, task):
+        tries.append(task.name)
+        if len(tries) == 1:
+            raise ValueError("no such luck: 17")
+        return {"kind": "luck", "tries": len(tries)}
+
+    plain = Job(key="luck", task="lm", minutes=1.0, needs=(), make=make)
+    waits = Job(key="waits", task="lm", minutes=1.0, needs=("luck",), make=make)
+    goes_on = Job(key="goes-on", task="lm", minutes=1.0, needs=(), make=make, after=("luck",))
+    assert work(store, TINY, [plain, waits, goes_on], minutes=9, say=said.append) == ["goes-on"]
+    assert said[:2] == ["!! luck: ValueError: no such luck: 17", "-- waits: needs luck"]
+    assert "no such luck: 17" in json.loads((tmp_path / "failures.json").read_text())["luck"]["error"]
+    assert work(store, TINY, [plain], minutes=9, say=said.append) == []
+    assert said[-1] == "-- luck: failed before"
+    assert work(store, TINY, [plain, waits], minutes=9, retry=True, say=said.append) == ["luck", "waits"]
+    assert store.result("luck")["result"] == {"kind": "luck", "tries": 3}
+    assert not (tmp_path / "failures.json").exists()
+
+
+def test_no_job_is_begun_that_would_outlast_the_call(tmp_path):
+    store, said = Store(tmp_path, "full", CPU), []
+    scale = OnDigits(**{**TINY.__dict__, "name": "full"})
+    done = [Job(key=f"n{m}", task="lm", minutes=m, needs=(), make=lambda store, task: {"kind": "none"}) for m in (8, 2)]
+    assert work(store, scale, done, minutes=7.9, say=said.append) == ["n2"]
+    assert said[0] == "-- n8: would take some 8.0 minutes of the 7.9 left"
+    # What took twice as long as estimated makes all others twice as long.
+    store.write("n2", {"kind": "none"}, started="", seconds=240, minutes=2)
+    assert store.pace() == pytest.approx(2)
+    assert work(store, scale, done[:1], minutes=15.9, say=said.append) == []
+    assert said[-1] == "-- n8: would take some 16.0 minutes of the 15.9 left"
+
+
+def test_a_folder_holds_one_scale(folder):
+    with pytest.raises(ValueError, match=r"holds results of scale 'small'; got 'full'"):
+        Store(folder, "full", CPU)
+
+
+def test_weights_come_back_bit_for_bit_and_without_pickle(tmp_path):
+    store, model = Store(tmp_path, "small", CPU), ResNet(1, 3, blocks=(1,), width=4, seed=1)
+    model(torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))  # running statistics, a counter
+    store.save_weights("it", model)
+    back = store.load_weights("it", ResNet(1, 3, blocks=(1,), width=4, seed=2))
+    assert not back.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    with np.load(tmp_path / "weights" / "it.npz", allow_pickle=False) as arrays:
+        assert set(arrays.files) == set(model.state_dict())
+    assert store.weights("i") == ["it"]
+
+
+# ---------------------------------------------------------------------- training and settings
+
+
+def test_images_are_moved_and_mirrored_one_by_one():
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    still = torch.full((2, 3), PADDING)
+    assert torch.equal(augmented(x, still, torch.zeros(3, dtype=torch.bool)), x)
+    mirrored = augmented(x, still, torch.tensor([False, True, False]))
+    assert torch.equal(mirrored, torch.stack([x[0], x[1].flip(-1), x[2]]))
+    moved = augmented(x, torch.tensor([[PADDING + 2] * 3, [PADDING - 1] * 3]), torch.zeros(3, dtype=torch.bool))
+    assert torch.equal(moved[:, :, :-2, 1:], x[:, :, 2:, :-1])  # two rows up, one column to the right
+    assert torch.equal(moved[:, :, -1, 1:], x[:, :, -3, :-1])  # what comes in is mirrored at the edge
+
+
+def test_training_that_leaves_the_numbers_says_so():
+    x = torch.full((64, 4), 1e30)
+    how = Training(epochs=2, batch_size=8, lr=1e10, optimiser="sgd", weight_decay=0.0)
+    with pytest.raises(RuntimeError, match=r"left the numbers in epoch 1 at a step size of up to 1e\+10"):
+        fit(MLP(4, 2, hidden=(4,)), x, torch.arange(64) % 2, how, loss="cross_entropy", augment=False, seed=0)
+
+
+def test_networks_learn_and_their_accuracy_is_measured_on_what_was_held_out(folder):
+    result = json.loads((folder / "jobs" / "train-resnet18.json").read_text())["result"]
+    task = Task("resnet18", TINY, CPU)
+    model = Store(folder, "small", CPU).load_weights("original-resnet18", task.build(0))
+    split = digits()
+    with torch.no_grad():
+        right = float((model(split.x_test).argmax(1) == split.y_test).float().mean())
+    assert result["test_accuracy"] == pytest.approx(right)
+    assert right > 0.3  # ten classes
+
+
+def test_the_first_step_is_as_long_as_adams():
+    task = Task("lm", TINY, CPU)
+    model, sets = task.build(0).eval(), task.sets("people")
+    problem = problem_of(model, task, sets)
+    setting = next(p for p in PUBLISHED if p.name == "graddiff-open-unlearning").make(problem)
+    total = sum(
+        sign * nn.functional.cross_entropy(model(x)[:, :-1].flatten(0, 1), y[:, 1:].flatten()) / 2
+        for (x, y), sign in ((sets.retain, 1), (sets.forget, -1))
+    )  # every answer has as many words here, so that the mean over words is the mean over answers
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
+    assert setting.lr * float(gradient.norm()) == pytest.approx(ADAM_LR * math.sqrt(gradient.numel()), rel=1e-4)
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def test_the_page_says_what_it_is_and_scores_runs_by_what_was_said_of_them(folder):
+    page = (folder / "page.md").read_text()
+    assert "reduced proof at CPU scale and no GPU result" in page
+    results = json.loads((folder / "results.json").read_text())
+    predictions = json.loads((folder / "predictions.json").read_text())
+    said = {
+        (key, line["mix"], point["lr"]): point["probability"] >= 0.5
+        for key, entry in predictions.items()
+        for line in entry["predictions"]["mixes"]
+        for point in line["grid"]
+    }
+    runs = [
+        (said[key, s["mix"], s["lr"]], diverged)
+        for key in predictions
+        for s in results[key]["result"]["settings"]
+        for diverged in s["diverged"]
+    ]
+    hits = {outcome: [call == outcome for call, diverged in runs if diverged == outcome] for outcome in (True, False)}
+    accuracy = sum(sum(h) / len(h) for h in hits.values()) / 2
+    row = next(line for line in page.splitlines() if line.startswith("| tiny ResNet | 2 |"))
+    assert row.split(" | ")[2:5] == [
+        str(len(runs)),
+        f"{sum(diverged for _, diverged in runs) / len(runs):.2f}",
+        f"{accuracy:.3g}",
+    ]
+    audited = results["audit-resnet18-random10"]["result"]["models"]
+    assert {"original", "gold"} <= set(audited)
+    assert f"| gold | {100 * audited['gold']['forget_accuracy']['value']:.2f} |" in page
+
+
+def test_nothing_done_is_a_page_too(tmp_path):
+    assert "No job has left a result yet." in tables.write(tmp_path, tmp_path / "page.md").read_text()
+
+
+# ---------------------------------------------------------------------- speed
+
+
+def test_lower_precision_is_told_by_its_error(folder):
+    before = arithmetic_now()
+    found = speed.precision(Store(folder, "small", CPU), Task("resnet18", TINY, CPU))
+    for errors in found["errors"].values():
+        assert errors["float32"]["relative_error"] < 1e-4 < errors["bfloat16 autocast"]["relative_error"] < 0.5
+    assert arithmetic_now() == before
+
+
+def test_products_are_timed_in_gradients(folder):
+    found = speed.products(Store(folder, "small", CPU), Task("resnet18", TINY, CPU))
+    for name in ("hvp", "hvp_of_8", "hvp_not_kept", "ggn", "ggn_of_8", "ggn_not_kept"):
+        assert 0.2 < found[name] < 50, name
