@@ -11,6 +11,7 @@ import torch
 UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
 FALLBACK = 2 * 2**30  # where the system does not tell what is free
 AUTOMATIC_SHARE = 0.25  # of what is free: two operators and their caller live side by side
+PASS_SHARE = 0.125  # of what is free on an accelerator, for what one pass holds
 
 
 def memory_budget(memory: int | str | None, *, owner: str, device: torch.device) -> int:
@@ -37,6 +38,19 @@ def memory_budget(memory: int | str | None, *, owner: str, device: torch.device)
     if not amount >= 1:
         raise ValueError(f"`memory` of `{owner}` must be a positive amount; got {memory!r}. {remedy}")
     return int(amount)
+
+
+def pass_bytes(least: int, device: torch.device) -> int:
+    """Bytes that one batched pass may hold.
+
+    Args:
+        least: What is enough on a CPU, where larger blocks only leave the caches.
+        device: Where it runs.
+
+    Returns:
+        That, or on an accelerator an eighth of what is free, if it is more: there few large passes are the fast ones.
+    """
+    return least if device.type != "cuda" else max(least, int(PASS_SHARE * free_memory(device)))
 
 
 def _read(text: str) -> float:

@@ -42,7 +42,7 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
     vector = spectrum.pairs.vectors[:, place].to(problem.device, problem.dtype)
     displacement = measurement.network.displacement(rolled.coordinates[0, 0].to(problem.device))
 
-    inside = (measurement.network.basis.T @ vector).double()
+    inside = (measurement.network.basis.T @ vector).double().cpu()
     factor = float(growth[place])
     mechanism = "none"
     if factor > 1 and algorithm.steps * math.log(factor) >= 1:

@@ -15,7 +15,6 @@ import torch
 
 PRECISIONS = ("float32", "tf32")
 BACKENDS = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
-LEGACY = ("cuda.matmul", "cudnn")  # before torch 2.9
 
 
 @contextmanager
@@ -28,20 +27,38 @@ def arithmetic(precision: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    settings = _settings(precision)
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
+    older, newer = _older(), _newer()
+    exact = precision == "float32"
     try:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
+        _set(("highest" if exact else "high", not exact), ["ieee" if exact else "tf32"] * len(newer))
         yield
     finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+        _set(older, newer)
 
 
-def _settings(precision: str) -> list[tuple[Any, str, Any]]:
-    """Where PyTorch keeps the choice, and what it is to be there."""
-    if hasattr(torch.backends, "fp32_precision"):
-        value = "ieee" if precision == "float32" else "tf32"
-        return [(attrgetter(name)(torch.backends), "fp32_precision", value) for name in BACKENDS]
-    return [(attrgetter(name)(torch.backends), "allow_tf32", precision == "tf32") for name in LEGACY]
+def _older() -> tuple[str, bool] | None:
+    """What the interface before torch 2.9 says; None where the caller has used the newer one and it refuses to."""
+    try:
+        return torch.get_float32_matmul_precision(), bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:
+        return None
+
+
+def _newer() -> list[str]:
+    """What the interface since torch 2.9 says of every backend; nothing before."""
+    return [backend.fp32_precision for backend in _backends()]
+
+
+def _set(older: tuple[str, bool] | None, newer: list[str]) -> None:
+    """Set both, the older one first: it sets the newer one too, and PyTorch wants them to agree."""
+    if older is not None:
+        torch.set_float32_matmul_precision(older[0])
+        torch.backends.cudnn.allow_tf32 = older[1]
+    for backend, value in zip(_backends(), newer, strict=True):
+        backend.fp32_precision = value
+
+
+def _backends() -> list[Any]:
+    """Where the newer interface keeps the choice."""
+    known = hasattr(torch.backends, "fp32_precision")
+    return [attrgetter(name)(torch.backends) for name in BACKENDS] if known else []

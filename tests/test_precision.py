@@ -22,6 +22,10 @@ def state():
     return {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
 
 
+def older():
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
 def exact():
     return "ieee" if NEW else False
 
@@ -36,17 +40,36 @@ def callers(request):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_callers_choice_comes_back(callers, precision):
-    before = state()
+    before, answers = state(), older()
     with arithmetic(precision):
+        assert older() == (precision == "tf32",) * 2
         assert set(state().values()) == {exact() if precision == "float32" else ("tf32" if NEW else True)}
         with arithmetic("float32"):
             assert set(state().values()) == {exact()}
         assert (set(state().values()) == {exact()}) == (precision == "float32")
     assert state() == before
     assert torch.get_float32_matmul_precision() == callers
+    assert older() == answers
+    with arithmetic(precision), torch.backends.cudnn.flags(enabled=True):  # a model may ask the older interface
+        assert torch.backends.cudnn.allow_tf32
+    assert state() == before
+    assert older() == answers
     with pytest.raises(ZeroDivisionError), arithmetic(precision):
         raise ZeroDivisionError
     assert state() == before
+
+
+@pytest.mark.skipif(not NEW, reason="one interface")
+def test_a_caller_of_the_newer_interface_is_left_with_it():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        chosen = state()
+        with arithmetic("float32"):
+            assert set(state().values()) == {"ieee"}
+        assert state() == chosen
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 class Noting(nn.Module):

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stabkit.curvature import GGNOperator, HessianOperator, MixedOperator, curvature_operator
+from stabkit.curvature import orthonormal as orthonormal_module
 from stabkit.curvature.operators import CurvatureOperator
-from stabkit.curvature.orthonormal import orthonormal
+from stabkit.curvature.orthonormal import orthonormal, tall_qr
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
 from stabkit.spectrum import (
@@ -988,3 +989,17 @@ def test_the_operators_of_a_pencil_must_fit():
         generalised_eigenpairs(eye(3), eye(4), damping=0.1)
     with pytest.raises(ValueError, match=r"got \(3, 3\) torch\.float32 beside \(3, 3\) torch\.float64"):
         generalised_eigenpairs(DenseOperator(torch.eye(3)), eye(3), damping=0.1)
+
+
+@given(d=st.integers(1, 60), c=st.integers(1, 12), largest=st.integers(1, 200), seed=st.integers(0, 99))
+def test_tall_matrices_are_factored_by_blocks(d, c, largest, seed):
+    x = torch.randn(d, c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orthonormal_module, "LARGEST", largest)
+        q, upper = tall_qr(x)
+    k = min(d, c)
+    assert q.shape == (d, k)
+    torch.testing.assert_close(q @ upper, x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(q.T @ q, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(upper, upper.triu(), rtol=0, atol=0)
+    torch.testing.assert_close(upper.abs(), torch.linalg.qr(x).R.abs(), rtol=1e-6, atol=1e-9)

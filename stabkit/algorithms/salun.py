@@ -11,7 +11,7 @@ from torch import Tensor
 from stabkit._validate import check_choice, check_real
 from stabkit.algorithms.base import Algorithm, Batch
 from stabkit.algorithms.random_labels import random_label_residual, require_labels
-from stabkit.curvature.gradients import gradient_blocks
+from stabkit.curvature.gradients import mean_gradient
 from stabkit.losses import Loss
 from stabkit.preconditioner import Diagonal, Preconditioner
 from stabkit.problem import UnlearningProblem
@@ -67,15 +67,13 @@ class SalUn(Algorithm):
             problem: The unlearning problem.
 
         Returns:
-            A diagonal of zeros and ones. Cost: n_f per-sample gradients.
+            A diagonal of zeros and ones. Cost: n_f gradients.
         """
-        total = torch.zeros(problem.size, dtype=torch.float64, device=problem.device)
-        for gradients in gradient_blocks(problem, problem.forget):
-            total += problem.flatten({name: g.sum(0) for name, g in gradients.items()})
+        gradient = mean_gradient(problem, problem.forget)
         count = max(1, round(self.share * problem.size))
-        mask = torch.zeros_like(total)
-        mask[total.abs().topk(count).indices] = 1
-        return Diagonal(mask.to(problem.dtype))
+        mask = torch.zeros_like(gradient)
+        mask[gradient.abs().topk(count).indices] = 1
+        return Diagonal(mask)
 
     def preconditioner_cost(self, problem: UnlearningProblem) -> float:
         """One gradient a forget sample.

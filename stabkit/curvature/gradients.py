@@ -1,4 +1,4 @@
-"""Per-sample gradients at θ*, a block of samples at a time."""
+"""Gradients at θ*: of single samples, a block at a time, and their mean over a set."""
 
 from __future__ import annotations
 
@@ -9,10 +9,35 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from stabkit._memory import pass_bytes
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, map_tensors
 
-GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients held at once
+GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients held at once, at least
+
+
+MEAN_BATCH = 256
+
+
+def mean_gradient(problem: UnlearningProblem, samples: Samples, *, indices: Tensor | None = None) -> Tensor:
+    """ḡ_S.
+
+    Args:
+        problem: The unlearning problem.
+        samples: The set S.
+        indices: Which of its samples; all when None.
+
+    Returns:
+        Vector of shape (d,) in the problem's dtype. Cost: one gradient a sample, in batches.
+    """
+    total = torch.zeros(problem.size, dtype=torch.float64, device=problem.device)
+    for inputs, targets in samples.batches(MEAN_BATCH, indices):
+        leaves = {name: p.detach().requires_grad_() for name, p in problem.parameters.items()}
+        with torch.enable_grad():
+            losses = problem.loss.per_sample(problem.outputs(leaves, inputs), targets)
+            found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        total += problem.flatten(dict(zip(leaves, found, strict=True))).double()
+    return (total / (samples.size if indices is None else indices.numel())).to(problem.dtype)
 
 
 def gradient_blocks(
@@ -26,8 +51,8 @@ def gradient_blocks(
         indices: Which of its samples; all when None.
 
     Yields:
-        Gradients by parameter name, each of shape (b, *parameter), detached; at most 256 MiB of them, or one sample's. Cost:
-        one gradient a sample. What cannot be batched over samples goes one by one.
+        Gradients by parameter name, each of shape (b, *parameter), detached; at most 256 MiB of them, or one sample's,
+        and more on an accelerator. Cost: one gradient a sample. What cannot be batched over samples goes one by one.
     """
 
     def single(parameters: Parameters, sample: Inputs, target: Tensor) -> Tensor:
@@ -35,7 +60,7 @@ def gradient_blocks(
         return problem.loss.per_sample(outputs, target.unsqueeze(0)).sum()
 
     per_sample = vmap(grad(single), in_dims=(None, 0, 0))
-    batch = max(1, GRADIENT_BYTES // (2 * problem.size * problem.dtype.itemsize))
+    batch = max(1, pass_bytes(GRADIENT_BYTES, problem.device) // (2 * problem.size * problem.dtype.itemsize))
     for inputs, targets in samples.batches(batch, indices):
         try:
             gradients = per_sample(problem.parameters, inputs, targets)

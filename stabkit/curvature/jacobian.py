@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.func import jacrev, jvp, vjp, vmap
 
 from stabkit._errors import MemoryWarning
-from stabkit._memory import is_out_of_memory
+from stabkit._memory import is_out_of_memory, pass_bytes
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, map_tensors, tensors_of
 
 T = TypeVar("T")
 
-ROW_BYTES = 256 * 2**20  # of Jacobian rows held at once
-BLOCK_BYTES = 512 * 2**20  # of parameter-sized vectors held at once by a batched forward or reverse pass
+ROW_BYTES = 256 * 2**20  # of Jacobian rows held at once, at least
+BLOCK_BYTES = 512 * 2**20  # of parameter-sized vectors held at once by a batched forward or reverse pass, at least
 PRODUCT_BATCH = 256
 
 
@@ -186,7 +186,7 @@ class ScaledJacobian:
             indices: Which of its samples, shape (m,).
             preconditioner: P.
             memory: Bytes that a pass may hold in rows of J or in parameter-sized vectors, one of them at least; some hundred
-                megabytes when None. The network's own activations come on top.
+                megabytes when None, more on an accelerator. The network's own activations come on top.
             coupled: Size of the batches that are normalised by their own statistics, b: the samples form, in their order,
                 round(m/b) batches as equal as can be, and J is that of their outputs together. None: no sample knows of
                 another.
@@ -195,9 +195,10 @@ class ScaledJacobian:
         self._samples = samples
         self._indices = indices
         self._preconditioner = preconditioner
-        self._row_budget = ROW_BYTES if memory is None else min(ROW_BYTES, memory)
+        rows, block = (pass_bytes(least, problem.device) for least in (ROW_BYTES, BLOCK_BYTES))
+        self._row_budget = rows if memory is None else min(rows, memory)
         vector = 4 * problem.size * problem.dtype.itemsize  # what a batched pass holds of each
-        self._at_once = max(1, (BLOCK_BYTES if memory is None else min(BLOCK_BYTES, memory)) // vector)
+        self._at_once = max(1, (block if memory is None else min(block, memory)) // vector)
         first, _ = samples.batch(indices[:1])
         self.outputs_per_sample = problem.outputs(problem.parameters, first).numel()
         self.batch_size = PRODUCT_BATCH

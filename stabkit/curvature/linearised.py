@@ -79,8 +79,8 @@ class LinearisedSet:
 
         Returns:
             Factors V_i with V_i^T V_i = (L_i^T Φ_i)^T (L_i^T Φ_i), shape (m, C, r) with C = min(O, r), and gradients
-            Φ_i^T s_i of shape (m, r), float64. Where a sample has more outputs than there are coordinates, as a language
-            model's have, V_i is the triangular factor of L_i^T Φ_i: later costs grow with C².
+            Φ_i^T s_i of shape (m, r), float64 on the CPU. Where a sample has more outputs than there are coordinates, as a
+            language model's have, V_i is the triangular factor of L_i^T Φ_i: later costs grow with C².
         """
         factors, gradients = [], []
         for place in torch.arange(self.samples).split(FACTORED_AT_ONCE):
@@ -90,7 +90,10 @@ class LinearisedSet:
             rows = loss.factor_transpose(outputs, targets, features).detach()
             factors.append(torch.linalg.qr(rows, mode="r").R if rows.shape[1] > rows.shape[2] else rows)
             gradients.append(torch.einsum("mor,mo->mr", features, loss.residual(outputs, targets).flatten(1)))
-        return SampleFactors(factors=torch.cat(factors), gradients=torch.cat(gradients), population=self.population)
+        # The theory's matrices are small and many, which accelerators factor one by one.
+        return SampleFactors(
+            factors=torch.cat(factors).cpu(), gradients=torch.cat(gradients).cpu(), population=self.population
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

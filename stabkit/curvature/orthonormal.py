@@ -1,9 +1,37 @@
-"""Orthonormal directions that a block adds to an orthonormal basis, with rounding told from content."""
+"""Orthonormal columns of tall matrices, and those that a block adds to a basis, with rounding told from content."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+LARGEST = 2**30  # elements that one factorisation takes: LAPACK and its kin count in 32 bits
+
+
+def tall_qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """QR of a tall matrix of any size: by blocks of rows, then of their stacked triangles (Demmel et al. 2012).
+
+    Args:
+        x: Shape (d, c).
+
+    Returns:
+        Q of shape (d, min(d, c)) with orthonormal columns, and R of shape (min(d, c), c). Cost: that of one factorisation,
+        and as much again where it is done by blocks; memory: Q beside x.
+    """
+    d, c = x.shape
+    if x.numel() <= LARGEST or c >= d:
+        q, upper = torch.linalg.qr(x)
+        return q, upper
+    blocks = list(x.tensor_split(max(1, min(d // c, -(-x.numel() // LARGEST)))))  # none with fewer rows than columns
+    result, triangles, place = torch.empty_like(x), [], 0
+    for block in blocks:
+        result[place : place + len(block)], upper = torch.linalg.qr(block)
+        triangles.append(upper)
+        place += len(block)
+    q, upper = torch.linalg.qr(torch.cat(triangles))
+    for block, rotation in zip(result.tensor_split(len(blocks)), q.split(c), strict=True):
+        block.copy_(block @ rotation)
+    return result, upper
 
 
 def orthonormal(
@@ -28,12 +56,12 @@ def orthonormal(
         return x
 
     block = cleaned(block)
-    q, upper = torch.linalg.qr(block)
+    q, upper = tall_qr(block)
     left, strengths, _ = torch.linalg.svd(upper.double())
     q = q @ left.to(q.dtype)
     own = min(width, int((strengths > floor).sum()))
     fresh = torch.randn(block.shape[0], width - own, generator=generator, dtype=torch.float64)
     q = torch.cat([q[:, :own], fresh.to(q)], 1)
     # Again: dividing a weak direction by its length has magnified what rounding left of the basis in it.
-    q = torch.linalg.qr(cleaned(torch.linalg.qr(cleaned(q)).Q)).Q
+    q = tall_qr(cleaned(tall_qr(cleaned(q))[0]))[0]
     return q, (q.T @ block).double().cpu()

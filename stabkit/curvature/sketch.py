@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stabkit._checkpoint import State
 from stabkit.curvature.jacobian import ScaledJacobian
-from stabkit.curvature.orthonormal import orthonormal
+from stabkit.curvature.orthonormal import orthonormal, tall_qr
 from stabkit.preconditioner import Preconditioner
 
 PROBES = 8  # random signs of each set, which stay out of the basis and so can judge it
@@ -201,7 +201,7 @@ class RowSketch:
     def _orthonormal(self, pulled: Tensor) -> Tensor:
         """An orthonormal basis of what a pulled block has beyond the basis."""
         if self.drawn == 0:
-            return torch.linalg.qr(pulled).Q  # d columns where the block has more
+            return tall_qr(pulled)[0]  # d columns where the block has more
         added, _ = orthonormal(
             pulled,
             self.basis,

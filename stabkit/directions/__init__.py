@@ -5,11 +5,12 @@ the two steepest directions, `preconditioner` the matrix P that makes one of the
 stand-in, and `update` takes a finished update apart.
 """
 
+from stabkit.curvature.gradients import mean_gradient
 from stabkit.directions.cg import DampedSolution, SolveOutcome, damped_inverse
 from stabkit.directions.diagonals import DiagonalEstimate, diagonal_inverse, fisher_diagonal, hutchinson_diagonal
 from stabkit.directions.kronecker import KroneckerInverse, kronecker_inverse
 from stabkit.directions.preconditioner import LowRank, RemainOperator, RemainPreconditioner, remain_preconditioner
-from stabkit.directions.remain import UnlearningDirections, mean_gradient, unlearning_directions
+from stabkit.directions.remain import UnlearningDirections, unlearning_directions
 from stabkit.directions.retain_inverse import RetainInverse
 from stabkit.directions.saliency import Saliency, saliency
 from stabkit.directions.update import UpdateDecomposition, UpdatePart, decompose_update

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from stabkit._validate import check_int, check_real
 from stabkit.curvature import DataOperator, curvature_operator
-from stabkit.curvature.gradients import gradient_blocks
+from stabkit.curvature.gradients import mean_gradient
 from stabkit.directions.cg import SolveOutcome
 from stabkit.directions.retain_inverse import RetainInverse, resolve_inverse
 from stabkit.problem import UnlearningProblem
-from stabkit.samples import Samples
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,23 +90,6 @@ def unlearning_directions(
         method=inverse.method,
         outcome=inverse.outcome,
     )
-
-
-def mean_gradient(problem: UnlearningProblem, samples: Samples, *, indices: Tensor | None = None) -> Tensor:
-    """ḡ_S.
-
-    Args:
-        problem: The unlearning problem.
-        samples: The set S.
-        indices: Which of its samples; all when None.
-
-    Returns:
-        Vector of shape (d,) in the problem's dtype. Cost: one gradient a sample.
-    """
-    total = torch.zeros(problem.size, dtype=torch.float64, device=problem.device)
-    for block in gradient_blocks(problem, samples, indices):
-        total += problem.flatten({name: g.double().sum(0) for name, g in block.items()})
-    return (total / (samples.size if indices is None else indices.numel())).to(problem.dtype)
 
 
 def forget_curvature(

@@ -11,7 +11,7 @@ from torch import Tensor
 from stabkit._table import Table
 from stabkit._validate import check_choice, check_int
 from stabkit.curvature import GGNOperator, curvature_operator
-from stabkit.directions.remain import mean_gradient
+from stabkit.curvature.gradients import mean_gradient
 from stabkit.problem import UnlearningProblem
 from stabkit.spectrum import Eigenpairs, extreme_eigenpairs
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stabkit._progress import progress_bar
 from stabkit.curvature.operators import CurvatureOperator
-from stabkit.curvature.orthonormal import orthonormal
+from stabkit.curvature.orthonormal import orthonormal, tall_qr
 from stabkit.spectrum._common import Stall, gaussian, product
 from stabkit.spectrum.checkpoint import OperatorCheckpoint
 from stabkit.spectrum.eigenpairs import OWNER, Eigenpairs, places, recomputed
@@ -38,7 +38,7 @@ class Krylov:
         self.size = 0
         self.vectors = self._room()  # V: the first `size` columns count
         start = gaussian(d, min(block, d), operator, self.generator)
-        self.new = torch.linalg.qr(start).Q
+        self.new = tall_qr(start)[0]
         self.projected = torch.zeros(0, 0, dtype=torch.float64)  # H
         self.coupling = torch.zeros(0, 0, dtype=torch.float64)  # B
         self.start = self.image = self.new[

@@ -20,6 +20,7 @@ from stabkit._checkpoint import State
 from stabkit._progress import progress_bar
 from stabkit._validate import check_choice, check_int
 from stabkit.curvature.operators import CurvatureOperator
+from stabkit.curvature.orthonormal import tall_qr
 from stabkit.spectrum._common import product, rademacher
 from stabkit.spectrum.checkpoint import OperatorCheckpoint
 from stabkit.spectrum.estimate import Estimate, from_samples
@@ -205,7 +206,7 @@ class _Probing:
         """Multiply so many vectors."""
         if stage == "range":
             if self._taken == 0:
-                self._range = torch.linalg.qr(self._range).Q
+                self._range = tall_qr(self._range)[0]
             block = self._range[:, self._taken : self._taken + count]
             self.inside += float(self._form(block, product(self._operator, block, owner=self._owner)).sum())
             self._taken += count
