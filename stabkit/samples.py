@@ -27,6 +27,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from stabkit._memory import free_memory
 from stabkit._rng import preserved_rng
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -37,6 +38,7 @@ Identity = dict[object, np.ndarray]
 
 REREAD = 8  # samples read twice, to find random augmentation
 IN_MEMORY_BYTES = 4 * 2**30
+RESIDENT_SHARE = 0.25  # of an accelerator's free memory, that one set may take
 LABEL_KEYS = ("labels", "label", "targets", "target")
 EXTRA_PARTS = (
     "A sample's last part is its target and those before are the model's inputs: where rows are (x, y, index), pass "
@@ -370,13 +372,27 @@ def _in_memory(
     if len(lengths) != 1:
         raise ValueError(f"`{name}` must have as many inputs as targets; got leading sizes {sorted(lengths)}.")
     size = lengths.pop()
+    held: list[tuple[Any, Tensor]] = []  # from the first fetch on
 
     def fetch(indices: Tensor) -> tuple[Inputs, Tensor]:
-        return map_tensors(lambda t: t[indices.to(t.device)], inputs), targets[indices.to(targets.device)]
+        if not held:
+            held.append(_resident((inputs, targets), device))
+        x, y = held[0]
+        return map_tensors(lambda t: t[indices.to(t.device)], x), y[indices.to(y.device)]
 
     if identity is None:
         identity = _addresses(inputs, np.arange(size))
     return Samples(name, size, fetch, identity, device, dtype)
+
+
+def _resident(data: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Tensor]:
+    """Data on an accelerator where there is room for them, so that no batch has to travel; as they are elsewhere."""
+    if device.type == "cpu":
+        return data
+    away = sum(t.numel() * t.element_size() for t in tensors_of(data) if t.device != device)
+    if away > RESIDENT_SHARE * free_memory(device):
+        return data
+    return map_tensors(lambda t: t.to(device), data[0]), data[1].to(device)
 
 
 def _addresses(inputs: Any, indices: np.ndarray) -> Identity:

@@ -473,3 +473,17 @@ def test_rare_augmentation_is_found():
 
     with pytest.raises(ValueError, match=r"the same sample each time; sample \d+ read twice differs"):
         read(Flipping())
+
+
+@pytest.mark.parametrize("room", [10**9, 10])
+def test_data_move_to_an_accelerator_once_where_there_is_room(monkeypatch, room):
+    """The meta device stands in for one."""
+    monkeypatch.setattr(samples_module, "free_memory", lambda device: room)
+    x, y = {"a": torch.ones(6, 3), "mask": torch.ones(6, 2)}, torch.arange(6)
+    samples = as_samples((x, y), name="retain", device=torch.device("meta"), dtype=torch.float32)
+    for _ in range(2):
+        inputs, targets = samples._fetch(torch.tensor([4, 1]))
+        wanted = "meta" if room > 10 else "cpu"
+        assert {t.device.type for t in (*inputs.values(), targets)} == {wanted}
+        assert {t.device.type for t in samples.batch(torch.tensor([0]))[0].values()} == {"meta"}
+    assert x["a"].device.type == "cpu"
