@@ -473,8 +473,8 @@ def _dynamics(measurement: Measurement, batch_sizes: tuple[int, int]) -> stabili
         batch_sizes=batch_sizes,
         sampling=measurement.algorithm.sampling,
         weight_decay=measurement.algorithm.weight_decay,
-        metric=measurement.network.metric,
-        anchor=measurement.network.anchor,
+        metric=measurement.network.metric.cpu(),
+        anchor=measurement.network.anchor.cpu(),
     )
 
 

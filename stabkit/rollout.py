@@ -274,7 +274,7 @@ def _roll_seed(
 
     def look(position: int, step: int, seen: Tensor) -> Tensor:
         """Record the losses of some rows of the working set from this check on; which of them go on."""
-        rows, at = alive[seen], c[seen.to(device)]
+        rows, at = (alive, c) if bool(seen.all()) else (alive[seen], c[seen.to(device)])
         for place, part in enumerate((retain, forget)):
             outputs, targets = part.looked_at(at, slice(None))
             mean = network.loss.per_sample(outputs, targets).reshape(rows.numel(), -1).mean(1).double().cpu()

@@ -1,0 +1,51 @@
+"""On an accelerator: nothing is mixed with the host's tensors, results are the CPU's, and inner loops do not wait.
+
+The accelerator is a pretended one (tests/pretend_gpu.py), in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stabkit.runner import check_steps
+
+PROGRAM = Path(__file__).with_name("pretend_gpu.py")
+STEPS = 120  # as there
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch has no devices in Python",
+)
+
+
+@pytest.fixture(scope="module")
+def found():
+    done = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]  # "two devices" stands there, with the place
+    return json.loads(done.stdout)
+
+
+def test_results_are_those_of_the_cpu(found):
+    host, there = found["cpu"], found["device"]
+    assert there["accuracy"] == host["accuracy"]
+    for name in ("graddiff", "sfr_on"):
+        for key in ("probability", "critical_lr", "largest", "loss"):
+            assert there[name][key] == pytest.approx(host[name][key], rel=1e-4), (name, key)
+        probabilities = torch.tensor(host[name]["frontier"])
+        torch.testing.assert_close(torch.tensor(there[name]["frontier"]), probabilities, rtol=0, atol=1e-4)
+        assert float(probabilities.max() - probabilities.min()) > 0.1  # there is a boundary to agree on
+
+
+@pytest.mark.parametrize("where", ["run", "frontier"])
+def test_the_host_waits_at_looks_and_not_at_steps(found, where):
+    most = 4 * len(check_steps(STEPS, 10)) + 4
+    assert most < STEPS
+    for name in ("graddiff", "sfr_on"):
+        assert found["cpu"][name]["waits"][where] == {}
+        waits = found["device"][name]["waits"][where]
+        assert 0 < sum(waits.values()) <= most, waits
