@@ -570,8 +570,9 @@ def remedy(found: dict[str, Any]) -> str:
         f"`STABKIT_DATA=... python benchmarks/remedy.py`: `tune` before any run, at most {found['steps']} steps.",
         "Average gap to a retrained gold over FA, RA, TA and MIA in per cent, and in brackets how many of the runs",
         "diverged; the best of a grid of 20 real runs is picked by that gap itself. Cost: `tune`'s gradients and CPU",
-        "seconds over those of the 20 runs, which are short here. Where the forget set was random, the original is nearer to the gold than the",
-        "tuned model: the held-out loss as the target asks for more forgetting than a retrained model shows there.",
+        "seconds over those of the 20 runs, which are short here. Where the forget set was random, the original is nearer",
+        "to the gold than the tuned model: the held-out loss as the target asks for more forgetting than a retrained model",
+        "shows there.",
         "",
         table(
             (

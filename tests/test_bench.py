@@ -157,6 +157,7 @@ def test_what_was_calibrated_on_is_never_pooled():
     assert summary["roles"]["evaluation"]["pooled"]["settings"] == 4
     assert summary["roles"]["calibration"]["pooled"]["settings"] == 2
     assert summary["grid_factor"] == pytest.approx(2.0)
+    assert summary["missing"] == [cell.key for cell in bench.CELLS if cell.key != "digits-cnn-class-graddiff"]
     assert summary["roles"]["evaluation"]["boundary_runs"] == 6
     assert summary["roles"]["evaluation"]["boundary"]["staged"]["within_2"] == 0.0
     assert summary["roles"]["evaluation"]["boundary"]["one"] == {
@@ -221,6 +222,7 @@ def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch, quick):
     page = capsys.readouterr().out
     assert "## Calibration" in page
     assert f"| {NAME} | 8 |" in page
+    assert "Not run: digits-mlp-random10-graddiff, " in page
     assert (tmp_path / "deep" / "bench" / "figures" / "verify_calibration.png").stat().st_size > 5_000
     other = tmp_path / "page.md"
     elsewhere = ["--page", str(other), "--json"]

@@ -16,7 +16,7 @@ from joblib import Parallel, delayed
 
 from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
 from stabkit._version import __version__
-from stabkit.bench.cells import Cell, cells_named
+from stabkit.bench.cells import CELLS, Cell, cells_named
 from stabkit.bench.fitting import fit_calibration, reliability
 from stabkit.bench.records import HALVINGS, CellResult, Prediction, record_cell
 from stabkit.bench.scores import BOUNDARIES, KINDS, boundary_ratios, pooled, scores
@@ -105,6 +105,7 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         "versions": {"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": "cpu",
         "seeds": sorted({result.seed for result in results}),
+        "missing": [cell.key for cell in CELLS if cell.key not in {result.cell.key for result in results}],
         "grid_factor": float(np.median([_grid_factor(result) for result in results])),
         "roles": {},
     }
