@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -262,17 +263,24 @@ def _spectrum(
     retain, forget = operators()
     mixed = MixedOperator(retain, forget, mix)
     pairs = extreme_eigenpairs(mixed, seed=settings.seed)
-    error = None
+    gradients, error = 0.0, None
     if settings.precision == "tf32":
         v = torch.randn(mixed.shape[0], generator=torch.Generator().manual_seed(settings.seed))
         v = v.to(problem.device, problem.dtype)
         with arithmetic("float32"):
-            exact = MixedOperator(*operators(), mix) @ v
+            others = operators()
+            exact = MixedOperator(*others, mix) @ v
+        gradients = _gradients(others, indices)
         error = float((mixed @ v - exact).double().norm() / exact.double().norm())
     vectors = pairs.vectors.to(problem.device, problem.dtype)
     quotients = [(vectors * (operator @ vectors)).sum(0).double().cpu() for operator in (retain, forget)]
-    gradients = 2.0 * sum(o.products * i.numel() for o, i in zip((retain, forget), indices, strict=True))
+    gradients += _gradients((retain, forget), indices)
     return Spectrum(pairs=pairs, retain=quotients[0], forget=quotients[1], tf32_error=error), gradients
+
+
+def _gradients(operators: Sequence[PreconditionedOperator], indices: Sequence[Tensor]) -> float:
+    """What both operators' products have taken, in per-sample gradients."""
+    return 2.0 * sum(o.products * i.numel() for o, i in zip(operators, indices, strict=True))
 
 
 def _layers(problem: UnlearningProblem, algorithm: Algorithm) -> tuple[LayerGate, ...]:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import stabkit._memory
 import stabkit.curvature.jacobian
 import stabkit.curvature.linearised
 from stabkit.curvature import linearise
@@ -386,3 +387,10 @@ def test_factors_are_no_larger_than_the_coordinates(digits_mlp, random_deletion,
         torch.testing.assert_close(torch.einsum("mcr,mcs->mrs", found.factors, found.factors), gram)
         residual = network.loss.residual(part.outputs.double(), part.targets)
         torch.testing.assert_close(found.gradients, torch.einsum("mor,mo->mr", part.features.double(), residual))
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**40, 2**37), (2**10, 1000)])
+def test_a_pass_is_as_large_as_an_accelerators_memory_allows(monkeypatch, free, expected):
+    monkeypatch.setattr(stabkit._memory, "free_memory", lambda device: free)
+    assert stabkit._memory.pass_bytes(1000, torch.device("cuda")) == expected
+    assert stabkit._memory.pass_bytes(1000, torch.device("cpu")) == 1000

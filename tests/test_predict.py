@@ -16,9 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import stabkit
+from stabkit.algorithms import GradDiff
+from stabkit.curvature import linearise
 from stabkit.models import MLP
-from stabkit.preconditioner import Diagonal
+from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
+from stabkit.rollout import rollout
 from tests.cases import CASES, Output
 
 QUICK = {"rank": 20, "retain_samples": 96, "forget_samples": 48, "spectrum_samples": 96, "seeds": 2, "steps": 30}
@@ -302,13 +305,20 @@ def test_a_prediction_that_depends_on_its_size_says_so(digits_mlp, random_deleti
         every = stabkit.predict(
             digits_mlp, *random_deletion, **{**settings, "retain_samples": "all", "forget_samples": "all"}
         )
-    name = "change with half the samples"
-    unsure, sure = ({c.name: c for c in report.checks}[name] for report in (few, every))
-    assert sure.value == 0.0
-    assert unsure.value > 0.0
-    assert unsure.passed == (unsure.value <= unsure.threshold)
-    ranks = {c.name: c for c in few.checks}["change with half the rank"]
-    assert 0.0 <= ranks.value <= 1.0
+    problem, algorithm = stabkit.UnlearningProblem(digits_mlp, *random_deletion), GradDiff(steps=30, lr=0.45, mix=0.3)
+    network = linearise(problem, Identity(), rank=40, retain_samples=40, forget_samples=20, seed=0)
+
+    def said(other):
+        sizes = algorithm.batch_sizes(problem)
+        return float(rollout(other, algorithm, lr=[0.45], mix=[0.3], batch_sizes=sizes, seeds=[0, 1]).probability[0])
+
+    whole = said(network)
+    assert few.probability == pytest.approx(whole)
+    for name, other in (("rank", network.thinned(rank=20)), ("samples", network.thinned(samples=0.5))):
+        unsure, sure = ({c.name: c for c in report.checks}[f"change with half the {name}"] for report in (few, every))
+        assert unsure.value == pytest.approx(abs(said(other) - whole))
+        assert unsure.value > 0
+        assert (sure.value == 0) == (name == "samples")
 
 
 class Masked(nn.Module):
