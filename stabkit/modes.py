@@ -11,6 +11,7 @@ import torch
 from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import Algorithm
+from stabkit.curvature import linearisation_cost
 from stabkit.measure import MeasureSettings
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost
@@ -151,12 +152,12 @@ def estimate_cost(
     gradients = {
         "preconditioner": algorithm.preconditioner_cost(problem),
         "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
-        "linearisation": _linearisation(sum(held), outputs, rank),
+        "linearisation": linearisation_cost(sum(held), outputs, rank),
         "rollouts and theory": sum(held) / 3,
     }
     if settings.staged:
         small = sum(min(a, b) for a, b in zip(STAGE_SAMPLES, (problem.retain.size, problem.forget.size), strict=True))
-        stage = _linearisation(small, outputs, STAGE_RANK)
+        stage = linearisation_cost(small, outputs, STAGE_RANK)
         gradients["staged rollouts"] = (seeds + 2 * STAGED_SCAN) * TYPICAL_STAGES * (stage + 4 * small / 3)
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
@@ -288,11 +289,6 @@ def _allowed(budget: float | str | None) -> float:
             raise ValueError(f"`budget` of `predict` must be a number above 0 or seconds; got {budget!r}. {remedy}")
         return value
     return check_real(budget, name="budget", owner="predict", low=0, low_open=True, remedy=remedy)
-
-
-def _linearisation(samples: int, outputs: int, rank: int) -> float:
-    """Gradient-equivalents of one linearisation: two walks by rows, or by vectors where those are fewer."""
-    return samples * (2 * min(outputs, rank + 10) + 2 / 3)
 
 
 def _seconds_per_gradient(problem: UnlearningProblem) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,6 +107,69 @@ class RunResult:
         """Largest retain loss seen; infinity if any check was not finite."""
         losses = [c.retain_loss for c in self.trajectory]
         return max(losses) if all(map(math.isfinite, losses)) else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Position:
+    """Where a run is between two steps.
+
+    Attributes:
+        step: Steps taken so far.
+        theta: Parameters, shape (d,).
+        velocity: What momentum carries on, shape (d,).
+        stopped: Whether the algorithm's own rule ends the run here.
+        gradient_equivalents: Per-sample gradients of the steps since the position begun from.
+    """
+
+    step: int
+    theta: Tensor
+    velocity: Tensor
+    stopped: bool = False
+    gradient_equivalents: float = 0.0
+
+
+def steps_from(
+    problem: UnlearningProblem,
+    algorithm: Algorithm,
+    preconditioner: Preconditioner,
+    start: Position,
+    *,
+    batch_sizes: tuple[int, int],
+    seed: int,
+) -> Iterator[Position]:
+    """The steps of a run from the middle of it on, with the batches that a whole run of that seed has.
+
+    Args:
+        problem: The unlearning problem, batches not normalised by their own statistics.
+        algorithm: The algorithm.
+        preconditioner: Its P.
+        start: Where to begin.
+        batch_sizes: B_R and B_F.
+        seed: Seed of the batches.
+
+    Yields:
+        The position after each step, to the last one or where the algorithm's rule ends the run. Cost of each: B_R + B_F
+        gradients.
+    """
+    state = _State(
+        theta=start.theta,
+        velocity=start.velocity,
+        good=start.theta,
+        statistics={},
+        good_statistics={},
+        taken=start.step,
+    )
+    steps = _Steps(problem, algorithm, preconditioner, batch_sizes, seed, "full")
+    steps.skip(start.step)
+    while state.taken < algorithm.steps and state.stop_reason == "steps":
+        steps.take(state, measured=False)
+        yield Position(
+            step=state.taken,
+            theta=state.theta,
+            velocity=state.velocity,
+            stopped=state.stop_reason != "steps",
+            gradient_equivalents=state.gradients,
+        )
 
 
 def check_steps(steps: int, check_every: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from stabkit.curvature.data_operators import (
 from stabkit.curvature.factors import SampleFactors
 from stabkit.curvature.gram import Gram, curvature_gram
 from stabkit.curvature.jacobian import ScaledJacobian
-from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet, linearise, ritz_residuals
+from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet, linearisation_cost, linearise, ritz_residuals
 from stabkit.curvature.operators import (
     CurvatureOperator,
     MixedOperator,
@@ -34,6 +34,7 @@ __all__ = [
     "ScaledJacobian",
     "curvature_gram",
     "curvature_operator",
+    "linearisation_cost",
     "linearise",
     "ritz_residuals",
 ]

@@ -31,7 +31,7 @@ from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
 
-__all__ = ["LinearisedNetwork", "LinearisedSet", "linearise", "ritz_residuals"]
+__all__ = ["LinearisedNetwork", "LinearisedSet", "linearisation_cost", "linearise", "ritz_residuals"]
 
 OWNER = "linearise"
 OVERSAMPLING = 10
@@ -39,6 +39,20 @@ FIRST_RANK = 50  # where the rank is to be found
 EXTRA = 2 + 2 * PROBES  # columns of the first pull that are not Gaussian
 ROWS_AT_ONCE = 2**16  # rotated in float64
 COUPLED_BATCH = 64
+
+
+def linearisation_cost(samples: int, outputs: int, rank: int) -> float:
+    """What `linearise` takes where a rank is given and no power iterations are.
+
+    Args:
+        samples: Samples of both sets.
+        outputs: Outputs O of each.
+        rank: Directions to keep.
+
+    Returns:
+        Per-sample gradients: two walks by rows, or by vectors where those are fewer, and two forward passes.
+    """
+    return samples * (2 * min(outputs, rank + OVERSAMPLING) + 2 / 3)
 
 
 def linearise(
