@@ -19,7 +19,10 @@ from stabkit.staged import STAGE_RANK, STAGE_SAMPLES
 
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 27  # that the two extreme eigenpairs take, with the two quotients; typical, not a bound
-TYPICAL_STAGES = 4  # of a staged rollout beyond the first
+# A staged rollout costs a share of the run (a typical one of benchmarks/verify.md), and in long runs, where linearisations
+# pay, a few of those with as many real steps before each.
+TYPICAL_SHARE, TYPICAL_STAGES = 0.15, 4
+TYPICAL_LOOKS = 4  # at the real network, beside its steps
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
 TIMED_BATCH = 64
 
@@ -148,19 +151,22 @@ def estimate_cost(
         size if settings.spectrum_samples is None else min(settings.spectrum_samples, size)
         for size in (problem.retain.size, problem.forget.size)
     )
-    rank = settings.rank or 100
+    rank, coupled = settings.rank or 100, problem.batchnorm == "batch"
     gradients = {
         "preconditioner": algorithm.preconditioner_cost(problem),
         "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
-        "linearisation": linearisation_cost(sum(held), outputs, rank),
+        "linearisation": linearisation_cost(sum(held), outputs, rank, coupled=coupled),
         "rollouts and theory": sum(held) / 3,
     }
+    run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
     if settings.staged:
         small = sum(min(a, b) for a, b in zip(STAGE_SAMPLES, (problem.retain.size, problem.forget.size), strict=True))
         stage = linearisation_cost(small, outputs, STAGE_RANK)
-        gradients["staged rollouts"] = (seeds + 2 * STAGED_SCAN) * TYPICAL_STAGES * (stage + 4 * small / 3)
+        # With coupled batches there is one linearisation, along which the running statistics are followed by forward passes.
+        walked = TYPICAL_SHARE * run + run / 3 if coupled else min(TYPICAL_SHARE * run, 2 * TYPICAL_STAGES * stage)
+        each_rollout = TYPICAL_LOOKS * sum(held) / 3 + walked
+        gradients["staged rollouts"] = (seeds + 2 * STAGED_SCAN) * each_rollout
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient
-    run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
     return CostEstimate(
         mode=settings.mode,
         stages=tuple(

@@ -53,7 +53,7 @@ MIN_CAPTURED_COUPLED = (
     0.2  # of coupled batches, whose statistics add directions that matter little: benchmarks/batchnorm.py
 )
 MAX_TF32_ERROR = 1e-2
-MAX_CHANGE = 0.5  # of P(diverge), with half the rank, half the samples or stages
+MAX_CHANGE = 0.5  # of P(diverge), with half the rank or half the samples
 CAPTURED = "captured output sensitivity"
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
 
@@ -115,11 +115,11 @@ def predict(
         lr_schedule: "cosine", "warmup", or a factor for each step.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         batchnorm: "frozen": running statistics, in the prediction and in the run it is about. "batch": every batch by its
-            own statistics, as in train mode, the running ones drifting along; not with mode="thorough".
+            own statistics, as in train mode, the running ones drifting along.
         curvature: Whose extreme eigenvalues to report, "hessian" or "ggn".
-        mode: "fast": a small linearisation and spectrum. "standard": larger ones. "thorough": beside those, the run is
-            rolled out in stages, the network linearised anew wherever the last linearisation stops being true, which finds
-            runs that break because features move. "auto": the most thorough of them within `budget`.
+        mode: "fast": a small linearisation and spectrum. "standard": larger ones. "thorough": beside those, the
+            linearised network is left for real steps on a copy wherever its loss is not the real one's any more, which finds
+            runs that break, or do not, because features move. "auto": the most thorough of them within `budget`.
         budget: For "auto": gradient-equivalents, or seconds as text, such as "30s"; what the run itself takes when None.
         rank: Directions of the linearisation; the mode's when None, and found, so that 95 % of the outputs' sensitivity is
             captured, when "auto".
@@ -136,11 +136,12 @@ def predict(
 
     Returns:
         The report. Cost: some 25 Hessian-vector products over the spectrum's samples and 2·O per-sample gradients of the
-        linearised ones; the rest needs no network pass, but for the stages of a thorough one, each a linearisation of some
-        288 samples. `predict_cost` tells it before, `report.costs` after.
+        linearised ones; the rest needs no network pass, but for the staged rollouts of a thorough one: one for each seed and
+        some sixteen for the critical step size and mix, each between a few forward passes and a run. `predict_cost` tells
+        it before, `report.costs` after.
 
     Raises:
-        ValueError: If stages are asked for with batchnorm="batch".
+        ValueError: If an argument is out of its domain.
     """
     check_choice(curvature, name="curvature", owner="predict", choices=("ggn", "hessian"))
     check_int(seeds, name="seeds", owner="predict", low=1)
@@ -166,11 +167,6 @@ def predict(
     )
     problem = UnlearningProblem(model, forget, retain, loss=loss, batchnorm=batchnorm, device=device, dtype=dtype)
     chosen.batch_sizes(problem)
-    if problem.batchnorm == "batch" and mode in {"thorough", "auto"}:
-        raise ValueError(
-            f"`mode` of `predict` must be 'fast' or 'standard' with batchnorm='batch'; got {mode!r}. Stages are there for "
-            "running statistics only."
-        )
     with preserved_rng():
         settings = choose_settings(
             problem, chosen, mode=mode, budget=budget, sizes=sizes, curvature=curvature, seed=seed, seeds=seeds
@@ -190,6 +186,7 @@ def predict_cost(
     steps: int | None = None,
     batch_size: int | None = None,
     loss: str | PerSampleLoss | Loss = "cross_entropy",
+    batchnorm: str = "frozen",
     mode: str = "standard",
     budget: float | str | None = None,
     rank: int | str | None = None,
@@ -210,6 +207,7 @@ def predict_cost(
         steps: Number K of steps; the algorithm's own when None.
         batch_size: Retain samples a step; the algorithm's own when None.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
+        batchnorm: As `predict` has it.
         mode: As `predict` has it.
         budget: As `predict` has it.
         rank: As `predict` has it.
@@ -227,7 +225,7 @@ def predict_cost(
     sizes = Sizes(
         rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
     )
-    problem = UnlearningProblem(model, forget, retain, loss=loss, device=device, dtype=dtype)
+    problem = UnlearningProblem(model, forget, retain, loss=loss, batchnorm=batchnorm, device=device, dtype=dtype)
     settings = choose_settings(
         problem, chosen, mode=mode, budget=budget, sizes=sizes, curvature="hessian", seed=0, seeds=seeds
     )
@@ -286,10 +284,13 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         gradient_equivalents=(network.retain.samples + network.forget.samples) / 3,
     )
     verdict_by = _verdict_by(measurement, rolled, mix_detail, seeds, progress=progress)
-    mix_detail, error = verdict_by.mix, verdict_by.error
+    mix_detail, error = verdict_by.mix, linearisation_error(problem, network, rolled)
     probability = float(verdict_by.rollout.probability[0])
     used = calibration(verdict_by.rollout.kind)
-    checks = (*_checks(measurement, error), *_change_checks(measurement, rolled, verdict_by.rollout, seeds))
+    checks = (
+        *_checks(measurement, error),
+        *(() if verdict_by.real_steps else _change_checks(measurement, rolled, seeds)),
+    )
     return Report(
         verdict=_verdict(probability),
         probability=probability,
@@ -339,18 +340,18 @@ class _VerdictBy:
 
     rollout: Rollout
     mix: CriticalValue
-    error: float
     stages: tuple[int, ...] = (0,)
+    real_steps: float = 0.0
     gradients: float = 0.0
 
 
 def _verdict_by(
     measurement: Measurement, rolled: Rollout, mix: CriticalValue, seeds: Sequence[int], *, progress: bool
 ) -> _VerdictBy:
-    """Stages, where the measurement has them; how far to believe it."""
+    """The staged rollout where the measurement asks for one."""
     problem, algorithm, network = measurement.problem, measurement.algorithm, measurement.network
     if not measurement.settings.staged:
-        return _VerdictBy(rollout=rolled, mix=mix, error=linearisation_error(problem, network, rolled))
+        return _VerdictBy(rollout=rolled, mix=mix)
     batch_sizes = algorithm.batch_sizes(problem)
     found = staged_rollout(problem, network, algorithm, batch_sizes=batch_sizes, seeds=seeds, progress=progress)
     guess = min(mix.value, 1.0)
@@ -360,8 +361,8 @@ def _verdict_by(
     return _VerdictBy(
         rollout=found.rollout,
         mix=staged_mix,
-        error=max(part.error for stages in found.stages for part in stages),
-        stages=tuple(part.first_step for part in found.stages[0]),
+        stages=tuple(part.first_step for part in found.stages[0] if part.kind == "linearised"),
+        real_steps=found.real_steps,
         gradients=found.gradient_equivalents + spent,
     )
 
@@ -582,6 +583,7 @@ def _rollout_summary(verdict_by: _VerdictBy, measurement: Measurement, seeds: in
         samples=(network.retain.samples, network.forget.samples),
         rank=network.rank,
         stages=verdict_by.stages,
+        real_steps=verdict_by.real_steps,
     )
 
 
@@ -599,20 +601,19 @@ def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
         meaning="How far a curvature product in TF32 is from one in float32, relative to it.",
         remedy="Predict with precision='float32'.",
     )
+    linearised = Check(
+        name="linearisation error",
+        value=error,
+        threshold=MAX_LINEARISATION_ERROR,
+        passed=error <= MAX_LINEARISATION_ERROR,
+        meaning="How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
+        "those moved; for a diverging run, where its loss meets the divergence level.",
+        remedy="mode='thorough' leaves the linearised network where it is wrong; otherwise leave a margin and check with "
+        "verify().",
+    )
     return (
         *([] if rough is None else [tf32]),
-        Check(
-            name="linearisation error",
-            value=error,
-            threshold=MAX_LINEARISATION_ERROR,
-            passed=error <= MAX_LINEARISATION_ERROR,
-            meaning="How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
-            "those moved; for a diverging run, where its loss meets the divergence level. The largest of all stages, where "
-            "there are several.",
-            remedy="Leave a margin and check with verify()."
-            if measurement.settings.staged
-            else "mode='thorough' linearises anew on the way; otherwise leave a margin and check with verify().",
-        ),
+        *([] if measurement.settings.staged else [linearised]),
         Check(
             name=CAPTURED,
             value=network.captured,
@@ -632,26 +633,22 @@ def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
     )
 
 
-def _change_checks(
-    measurement: Measurement, rolled: Rollout, verdict_by: Rollout, seeds: Sequence[int]
-) -> tuple[Check, ...]:
-    """Whether P(diverge) of one linearisation is another at half its size, and in stages."""
+def _change_checks(measurement: Measurement, rolled: Rollout, seeds: Sequence[int]) -> tuple[Check, ...]:
+    """Whether P(diverge) of one linearisation is another at half its size."""
     network, algorithm = measurement.network, measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
 
     def again(other: LinearisedNetwork) -> Rollout:
         return rollout(other, algorithm, lr=[algorithm.lr], mix=[algorithm.mix], batch_sizes=batch_sizes, seeds=seeds)
 
-    others = [
+    others = (
         ("half the rank", again(network.thinned(rank=math.ceil(network.rank / 2))), "Raise `rank`."),
         (
             "half the samples",
             again(network.thinned(samples=0.5)),
             "Raise `retain_samples` and `forget_samples`.",
         ),
-    ]
-    if measurement.settings.staged:
-        others.append(("stages", verdict_by, "Leave a margin and check with verify()."))
+    )
     said = float(rolled.probability[0])
     changes = [abs(float(other.probability[0]) - said) for _, other, _ in others]
     return tuple(

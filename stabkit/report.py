@@ -162,6 +162,7 @@ class RolloutSummary:
         samples: Retain and forget samples linearised.
         rank: Number r of coordinates.
         stages: Steps at which the network was linearised in the first seed's run; (0,) where once.
+        real_steps: Steps of a seed's run that were taken on the real network, on average; 0 unless staged.
     """
 
     seeds: int
@@ -175,6 +176,7 @@ class RolloutSummary:
     samples: tuple[int, int]
     rank: int
     stages: tuple[int, ...]
+    real_steps: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,8 +301,8 @@ class Report(Shown, Stored):
         cause: What breaks first.
         layers: Heavy-tailed exponents and gates.
         checks: How far to trust this.
-        linearisation_error: Relative error of the linearised outputs at the predicted displacement, the largest of all
-            stages where there are several; infinity if the real outputs there are not finite.
+        linearisation_error: Relative error of the outputs linearised at θ* at the displacement predicted from there;
+            infinity if the real outputs there are not finite.
         advice: What to do, in words.
         costs: What it cost, by stage.
     """

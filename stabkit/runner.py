@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from stabkit._rng import preserved_rng
 from stabkit._serialise import to_plain
 from stabkit._validate import check_choice, check_int
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
-from stabkit.preconditioner import Preconditioner
+from stabkit.preconditioner import Identity, Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, map_tensors, tensors_of
 from stabkit.sampling import batch_streams
@@ -117,6 +117,7 @@ class Position:
         step: Steps taken so far.
         theta: Parameters, shape (d,).
         velocity: What momentum carries on, shape (d,).
+        statistics: Running statistics of BatchNorm layers by buffer name; empty where those are frozen.
         stopped: Whether the algorithm's own rule ends the run here.
         gradient_equivalents: Per-sample gradients of the steps since the position begun from.
     """
@@ -124,6 +125,7 @@ class Position:
     step: int
     theta: Tensor
     velocity: Tensor
+    statistics: Parameters = field(default_factory=dict)
     stopped: bool = False
     gradient_equivalents: float = 0.0
 
@@ -140,7 +142,7 @@ def steps_from(
     """The steps of a run from the middle of it on, with the batches that a whole run of that seed has.
 
     Args:
-        problem: The unlearning problem, batches not normalised by their own statistics.
+        problem: The unlearning problem.
         algorithm: The algorithm.
         preconditioner: Its P.
         start: Where to begin.
@@ -155,7 +157,7 @@ def steps_from(
         theta=start.theta,
         velocity=start.velocity,
         good=start.theta,
-        statistics={},
+        statistics=_copies(start.statistics),
         good_statistics={},
         taken=start.step,
     )
@@ -167,9 +169,43 @@ def steps_from(
             step=state.taken,
             theta=state.theta,
             velocity=state.velocity,
+            statistics=_copies(state.statistics),
             stopped=state.stop_reason != "steps",
             gradient_equivalents=state.gradients,
         )
+
+
+def statistics_along(
+    problem: UnlearningProblem,
+    algorithm: Algorithm,
+    path: Iterable[Tensor],
+    *,
+    batch_sizes: tuple[int, int],
+    seed: int,
+) -> Iterator[Parameters]:
+    """The running statistics that a run from θ* on has where its parameters are known.
+
+    Args:
+        problem: The unlearning problem, batchnorm="batch".
+        algorithm: The algorithm.
+        path: Parameters before each step, θ* first, each of shape (d,).
+        batch_sizes: B_R and B_F.
+        seed: Seed of the batches.
+
+    Yields:
+        Running statistics after each step, by buffer name. Cost of each: B_R + B_F forward passes.
+    """
+    statistics = _copies(problem.statistics)
+    steps = _Steps(problem, algorithm, Identity(), batch_sizes, seed, "full")
+    for plan, theta in zip(algorithm.plan(), path, strict=False):
+        parameters = problem.unflatten(theta)
+        weights = (1 - algorithm.mix) * plan.retain, algorithm.mix * plan.forget
+        both = zip((problem.retain, problem.forget), steps.draw(plan), weights, strict=True)
+        for samples, indices, weight in both:
+            if weight and indices.numel():
+                with torch.no_grad():
+                    problem.batch_outputs(parameters, samples.batch(indices)[0], statistics=statistics)
+        yield _copies(statistics)
 
 
 def check_steps(steps: int, check_every: int) -> tuple[int, ...]:
@@ -453,7 +489,7 @@ class _Steps:
         self._rule = algorithm.stop_rule()
         self._mask = preconditioner.forget_mask if isinstance(preconditioner, PlainSteps) else None
 
-    def _draw(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+    def draw(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """The step's indices in both sets; nothing is drawn from a set that has no part in the step."""
         empty = torch.empty(0, dtype=torch.int64)
         watched = self._rule.leakage_bound is not None
@@ -464,12 +500,12 @@ class _Steps:
     def skip(self, steps: int) -> None:
         """Draw the batches of the steps before."""
         for plan in self._plan[:steps]:
-            self._draw(plan)
+            self.draw(plan)
 
     def take(self, state: _State, *, measured: bool) -> StepRecord | None:
         """One step, in place; what it was, if asked for."""
         algorithm, plan, theta = self._algorithm, self._plan[state.taken], state.theta
-        retain, forget = self._draw(plan)
+        retain, forget = self.draw(plan)
         weights = (1 - algorithm.mix) * plan.retain, algorithm.mix * plan.forget
         gradient, leakage, losses = self._gradient(theta, retain, forget, weights, state, measured=measured)
         direction = self._preconditioner.apply(gradient)

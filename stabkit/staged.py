@@ -20,10 +20,10 @@ from torch import Tensor
 from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm
-from stabkit.curvature import LinearisedNetwork, linearisation_cost, linearise
-from stabkit.problem import UnlearningProblem
+from stabkit.curvature import LinearisedNetwork, LinearisedSet, linearisation_cost, linearise
+from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.rollout import SCORE_CAP, Rollout, Start, loss_scale, rollout
-from stabkit.runner import Position, steps_from
+from stabkit.runner import Position, statistics_along, steps_from
 
 # Chosen on calibration cells of the benchmark: 0.1 does a little worse there and costs a little less.
 MAX_ERROR = 0.05
@@ -67,6 +67,12 @@ class StagedRollout:
     stages: tuple[tuple[Stage, ...], ...]
     gradient_equivalents: float
 
+    @property
+    def real_steps(self) -> float:
+        """Steps taken on the real network, mean over the seeds."""
+        taken = sum(s.last_step - s.first_step for stages in self.stages for s in stages if s.kind == "real")
+        return taken / len(self.stages)
+
 
 def staged_rollout(
     problem: UnlearningProblem,
@@ -108,14 +114,19 @@ def staged_rollout(
         gradients a real step, and a linearisation of `retain_samples` + `forget_samples`, 2·min(O, rank + 10) gradients of
         each, for every further stage: those together cost no more than the run itself.
 
+        With batchnorm="batch" there are no further linearisations, and B_R + B_F forward passes a step of the first one,
+        which the running statistics are known from.
+
     Raises:
-        ValueError: If an argument is out of its domain, or batches are normalised by their own statistics.
+        ValueError: If an argument is out of its domain, or no real steps are to be taken with batchnorm="batch".
     """
     if problem.batchnorm == "batch":
-        raise ValueError(
-            "`batchnorm` of `UnlearningProblem` must be 'frozen' for staged rollouts; got 'batch'. Predict with "
-            "mode='standard'."
-        )
+        if real_steps == 0:
+            raise ValueError(
+                "`real_steps` of `staged_rollout` must be above 0 with batchnorm='batch', whose running statistics no later "
+                "linearisation knows; got 0. None finds a number."
+            )
+        max_stages = 1
     check_real(max_error, name="max_error", owner="staged_rollout", low=0, low_open=True)
     check_int(max_stages, name="max_stages", owner="staged_rollout", low=1)
     if real_steps is not None:
@@ -158,6 +169,7 @@ class _Staged:
         self._problem, self._first, self._algorithm = problem, network, algorithm
         self._batch_sizes, self._seed, self._again = batch_sizes, seed, again
         self._scale = loss_scale(network)
+        self._statistics: list[Parameters] = []  # after each step of the first linearisation, with batchnorm="batch"
         self.stages: list[Stage] = []
         self.gradients = 0.0
 
@@ -174,6 +186,8 @@ class _Staged:
             crossing = float(rolled.divergence_step[0, 0])
             ahead = [k for k in path if k > at.step and not k > crossing]
             unbounded = linearisations >= max_stages and not spell
+            if self._problem.batchnorm == "batch":
+                self._statistics = self._followed(network, at, path, ahead)
             peak = int(rolled.steps[rolled.retain_loss[0, 0].argmax()])
             last, seen = self._believed(
                 network, at, path, ahead, peak, math.inf if unbounded else max_error, bool(spell)
@@ -192,6 +206,7 @@ class _Staged:
                 step=last,
                 theta=at.theta + network.displacement(coordinates),
                 velocity=network.displacement(momentum),
+                statistics=self._known(last),
             )
             if spell:
                 left = self._algorithm.steps - last
@@ -218,6 +233,23 @@ class _Staged:
         samples = sum(n if m is None else min(m, n) for m, n in zip(asked, sizes, strict=True))
         return math.ceil(linearisation_cost(samples, outputs, self._again["rank"]) / sum(self._batch_sizes))
 
+    def _followed(
+        self, network: LinearisedNetwork, at: Position, path: dict[int, tuple[Tensor, Tensor]], ahead: list[int]
+    ) -> list[Parameters]:
+        """Running statistics after each of the steps of a linearisation at θ*."""
+        finite = [k for k in ahead if bool(torch.isfinite(path[k][0]).all())]
+        before = (at.theta + network.displacement(path[k - 1][0]) for k in finite)
+        self.gradients += len(finite) * sum(self._batch_sizes) / 3
+        return list(
+            statistics_along(self._problem, self._algorithm, before, batch_sizes=self._batch_sizes, seed=self._seed)
+        )
+
+    def _known(self, step: int) -> Parameters:
+        """Running statistics after a step; none where they are frozen."""
+        if self._problem.batchnorm == "frozen":
+            return {}
+        return self._statistics[step - 1] if step else self._problem.statistics
+
     def _walked(self, whole: Rollout, start: Position, count: int, seen: _Seen) -> tuple[Rollout, Position, bool]:
         """Real steps, written into the run's looks; and whether the run has ended with them."""
         looks = whole.steps.tolist()
@@ -238,7 +270,7 @@ class _Staged:
         for at in walk:
             if at.step == looks[place] or at.stopped:
                 before = crossed
-                now = self._losses(at.theta)
+                now = self._losses(self._first, {**self._problem.unflatten(at.theta), **at.statistics})
                 for values, value in zip(losses.values(), now, strict=True):
                     values[..., place:] = value  # what follows stays there if the run ends here
                 place += at.step == looks[place]
@@ -276,14 +308,10 @@ class _Staged:
             True,
         )
 
-    def _losses(self, theta: Tensor) -> tuple[float, float]:
-        """The real network's losses on the linearised samples of both sets."""
-        parameters = self._problem.unflatten(theta)
+    def _losses(self, network: LinearisedNetwork, parameters: Parameters) -> tuple[float, float]:
+        """The real network's losses on the samples of a linearisation."""
         found = []
-        for samples, part in (
-            (self._problem.retain, self._first.retain),
-            (self._problem.forget, self._first.forget),
-        ):
+        for samples, part in ((self._problem.retain, network.retain), (self._problem.forget, network.forget)):
             mean = float(self._problem.evaluate(samples, parameters, part.indices)[2].double().mean())
             found.append(mean if math.isfinite(mean) else math.inf)
             self.gradients += part.samples / 3
@@ -324,11 +352,11 @@ class _Staged:
         """Last step up to which the linearised loss is right, at least the next one unless it may stay."""
         if not ahead:
             here = next(iter(path))
-            return here, self._real(network, at.theta, path[here][0])
-        seen = self._real(network, at.theta, path[ahead[-1]][0])
+            return here, self._real(network, at, path, here)
+        seen = self._real(network, at, path, ahead[-1])
         if seen.error <= max_error:
             # The verdict is about the worst loss of the run, which may lie before its end.
-            if peak not in ahead[:-1] or self._real(network, at.theta, path[peak][0]).error <= max_error:
+            if peak not in ahead[:-1] or self._real(network, at, path, peak).error <= max_error:
                 return ahead[-1], seen
             ahead = ahead[: ahead.index(peak) + 1]
         if may_stay:
@@ -337,26 +365,25 @@ class _Staged:
         best: _Seen | None = None
         while high - low > 1:
             middle = (low + high) // 2
-            looked = self._real(network, at.theta, path[ahead[middle]][0])
+            looked = self._real(network, at, path, ahead[middle])
             if looked.error <= max_error:
                 low, best = middle, looked
             else:
                 high = middle
-        return ahead[low], best or self._real(network, at.theta, path[ahead[low]][0])
+        return ahead[low], best or self._real(network, at, path, ahead[low])
 
-    def _real(self, network: LinearisedNetwork, theta: Tensor, coordinates: Tensor) -> _Seen:
-        """The real network at θ + δ, against the linearised retain loss there."""
+    def _real(
+        self, network: LinearisedNetwork, at: Position, path: dict[int, tuple[Tensor, Tensor]], step: int
+    ) -> _Seen:
+        """The real network at θ + δ after a step, against the linearised retain loss there."""
+        coordinates = path[step][0]
         if not bool(torch.isfinite(coordinates).all()):
             return _Seen(error=math.inf, retain_loss=math.inf, forget_loss=math.inf)
-        parameters = self._problem.unflatten(theta + network.displacement(coordinates))
-        losses = []
-        for samples, part in ((self._problem.retain, network.retain), (self._problem.forget, network.forget)):
-            mean = float(self._problem.evaluate(samples, parameters, part.indices)[2].double().mean())
-            losses.append(mean if math.isfinite(mean) else math.inf)
-            self.gradients += part.samples / 3
+        parameters = self._problem.unflatten(at.theta + network.displacement(coordinates))
+        losses = self._losses(network, {**parameters, **self._known(step)})
         part = network.retain
         change = (part.features.double() @ coordinates.double()).reshape(part.outputs.shape)
-        linear = float(network.loss.per_sample(part.outputs.double() + change, part.targets).mean())
+        linear = float(network.loss.per_sample(_looked_at(part).double() + change, part.targets).mean())
         # How far either lies beyond the level does not matter.
         ends = [min(value, self._scale.floor + self._scale.room) for value in (losses[0], linear)]
         error = abs(ends[0] - ends[1]) / self._scale.room if math.isfinite(ends[1]) else math.inf
@@ -413,7 +440,7 @@ class _Staged:
     def _record(self, network: LinearisedNetwork, step: int, last: int, error: float) -> Stage:
         """What a stage was."""
         losses = [
-            float(network.loss.per_sample(part.outputs.double(), part.targets).mean())
+            float(network.loss.per_sample(_looked_at(part).double(), part.targets).mean())
             for part in (network.retain, network.forget)
         ]
         return Stage(
@@ -424,3 +451,8 @@ class _Staged:
             retain_loss=losses[0],
             forget_loss=losses[1],
         )
+
+
+def _looked_at(part: LinearisedSet) -> Tensor:
+    """A set's outputs in eval mode where it is linearised."""
+    return part.outputs if part.eval_outputs is None else part.eval_outputs

@@ -414,7 +414,7 @@ def test_batches_without_variance_are_refused():
 
 
 def test_a_train_mode_prediction_is_of_the_runs_own_batches(random_deletion):
-    """Near θ* the linearised coupled outputs are right, the batch size is the run's, and stages are refused."""
+    """Near θ* the linearised coupled outputs are right, the batch size is the run's."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10))
     forget, retain = random_deletion
@@ -426,9 +426,37 @@ def test_a_train_mode_prediction_is_of_the_runs_own_batches(random_deletion):
     other = report.at(batch_size=16)
     assert {c.stage: c.gradient_equivalents for c in other.costs}["linearisation"] > 0  # other batches, other features
     assert not {"batch size"} & {item.remedy for item in report.recommend().items}
-    with pytest.raises(ValueError, match=r"`mode` of `predict` must be 'fast' or 'standard' .*; got 'thorough'"):
-        stabkit.predict(model, forget, retain, mode="thorough", **settings)
-    problem = UnlearningProblem(model, forget, retain, batchnorm="batch")
-    network = linearise(problem, Identity(), rank=8, retain_samples=32, forget_samples=32, batch_sizes=(16, 16))
-    with pytest.raises(ValueError, match="must be 'frozen' for staged rollouts; got 'batch'"):
-        staged_rollout(problem, network, stabkit.GradDiff(batch_size=16), batch_sizes=(16, 16), seeds=[0])
+    thorough = stabkit.predict(model, forget, retain, lr=1e-4, mix=0.3, batch_size=32, mode="thorough", **settings)
+    assert thorough.run.batchnorm == "batch"
+    assert thorough.calibration.kind == "staged"
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])  # of the running statistics; None: their plain average
+def test_a_train_mode_run_is_staged_with_its_own_statistics(random_deletion, momentum):
+    """Where nothing is believed it is the real run, and where all is the statistics are those along the predicted path."""
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24, momentum=momentum), nn.ReLU(), nn.Linear(24, 10)
+    forget, retain = random_deletion
+    model = train(nn.Sequential(*layers), *retain, epochs=4, lr=0.01, seed=0)
+    problem = UnlearningProblem(model, forget, retain, batchnorm="batch", dtype=torch.float64)
+    algorithm = stabkit.GradDiff(batch_size=16, lr=0.05, mix=0.3, steps=9, momentum=0.5)
+    network = linearise(problem, Identity(), rank=40, retain_samples=64, forget_samples=64, batch_sizes=(16, 16))
+    options = {"batch_sizes": (16, 16), "seeds": [4]}
+    found = staged_rollout(problem, network, algorithm, max_error=1e-15, **options)
+    assert [stage.kind for stage in found.stages[0]] == ["linearised", "real"]
+    real = run(problem, algorithm, seed=4, monitor_samples=None)
+    parameters = {name: p.detach().double() for name, p in real.model.named_parameters()}
+    buffers = {name: b for name, b in real.model.named_buffers() if name in problem.statistics}
+    truth = problem.evaluate(problem.retain, {**parameters, **buffers}, network.retain.indices)[2].mean()
+    assert float(found.rollout.retain_loss[0, 0, -1]) == pytest.approx(float(truth), rel=1e-9)
+
+    believed = staged_rollout(problem, network, algorithm.replace(lr=1e-6), max_error=1.0, **options)
+    assert [stage.kind for stage in believed.stages[0]] == ["linearised"]
+    near = run(problem, algorithm.replace(lr=1e-6), seed=4, monitor_samples=None)
+    kept = {name: b for name, b in near.model.named_buffers() if name in problem.statistics}
+    truth = problem.evaluate(problem.retain, {**problem.parameters, **kept}, network.retain.indices)[2].mean()
+    still = problem.evaluate(problem.retain, None, network.retain.indices)[2].mean()
+    assert float(believed.rollout.retain_loss[0, 0, -1]) == pytest.approx(float(truth), rel=1e-4)
+    assert abs(float(still - truth)) > 0.005 * float(truth)  # the statistics alone have moved it
+    with pytest.raises(ValueError, match="`real_steps` of `staged_rollout` must be above 0 with batchnorm='batch'"):
+        staged_rollout(problem, network, algorithm, real_steps=0, **options)

@@ -40,11 +40,21 @@ def test_a_mode_measures_what_it_says(case, mode):
     assert low <= report.critical_lr_detail.low <= report.critical_lr <= high
     assert stabkit.Report.from_json(report.to_json()) == report
     assert mode in report.summary()
-    changes = {check.name: check for check in report.checks if check.name.startswith("change with")}
-    assert ("change with stages" in changes) == staged
-    if staged:
-        one = stabkit.predict(*case, mode="standard", **SMALL)
-        assert changes["change with stages"].value == pytest.approx(abs(report.probability - one.probability))
+    checks = {check.name for check in report.checks}
+    assert ("linearisation error" in checks) != staged  # a staged rollout goes on without it
+    assert ("change with half the rank" in checks) == (report.rollout.real_steps == 0)
+    assert report.linearisation_error > 0
+    if not staged:
+        assert report.rollout.real_steps == 0
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_a_thorough_report_says_what_it_took_on_the_real_network(case):
+    report = stabkit.predict(*case, mode="thorough", mix=0.2, **{**SMALL, "lr": 1.0})
+    assert 0 < report.rollout.real_steps <= SMALL["steps"]
+    assert f"{report.rollout.real_steps:.3g} steps taken on the real network" in report.to_html()
+    told = {cost.stage: cost.gradient_equivalents for cost in report.costs}
+    assert told["staged rollouts"] > report.rollout.real_steps * 16
 
 
 @pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")

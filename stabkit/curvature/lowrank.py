@@ -41,18 +41,20 @@ ROWS_AT_ONCE = 2**16  # rotated in float64
 COUPLED_BATCH = 64
 
 
-def linearisation_cost(samples: int, outputs: int, rank: int) -> float:
+def linearisation_cost(samples: int, outputs: int, rank: int, *, coupled: bool = False) -> float:
     """What `linearise` takes where a rank is given and no power iterations are.
 
     Args:
         samples: Samples of both sets.
         outputs: Outputs O of each.
         rank: Directions to keep.
+        coupled: Whether the samples of a batch have no outputs of their own, as with batchnorm="batch".
 
     Returns:
         Per-sample gradients: two walks by rows, or by vectors where those are fewer, and two forward passes.
     """
-    return samples * (2 * min(outputs, rank + OVERSAMPLING) + 2 / 3)
+    vectors = rank + OVERSAMPLING
+    return samples * (2 * (vectors if coupled else min(outputs, vectors)) + 2 / 3)
 
 
 def linearise(
