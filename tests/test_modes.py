@@ -52,7 +52,7 @@ def test_a_mode_measures_what_it_says(case, mode):
 def test_a_thorough_report_says_what_it_took_on_the_real_network(case):
     report = stabkit.predict(*case, mode="thorough", mix=0.2, **{**SMALL, "lr": 1.0})
     assert 0 < report.rollout.real_steps <= SMALL["steps"]
-    assert f"{report.rollout.real_steps:.3g} steps taken on the real network" in report.to_html()
+    assert f"{report.rollout.real_steps:.3g} steps taken on the real network" in report._repr_html_()
     told = {cost.stage: cost.gradient_equivalents for cost in report.costs}
     assert told["staged rollouts"] > report.rollout.real_steps * 16
 
