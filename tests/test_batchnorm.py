@@ -442,7 +442,7 @@ def test_a_train_mode_run_is_staged_with_its_own_statistics(random_deletion, mom
     algorithm = stabkit.GradDiff(batch_size=16, lr=0.05, mix=0.3, steps=9, momentum=0.5)
     network = linearise(problem, Identity(), rank=40, retain_samples=64, forget_samples=64, batch_sizes=(16, 16))
     options = {"batch_sizes": (16, 16), "seeds": [4]}
-    found = staged_rollout(problem, network, algorithm, max_error=1e-15, **options)
+    found = staged_rollout(problem, network, algorithm, max_loss_error=1e-15, **options)
     assert [stage.kind for stage in found.stages[0]] == ["linearised", "real"]
     real = run(problem, algorithm, seed=4, monitor_samples=None)
     parameters = {name: p.detach().double() for name, p in real.model.named_parameters()}
@@ -450,7 +450,9 @@ def test_a_train_mode_run_is_staged_with_its_own_statistics(random_deletion, mom
     truth = problem.evaluate(problem.retain, {**parameters, **buffers}, network.retain.indices)[2].mean()
     assert float(found.rollout.retain_loss[0, 0, -1]) == pytest.approx(float(truth), rel=1e-9)
 
-    believed = staged_rollout(problem, network, algorithm.replace(lr=1e-6), max_error=1.0, **options)
+    believed = staged_rollout(
+        problem, network, algorithm.replace(lr=1e-6), max_loss_error=1.0, max_output_error=1.0, **options
+    )
     assert [stage.kind for stage in believed.stages[0]] == ["linearised"]
     near = run(problem, algorithm.replace(lr=1e-6), seed=4, monitor_samples=None)
     kept = {name: b for name, b in near.model.named_buffers() if name in problem.statistics}

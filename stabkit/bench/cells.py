@@ -143,7 +143,13 @@ CELLS: tuple[Cell, ...] = (
         for algorithm in ("graddiff", "agu")
     ),
     Cell(dataset="digits", model="mlp", deletion="random10", algorithm="graddiff", momentum=0.9, role="calibration"),
+    *(
+        Cell(dataset="digits", model=model, deletion=deletion, algorithm=algorithm, role="calibration")
+        for model, deletion in (("mlp", "random10"), ("tanh-mlp", "class"))
+        for algorithm in ("salun", "sfr_on")
+    ),
     Cell(dataset="digits", model="cnn", deletion="mislabelled", algorithm="graddiff", role="calibration"),
+    Cell(dataset="digits", model="cnn", deletion="mislabelled", algorithm="graddiff", momentum=0.9, role="calibration"),
     Cell(dataset="digits", model="resnet", deletion="class", algorithm="graddiff", role="calibration"),
     *(
         Cell(dataset="digits", model="cnn", deletion=deletion, algorithm="graddiff")

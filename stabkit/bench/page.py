@@ -41,7 +41,7 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         f"Where the grid brackets a boundary, its interval is halved {HALVINGS} times, by further runs for the observed "
         "one and by further predictions for the predicted one.\n"
         "P(diverge) comes from the scores recorded before the runs. Constants were chosen on the calibration cells alone; "
-        "that a staged rollout goes on with real steps was decided after misses on evaluation cells of seed 0 had been seen, "
+        "that staged rollouts go on with real steps was decided after misses on evaluation cells of seed 0 had been seen, "
         "and so was the stretch of half-trained models' scores, which moves P but never to the other side of one half.",
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]
