@@ -84,16 +84,11 @@ def linearisation_error(problem: UnlearningProblem, network: LinearisedNetwork, 
         return math.inf
     c = c * _share_to_level(network, c, problem.divergence_level)
     there = problem.at(problem.vector() + network.displacement(c))
-    wrong = moved = 0.0
-    for samples, part in ((problem.retain, network.retain), (problem.forget, network.forget)):
-        jacobian = ScaledJacobian(there, samples, part.indices, network.preconditioner, coupled=part.coupled)
-        real = jacobian.outputs().double()
-        change = (part.features.double() @ c).reshape(real.shape)
-        wrong += float((real - part.outputs.double() - change).square().sum())
-        moved += float(change.square().sum())
-    if not math.isfinite(wrong):
-        return math.inf
-    return math.sqrt(wrong / moved) if moved > 0 else 0.0
+    outputs = [
+        ScaledJacobian(there, samples, part.indices, network.preconditioner, coupled=part.coupled).outputs()
+        for samples, part in ((problem.retain, network.retain), (problem.forget, network.forget))
+    ]
+    return network.output_error(c, outputs)
 
 
 def _share_to_level(network: LinearisedNetwork, c: Tensor, level: float) -> float:

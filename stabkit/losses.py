@@ -103,6 +103,18 @@ class Loss(abc.ABC):
         """
         return (after - before).square().reshape(after.shape[0], -1).mean(1)
 
+    def counted(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Which outputs the loss reads at all, so that others do not count as sensitivity.
+
+        Args:
+            outputs: Network outputs, shape (m, ...), O numbers a sample.
+            targets: Targets of the same m samples.
+
+        Returns:
+            Booleans of shape (m, O), or None where every output counts.
+        """
+        return None
+
     def check_targets(self, outputs: Tensor, targets: Tensor, *, name: str) -> None:  # noqa: B027
         """Raise if the targets cannot belong to these outputs.
 
@@ -235,6 +247,22 @@ class CrossEntropy(Loss):
         _, weights = self._labels_and_weights(labels, old.dtype)
         old, new = old.log_softmax(-1), new.log_softmax(-1)
         return ((old.exp() * (old - new)).sum(-1) * weights).sum(1)
+
+    def counted(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """The logits of labelled positions.
+
+        Args:
+            outputs: Logits, shape (m, C), (m, T, C) or (m, C, T...).
+            targets: Integer labels, shape (m,) or (m, T...).
+
+        Returns:
+            Booleans of shape (m, O), or None where every position is labelled.
+        """
+        logits, labels, moved = self._align(outputs, targets)
+        valid = self._shifted(labels) != IGNORE_INDEX
+        if bool(valid.all()):
+            return None
+        return self._restore(valid.unsqueeze(-1).expand_as(logits), outputs, moved).flatten(1)
 
     def constant_level(self, outputs: Tensor, targets: Tensor) -> float:
         """Entropy of the label frequencies, every labelled sample weighing alike, in nats.

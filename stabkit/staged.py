@@ -395,20 +395,14 @@ class _Staged:
             return _Seen(loss_error=math.inf, output_error=math.inf, retain_loss=math.inf, forget_loss=math.inf)
         parameters = self._problem.unflatten(at.theta + network.displacement(coordinates))
         outputs, losses = self._evaluated(network, {**parameters, **self._known(step)})
-        wrong = moved = linear = 0.0
-        for part, real in zip(
-            (network.forget, network.retain), reversed(outputs), strict=True
-        ):  # the loss is the last's
-            before = _looked_at(part).double()
-            change = (part.features.double() @ coordinates.double()).reshape(before.shape)
-            wrong += float((real.double() - before - change).square().sum())
-            moved += float(change.square().sum())
-            linear = float(network.loss.per_sample(before + change, part.targets).mean())
+        part = network.retain
+        change = (part.features.double() @ coordinates.double()).reshape(part.outputs.shape)
+        linear = float(network.loss.per_sample(_looked_at(part).double() + change, part.targets).mean())
         # How far either lies beyond the level does not matter.
         ends = [min(value, self._scale.floor + self._scale.room) for value in (losses[0], linear)]
         return _Seen(
             loss_error=abs(ends[0] - ends[1]) / self._scale.room if math.isfinite(ends[1]) else math.inf,
-            output_error=math.inf if not math.isfinite(wrong) else math.sqrt(wrong / moved) if moved > 0 else 0.0,
+            output_error=network.output_error(coordinates, outputs, evaluated=True),
             retain_loss=losses[0],
             forget_loss=losses[1],
         )

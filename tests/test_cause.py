@@ -320,17 +320,19 @@ def test_a_linear_model_is_its_linearisation(lr):
 
 
 def direct_error(problem, coordinates, network, share):
-    """‖f(θ* + δ) - f - Jδ‖ / ‖Jδ‖ over both sets, from the dense Jacobian."""
+    """‖f(θ* + δ) - f - Jδ‖ / ‖Jδ‖ over both sets and all outputs that count, from the dense Jacobian."""
     delta = share * network.displacement(coordinates)
     wrong = moved = 0.0
     for which in ("retain", "forget"):
-        outputs, _, jacobian = (t.detach() for t in dense_jacobian(problem, which))
+        outputs, targets, jacobian = (t.detach() for t in dense_jacobian(problem, which))
+        counted = problem.loss.counted(outputs, targets)
+        counts = 1.0 if counted is None else counted.reshape(outputs.shape)
         samples = getattr(problem, which)
         inputs, _ = samples.batch(torch.arange(samples.size))
         real = problem.outputs(problem.unflatten(problem.vector() + delta), inputs).detach()
         change = (jacobian @ delta).reshape(outputs.shape)
-        wrong += float((real - outputs - change).square().sum())
-        moved += float(change.square().sum())
+        wrong += float(((real - outputs - change) * counts).square().sum())
+        moved += float((change * counts).square().sum())
     return math.sqrt(wrong / moved)
 
 

@@ -23,10 +23,14 @@ cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
 def dense_rows(problem, p):
-    """J P^{1/2} of either set, its rows weighted by 1/√m."""
+    """J P^{1/2} of either set, its rows weighted by 1/√m, those that the loss does not read being zero."""
     blocks = []
     for which in ("retain", "forget"):
-        jacobian = dense_jacobian(problem, which)[2].detach() * p.sqrt()
+        outputs, targets, jacobian = dense_jacobian(problem, which)
+        jacobian = jacobian.detach() * p.sqrt()
+        counted = problem.loss.counted(outputs, targets)
+        if counted is not None:
+            jacobian = jacobian * counted.unsqueeze(-1)
         blocks.append(jacobian.flatten(0, 1) / jacobian.shape[0] ** 0.5)
     return blocks
 
@@ -180,10 +184,10 @@ def test_sets_whose_samples_have_different_numbers_of_outputs():
     problem = UnlearningProblem(model, *sets, loss="causal_lm")
     network = everything(problem, Identity(), rank=1000)
     assert (network.retain.features.shape[1], network.forget.features.shape[1]) == (21, 35)
-    for which in ("retain", "forget"):
-        _, _, jacobian = dense_jacobian(problem, which)
-        features = getattr(network, which).features
-        torch.testing.assert_close(features @ network.basis.T, jacobian, rtol=1e-6, atol=1e-7)
+    for which, rows in zip(("retain", "forget"), dense_rows(problem, torch.ones(problem.size)), strict=True):
+        part = getattr(network, which)
+        found = (part.features @ network.basis.T).flatten(0, 1) / part.samples**0.5
+        torch.testing.assert_close(found, rows, rtol=1e-6, atol=1e-7)
 
 
 def test_a_network_that_does_not_move_is_held_whole():
@@ -394,3 +398,35 @@ def test_a_pass_is_as_large_as_an_accelerators_memory_allows(monkeypatch, free, 
     monkeypatch.setattr(stabkit._memory, "free_memory", lambda device: free)
     assert stabkit._memory.pass_bytes(1000, torch.device("cuda")) == expected
     assert stabkit._memory.pass_bytes(1000, torch.device("cpu")) == 1000
+
+
+@pytest.mark.parametrize("by", ["rows", "vectors"])
+def test_what_the_loss_does_not_read_is_no_sensitivity(by, monkeypatch):
+    """Features, captured share and error are those of the labelled positions; the others' rows are as good as zero."""
+    torch.manual_seed(0)
+    model = TiedLanguageModel().double()
+    tokens = torch.randint(0, 7, (18, 5), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    labels[:, :3] = -100  # a prompt
+    sets = [({"input_ids": tokens[place]}, labels[place]) for place in (slice(0, 6), slice(6, 18))]
+    problem = UnlearningProblem(model, *sets, loss="causal_lm")
+    if by == "vectors":
+        monkeypatch.setattr(stabkit.curvature.jacobian.ScaledJacobian, "by_rows", lambda self, vectors: False)
+    network = everything(problem, Identity(), rank=10)
+    jacobians = [dense_jacobian(problem, which)[2].detach() for which in ("retain", "forget")]
+    counted = torch.zeros(5, 7, dtype=torch.bool)
+    counted[2:4] = True  # these positions predict the two labels
+    for part, jacobian in zip((network.retain, network.forget), jacobians, strict=True):
+        assert torch.equal(problem.loss.counted(part.outputs, part.targets), counted.flatten().expand(part.samples, -1))
+        truth = (jacobian @ network.basis) * counted.flatten()[:, None]
+        torch.testing.assert_close(part.features, truth, rtol=1e-9, atol=1e-10)
+    whole = everything(problem, Identity(), rank=10_000)
+    assert whole.captured == pytest.approx(1.0)
+    c = 1e-4 * torch.randn(whole.rank, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    there = problem.unflatten(problem.vector() + whole.displacement(c))
+    outputs = [problem.evaluate(samples, there)[0] for samples in (problem.retain, problem.forget)]
+    assert whole.output_error(c, outputs) < 1e-3
+    for values in outputs:
+        values[:, 0] = torch.nan  # of a position that does not count
+    assert whole.output_error(c, outputs) < 1e-3
+    assert problem.loss.counted(outputs[0], tokens[6:]) is not None  # a shifted sequence's last position predicts nothing

@@ -166,6 +166,7 @@ class ScaledJacobian:
     Attributes:
         outputs_per_sample: O.
         batch_size: Samples of a pass at most; halved for good where memory runs out, unless batches are coupled.
+        counted: Outputs whose rows are to count, booleans of shape (m, O), the others' being taken for zero; all when None.
     """
 
     def __init__(
@@ -195,6 +196,7 @@ class ScaledJacobian:
         self._samples = samples
         self._indices = indices
         self._preconditioner = preconditioner
+        self.counted: Tensor | None = None
         rows, block = (pass_bytes(least, problem.device) for least in (ROW_BYTES, BLOCK_BYTES))
         self._row_budget = rows if memory is None else min(rows, memory)
         vector = 4 * problem.size * problem.dtype.itemsize  # what a batched pass holds of each
@@ -259,8 +261,10 @@ class ScaledJacobian:
 
         def image(inputs: Inputs, place: slice) -> Tensor:
             if self.by_rows(block.shape[1]):
-                return jacobian_rows(self._problem, inputs) @ scaled
-            return jvp_block(self._problem, inputs, scaled, at_once=self._at_once, coupled=self._coupled)[1]
+                moved = jacobian_rows(self._problem, inputs) @ scaled
+            else:
+                moved = jvp_block(self._problem, inputs, scaled, at_once=self._at_once, coupled=self._coupled)[1]
+            return moved if self.counted is None else moved * self.counted[place].unsqueeze(-1)
 
         yield from self._batches(image, block.shape[1], start)
 
@@ -278,6 +282,8 @@ class ScaledJacobian:
 
         def add(inputs: Inputs, place: slice) -> None:
             chosen = cotangents[place]
+            if self.counted is not None:
+                chosen = chosen * self.counted[place].unsqueeze(-1)
             if self.by_rows(cotangents.shape[2]):
                 rows = jacobian_rows(self._problem, inputs)
                 total.addmm_(rows.flatten(0, 1).T, chosen.flatten(0, 1))

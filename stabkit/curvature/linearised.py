@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,7 @@ class LinearisedSet:
 
     Attributes:
         outputs: f_i there, shape (m, ...), O numbers a sample: those that steps are taken from.
-        features: Φ_i, shape (m, O, r).
+        features: Φ_i, shape (m, O, r); 0 for outputs that the loss does not read.
         targets: Targets of the m samples.
         indices: Which samples of the set these are, shape (m,).
         population: Number n of samples in the whole set.
@@ -156,6 +157,29 @@ class LinearisedNetwork:
             anchor=self.anchor[:r],
             singular_values=self.singular_values[:r],
         )
+
+    def output_error(self, coordinates: Tensor, outputs: Sequence[Tensor], *, evaluated: bool = False) -> float:
+        """‖f(θ) - f(θ*) - Φc‖ / ‖Φc‖ over the samples of both sets and the outputs that the loss reads (theory §6).
+
+        Args:
+            coordinates: c, shape (r,).
+            outputs: The real network's outputs f(θ) for the retain and for the forget samples, shapes (m, ...).
+            evaluated: Whether those are of eval mode although batches are coupled.
+
+        Returns:
+            The relative error; infinity where outputs are not finite, 0 where nothing moves.
+        """
+        wrong = moved = 0.0
+        for part, real in zip((self.retain, self.forget), outputs, strict=True):
+            before = part.eval_outputs if evaluated and part.eval_outputs is not None else part.outputs
+            change = part.features.double() @ coordinates.to(part.features.device, torch.float64)
+            error = real.double().flatten(1) - before.double().flatten(1) - change
+            counted = self.loss.counted(part.outputs, part.targets)
+            wrong += float((error if counted is None else error.masked_fill(~counted, 0.0)).square().sum())
+            moved += float(change.square().sum())
+        if not math.isfinite(wrong):
+            return math.inf
+        return math.sqrt(wrong / moved) if moved > 0 else 0.0
 
     def displacement(self, coordinates: Tensor) -> Tensor:
         """θ - θ* = P^{1/2} V c.

@@ -151,6 +151,8 @@ def linearise(
     asked = rank or FIRST_RANK
     room.check(asked, memory)
     evaluated = [problem.evaluate(samples, indices=chosen)[:2] for samples, chosen in zip(both, indices, strict=True)]
+    for jacobian, seen in zip(jacobians, evaluated, strict=True):
+        jacobian.counted = problem.loss.counted(*seen)
     passed = [
         outputs if size is None else jacobian.outputs()
         for jacobian, size, (outputs, _) in zip(jacobians, coupled, evaluated, strict=True)
@@ -358,10 +360,11 @@ def _leading(sketch: RowSketch, rank: int) -> tuple[Tensor, Tensor, float]:
     """Squared singular values of A Q, descending; the rotation of Q to their directions; the share that they capture."""
     gram = torch.zeros(sketch.basis.shape[1], sketch.basis.shape[1], dtype=torch.float64, device=sketch.basis.device)
     for features in sketch.features:
-        for rows in features.flatten(0, 1).split(ROWS_AT_ONCE):
-            gram += rows.double().T @ rows.double() / len(features)
+        for part in features.flatten(0, 1).split(ROWS_AT_ONCE):
+            gram += part.double().T @ part.double() / len(features)
     energies, rotation = torch.linalg.eigh(gram)
-    energies = energies.flip(0)[:rank].clamp_min(0)
+    rows = sum(features.shape[0] * features.shape[1] for features in sketch.features)  # past as many there is only rounding
+    energies = energies.flip(0)[: min(rank, rows)].clamp_min(0)
     keep = max(1, int((energies > energies[0] * torch.finfo(sketch.basis.dtype).eps ** 2).sum()))
     rotation = rotation.flip(1)[:, :keep]
     # E‖P^{1/2} J^T u‖² over random signs u is the squared norm, and E‖V^T P^{1/2} J^T u‖² the part inside (Hutchinson).
