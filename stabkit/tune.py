@@ -8,7 +8,7 @@ from torch import nn
 
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm, resolve_algorithm
-from stabkit.losses import Loss, PerSampleLoss
+from stabkit.losses import CrossEntropy, Loss, PerSampleLoss
 from stabkit.predict import predict
 from stabkit.problem import UnlearningProblem
 from stabkit.remedy import RISK, algorithm_at
@@ -40,7 +40,8 @@ def tune(
         forget: What to forget, in any form that `predict` takes.
         retain: What to retain, likewise.
         algorithm: A name, or an algorithm object; its `steps` are the most that are taken.
-        test: Held-out data of the kind that is forgotten, whose mean loss becomes the target.
+        test: Held-out data of the kind that is forgotten, whose typical loss becomes the target: of a cross-entropy that of
+            the mean probability of the right labels, which a few confident mistakes leave alone; the mean of other losses.
         forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss.
         risk: Largest P(diverge), in (0, 1).
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
@@ -66,8 +67,7 @@ def tune(
         problem = UnlearningProblem(
             model, forget, retain, loss=loss, test=test, device=settings.get("device"), dtype=settings.get("dtype")
         )
-        if problem.test is not None:
-            target = float(problem.evaluate(problem.test)[2].mean())
+        target = _typical_loss(problem)
     found = report.recommend(risk=risk)
     point = found.reaching(report.run.divergence_level if target is None else target)
     tuned = algorithm_at(chosen.replace(**report.run.settings), point)
@@ -81,3 +81,13 @@ def tune(
 def _mix(algorithm: Algorithm) -> dict[str, float]:
     """The mix, where it is one's to choose."""
     return {} if algorithm.fixed_mix else {"mix": algorithm.mix}
+
+
+def _typical_loss(problem: UnlearningProblem) -> float | None:
+    """Of the held-out samples: a mean of cross-entropies would be that of the few which are wrong."""
+    if problem.test is None:
+        return None
+    losses = problem.evaluate(problem.test)[2].double()
+    if isinstance(problem.loss, CrossEntropy):
+        return float(-(-losses).exp().mean().log())
+    return float(losses.mean())
