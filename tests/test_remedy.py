@@ -149,7 +149,7 @@ def test_held_out_data_are_the_target(digits_mlp, random_deletion, digits_data):
     held_out[1][0] = (held_out[1][0] + 1) % 10  # a confident mistake
     with torch.no_grad():
         p = digits_mlp(held_out[0]).softmax(1).gather(1, held_out[1].unsqueeze(1))
-    assert float(-p.log().mean()) > 2 * float(-p.mean().log())
+    assert float(-p.log().mean()) > 1.2 * float(-p.mean().log())
     loss = float(-p.mean().log())
     by_data = stabkit.tune(digits_mlp, forget, retain, test=held_out, **options)
     by_number = stabkit.tune(digits_mlp, forget, retain, forget_loss=loss, **options)
