@@ -1,4 +1,4 @@
-"""Runs with BatchNorm in train mode against two predictions: of train mode, and of frozen running statistics.
+"""Runs with BatchNorm in train mode against predictions of train mode, by one linearisation and staged, and of frozen ones.
 
     OMP_NUM_THREADS=1 python benchmarks/batchnorm.py
 
@@ -31,12 +31,15 @@ from stabkit.models import ResNet
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout
+from stabkit.staged import staged_rollout
 from stabkit.training import train
 
 CLASS, FRACTION = 3, 0.1
 BATCH = 64
 LOWEST, HIGHEST = 0.003, 6.0
-SEEDS = (0, 1, 2)  # of the rollouts; the runs have the first
+SEEDS = (0, 1, 2)  # of the rollouts
+STAGED_SEEDS = SEEDS[:1]
+RUN_SEED = 100  # no rollout has these batches
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -87,7 +90,8 @@ def main() -> None:
     model = train(ResNet(1, 10, blocks=(1, 1), width=8), data.x_train, data.y_train, epochs=epochs, lr=1e-2)
     grid = np.geomspace(LOWEST, HIGHEST, points).tolist()
     rows: list[dict[str, Any]] = []
-    seconds: dict[str, list[float]] = {"run": [], "batch": [], "frozen": []}
+    seconds: dict[str, list[float]] = {"run": [], "batch": [], "frozen": [], "staged": []}
+    gradients: list[float] = []  # of a staged rollout, in runs
     networks: dict[str, LinearisedNetwork] = {}
     for deletion, mix in cells:
         problem = problem_of(model, data, deletion, "batch")
@@ -99,7 +103,7 @@ def main() -> None:
         algorithm = GradDiff(lr=grid[0], mix=mix, steps=steps, batch_size=BATCH)
 
         def diverges(lr: float, problem: UnlearningProblem = problem, algorithm: GradDiff = algorithm) -> bool:
-            result, took = timed(lambda: stabkit.run(problem, algorithm.replace(lr=lr), seed=SEEDS[0]))
+            result, took = timed(lambda: stabkit.run(problem, algorithm.replace(lr=lr), seed=RUN_SEED))
             if result.steps == algorithm.steps:
                 seconds["run"].append(took)
             return bool(result.diverged)
@@ -119,11 +123,24 @@ def main() -> None:
                 "diverges": (rolled.score.median(0).values >= 0).tolist(),
                 "critical_lr": critical.value if critical.found else None,
             }
+
+        def said(lr: float, problem: UnlearningProblem = problem, algorithm: GradDiff = algorithm) -> bool:
+            found, took = timed(
+                lambda: staged_rollout(
+                    problem, networks["batch"], algorithm.replace(lr=lr), batch_sizes=(BATCH, BATCH), seeds=STAGED_SEEDS
+                )
+            )
+            seconds["staged"].append(took)
+            gradients.append(found.gradient_equivalents / (2 * BATCH * steps))
+            return bool(found.rollout.score[0, 0] >= 0)
+
+        staged = [said(lr) for lr in grid]
+        row["predicted"]["staged"] = {"diverges": staged, "critical_lr": observed(said, grid, staged, halvings)}
         print(json.dumps(row), flush=True)
         rows.append(row)
     real = [outcome for row in rows for outcome in row["diverged"]]
     summary = {}
-    for name in networks:
+    for name in (*networks, "staged"):
         predicted = [outcome for row in rows for outcome in row["predicted"][name]["diverges"]]
         pairs = [(row["predicted"][name]["critical_lr"], row["critical_lr"]) for row in rows]
         ratios = [guess / seen for guess, seen in pairs if guess is not None and seen is not None]
@@ -146,7 +163,8 @@ def main() -> None:
         "cells": rows,
         "device": platform.processor() or platform.machine(),
         "versions": {"stabkit": stabkit.__version__, "torch": torch.__version__, "numpy": np.__version__},
-        "seeds": {"runs": SEEDS[0], "rollouts": SEEDS},
+        "staged_gradients_over_run": float(np.mean(gradients)),
+        "seeds": {"runs": RUN_SEED, "rollouts": SEEDS, "staged": STAGED_SEEDS},
     }
     print(json.dumps(summary, indent=1))
     options.output.parent.mkdir(parents=True, exist_ok=True)

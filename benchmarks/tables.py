@@ -482,7 +482,7 @@ def batchnorm(found: dict[str, Any]) -> str:
     """Train-mode runs, predicted as such and as frozen ones."""
     rows = [
         (
-            name,
+            {"batch": "batch, one linearisation", "staged": "batch, staged"}.get(name, name),
             f"{said['balanced_accuracy']:.3f}",
             said["missed"],
             said["false_alarms"],
@@ -495,7 +495,8 @@ def batchnorm(found: dict[str, Any]) -> str:
         "",
         f"`python benchmarks/batchnorm.py`: a BatchNorm residual network of {found['parameters']:,} parameters on digits,",
         f"{found['runs']} train-mode runs of {found['steps']} steps, {found['diverged']} of which diverged; predicted with",
-        "the statistics of the run's batches, and with frozen ones.",
+        "the statistics of the run's batches, and with frozen ones. Rollouts have other batches than runs. A staged rollout",
+        f"took {found['staged_gradients_over_run']:.2f} of a run's gradients on average.",
         "",
         table(
             (
