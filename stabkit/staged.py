@@ -283,7 +283,11 @@ class _Staged:
                 for values, value in zip(losses.values(), now, strict=True):
                     values[..., place:] = value  # what follows stays there if the run ends here
                 place += at.step == looks[place]
-                score = float(self._scale.score(torch.tensor(now[0]))) if all(map(math.isfinite, now)) else SCORE_CAP
+                score = (
+                    float(self._scale.score(torch.tensor(now[0], dtype=torch.float64)))
+                    if all(map(math.isfinite, now))
+                    else SCORE_CAP
+                )
                 worst = max(worst, score)
                 crossed = float(at.step) if score >= 0 and math.isnan(crossed) else crossed
                 stopped = float(at.step) if at.stopped else math.nan
