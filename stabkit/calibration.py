@@ -91,7 +91,7 @@ def calibration(kind: str) -> Calibration:
     """The shipped calibration.
 
     Args:
-        kind: "one" for rollouts on one linearisation, "staged" for those that linearise anew.
+        kind: "one" for rollouts on one linearisation, "staged" for those that go on with real steps.
 
     Returns:
         The calibration.

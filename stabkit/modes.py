@@ -15,14 +15,11 @@ from stabkit.curvature import linearisation_cost
 from stabkit.measure import MeasureSettings
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost
-from stabkit.staged import STAGE_RANK, STAGE_SAMPLES
 
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 27  # that the two extreme eigenpairs take, with the two quotients; typical, not a bound
-# A staged rollout costs a share of the run (a typical one of benchmarks/verify.md), and in long runs, where linearisations
-# pay, a few of those with as many real steps before each.
-TYPICAL_SHARE, TYPICAL_STAGES = 0.15, 4
-TYPICAL_LOOKS = 4  # at the real network, beside its steps
+# Of the run's gradients, what a staged rollout takes on average over the benchmark's grids (benchmarks/verify.md).
+TYPICAL_SHARE = 0.2
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
 TIMED_BATCH = 64
 
@@ -160,11 +157,8 @@ def estimate_cost(
     }
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
     if settings.staged:
-        small = sum(min(a, b) for a, b in zip(STAGE_SAMPLES, (problem.retain.size, problem.forget.size), strict=True))
-        stage = linearisation_cost(small, outputs, STAGE_RANK)
-        # With coupled batches there is one linearisation, along which the running statistics are followed by forward passes.
-        walked = TYPICAL_SHARE * run + run / 3 if coupled else min(TYPICAL_SHARE * run, 2 * TYPICAL_STAGES * stage)
-        each_rollout = TYPICAL_LOOKS * sum(held) / 3 + walked
+        # With coupled batches the running statistics are followed along the linearised steps.
+        each_rollout = (TYPICAL_SHARE + (1 / 3 if coupled else 0)) * run
         gradients["staged rollouts"] = (seeds + 2 * STAGED_SCAN) * each_rollout
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient
     return CostEstimate(

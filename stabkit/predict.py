@@ -239,7 +239,7 @@ class _Limits:
     lr: CriticalValue
     mean_square_lr: float
     horizon_lr: float
-    gradients: float
+    staged: Cost
 
 
 def judge(
@@ -274,13 +274,15 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         seeds=seeds,
         progress=progress,
     )
-    fresh = limits is None
-    limits = limits or _limits(measurement, batch_sizes, seeds)
+    spent = Cost(stage="staged rollouts", seconds=0.0, gradient_equivalents=0.0)  # on the critical step size
+    if limits is None:
+        limits = _limits(measurement, batch_sizes, seeds)
+        spent = limits.staged
     lr_detail, thresholds = limits.lr, _thresholds(measurement, batch_sizes, limits)
     mix_detail = critical_mix(network, algorithm, batch_sizes=batch_sizes, seeds=seeds)
     theory = Cost(
         stage="rollouts and theory",
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start - spent.seconds,
         gradient_equivalents=(network.retain.samples + network.forget.samples) / 3,
     )
     verdict_by = _verdict_by(measurement, rolled, mix_detail, seeds, progress=progress)
@@ -318,10 +320,10 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
             theory,
             *(
                 [
-                    Cost(
-                        stage="staged rollouts",
+                    replace(
+                        spent,
                         seconds=time.perf_counter() - start - theory.seconds,
-                        gradient_equivalents=verdict_by.gradients + fresh * limits.gradients,
+                        gradient_equivalents=verdict_by.gradients + spent.gradient_equivalents,
                     )
                 ]
                 if measurement.settings.staged
@@ -340,7 +342,6 @@ class _VerdictBy:
 
     rollout: Rollout
     mix: CriticalValue
-    stages: tuple[int, ...] = (0,)
     real_steps: float = 0.0
     gradients: float = 0.0
 
@@ -361,7 +362,6 @@ def _verdict_by(
     return _VerdictBy(
         rollout=found.rollout,
         mix=staged_mix,
-        stages=tuple(part.first_step for part in found.stages[0] if part.kind == "linearised"),
         real_steps=found.real_steps,
         gradients=found.gradient_equivalents + spent,
     )
@@ -497,13 +497,14 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
     algorithm, dynamics, limit = measurement.algorithm, _dynamics(measurement, batch_sizes), _step_limit(measurement)
     guess = limit if math.isfinite(limit) else algorithm.lr
     lr, spent = critical_lr(measurement.network, algorithm, batch_sizes=batch_sizes, seeds=seeds, guess=guess), 0.0
+    start = time.perf_counter()
     if measurement.settings.staged:
         lr, spent = staged_critical_lr(
             measurement.problem, measurement.network, algorithm, batch_sizes=batch_sizes, seed=seeds[0], guess=lr.value
         )
     return _Limits(
         lr=lr,
-        gradients=spent,
+        staged=Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent),
         mean_square_lr=stability.critical_lr_mean_square(dynamics),
         horizon_lr=stability.critical_lr_within(dynamics, algorithm.steps, HORIZON_GROWTH),
     )
@@ -582,7 +583,6 @@ def _rollout_summary(verdict_by: _VerdictBy, measurement: Measurement, seeds: in
         stopped_step=float(rolled.stopped_step[:, 0].median()),
         samples=(network.retain.samples, network.forget.samples),
         rank=network.rank,
-        stages=verdict_by.stages,
         real_steps=verdict_by.real_steps,
     )
 

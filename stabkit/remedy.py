@@ -15,7 +15,7 @@ from stabkit.algorithms import Algorithm
 from stabkit.boundary import critical_lr
 from stabkit.calibration import calibration
 from stabkit.cause import layer_shares
-from stabkit.curvature import linearise
+from stabkit.curvature import LinearisedNetwork, linearise
 from stabkit.measure import Measurement
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.recommendations import ParetoPoint, Recommendation, Recommendations
@@ -192,18 +192,10 @@ class _Search:
                 break
         if not layers or len(layers) == len(set(self._problem.layer_of().values())):
             return None
-        settings, found = self._measurement.settings, None
+        found = None
         for factor in DAMPING:
             damped = self._algorithm.replace(layer_lr=dict.fromkeys(layers, factor))
-            network = linearise(
-                self._problem,
-                damped.step_preconditioner(self._problem),
-                rank=settings.rank,
-                retain_samples=settings.retain_samples,
-                forget_samples=settings.forget_samples,
-                batch_sizes=damped.batch_sizes(self._problem) if self._problem.batchnorm == "batch" else None,
-                seed=settings.seed,
-            )
+            network = self._linearised(damped)
             rolled = rollout(
                 network,
                 damped,
@@ -217,6 +209,19 @@ class _Search:
                 break
         return found
 
+    def _linearised(self, algorithm: Algorithm) -> LinearisedNetwork:
+        """The network compressed anew for an algorithm whose P is another, as the measurement was."""
+        settings = self._measurement.settings
+        return linearise(
+            self._problem,
+            algorithm.step_preconditioner(self._problem),
+            rank=settings.rank,
+            retain_samples=settings.retain_samples,
+            forget_samples=settings.forget_samples,
+            batch_sizes=algorithm.batch_sizes(self._problem) if self._problem.batchnorm == "batch" else None,
+            seed=settings.seed,
+        )
+
     def confirmed(self, item: Recommendation, *, first: bool = False) -> Recommendation:
         """The same setting by a staged rollout; its step size lowered until it holds, unless it is the one asked about."""
         best = item
@@ -226,7 +231,7 @@ class _Search:
             changed = changed.replace(**changes)
             network = self._network
             if "layer_lr" in changes:
-                network = linearise(self._problem, changed.step_preconditioner(self._problem), seed=0)
+                network = self._linearised(changed)
             rolled = staged_rollout(
                 self._problem,
                 network,

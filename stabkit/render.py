@@ -311,7 +311,6 @@ def _about(report: Report) -> Section:
                 label="prediction",
                 value=f"{report.mode}: {rollout.seeds} rollouts in {rollout.rank} directions",
                 note=f"{rollout.samples[0]} retain and {rollout.samples[1]} forget samples linearised"
-                + (f" at steps {', '.join(map(str, rollout.stages))}" if len(rollout.stages) > 1 else "")
                 + (f"; {rollout.real_steps:.3g} steps taken on the real network" if rollout.real_steps else "")
                 + f"; seed {run.seed}",
             ),

@@ -161,7 +161,6 @@ class RolloutSummary:
         stopped_step: Median last step; below K where a stop rule ends the run.
         samples: Retain and forget samples linearised.
         rank: Number r of coordinates.
-        stages: Steps at which the network was linearised in the first seed's run; (0,) where once.
         real_steps: Steps of a seed's run that were taken on the real network, on average; 0 unless staged.
     """
 
@@ -175,8 +174,7 @@ class RolloutSummary:
     stopped_step: float
     samples: tuple[int, int]
     rank: int
-    stages: tuple[int, ...]
-    real_steps: float = 0.0
+    real_steps: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +305,7 @@ class Report(Shown, Stored):
         costs: What it cost, by stage.
     """
 
-    schema: ClassVar[int] = 3
+    schema: ClassVar[int] = 4
 
     verdict: str
     probability: float

@@ -13,7 +13,6 @@ to be f_eval + Φ c, as if the running statistics followed the parameters at onc
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,19 +35,6 @@ ROWS_AT_ONCE = 2**16  # of the basis, that are masked
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Start:
-    """A point of a run from which it is rolled on.
-
-    Attributes:
-        step: Steps taken.
-        velocity: Momentum's velocity in the coordinates, shape (r,).
-    """
-
-    step: int
-    velocity: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Rollout:
     """What the linearised network did, for S seeds and G settings.
 
@@ -58,7 +44,7 @@ class Rollout:
         score: Largest log ratio of the retain loss to the divergence level, capped at `SCORE_CAP`, shape (S, G). From 0 on
             this seed's run crosses. Below, it is stretched where the loss at θ* would score more than -1, to be -1 there.
             `SCORE_CAP` where any loss is not finite, or the level is passed at θ*; a loss that is negative at θ* is counted
-            from there.
+            from there. A staged rollout's is the largest up to one look past the crossing.
         divergence_step: First checked step past the level, shape (S, G); NaN where it is never passed.
         stopped_step: Last step taken, shape (S, G); earlier than K where a stop rule ended the run.
         steps: The checked steps, shape (T,).
@@ -108,7 +94,6 @@ def rollout(
     seeds: Sequence[int] = (0, 1, 2),
     check_every: int = CHECK_EVERY,
     dtype: torch.dtype | None = None,
-    start: Start | None = None,
     on_step: Callable[[int, Tensor, Tensor], object] | None = None,
     progress: bool = False,
 ) -> Rollout:
@@ -128,7 +113,6 @@ def rollout(
         seeds: One run each; whole numbers >= 0.
         check_every: Steps between two looks at the losses, as in `run`.
         dtype: Floating dtype of the iteration; the features' own when None.
-        start: Where in the run the network's linearisation stands; at its beginning when None.
         on_step: Called at the start and after every step with the step, the coordinates and the velocities of the settings
             that still run, (G', r) each.
         progress: Whether to show a progress bar.
@@ -138,8 +122,7 @@ def rollout(
         and n_R + n_F indices.
 
     Raises:
-        ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, a value is out of its domain, or a run
-            whose running statistics move is to be rolled on from a later step.
+        ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, or a value is out of its domain.
     """
     check_int(check_every, name="check_every", owner="rollout", low=1)
     etas = torch.as_tensor(lr, dtype=torch.float64).reshape(-1)
@@ -160,12 +143,6 @@ def rollout(
     checks = check_steps(algorithm.steps, check_every)
     like = network.retain.features.new_empty(0, dtype=dtype)
     landmarks = _landmarks(network, like)
-    begin = start or Start(step=0, velocity=like.new_zeros(network.rank))
-    if begin.step > 0 and network.retain.coupled is not None:
-        raise ValueError(
-            f"`start` of `rollout` must be at step 0 with batchnorm='batch'; got step {begin.step}, whose running "
-            "statistics no linearisation there knows. Roll the run out from its beginning."
-        )
     parts = [
         _roll_seed(
             network,
@@ -176,7 +153,6 @@ def rollout(
             int(seed),
             checks,
             landmarks,
-            begin,
             on_step,
             like,
         )
@@ -245,7 +221,6 @@ def _roll_seed(
     seed: int,
     checks: Sequence[int],
     landmarks: tuple[Tensor | None, Tensor | None],
-    start: Start,
     on_step: Callable[[int, Tensor, Tensor], object] | None,
     like: Tensor,
 ) -> dict[str, Tensor]:
@@ -259,7 +234,6 @@ def _roll_seed(
     field = _Field(network, algorithm, retain, forget, seed, metric, anchor, *landmarks)
     plans = algorithm.plan()
     rule = algorithm.stop_rule()
-    field.skip(plans[: start.step], leakage=rule.leakage_bound is not None)
     scale = loss_scale(network)
 
     score = torch.full((settings,), -math.inf, dtype=torch.float64)
@@ -270,7 +244,7 @@ def _roll_seed(
     # The working set: rows of the above that still run, with their coordinates and velocities.
     alive = torch.arange(settings)
     c = torch.zeros(settings, rank, dtype=dtype, device=device)
-    velocity = start.velocity.to(c).expand(settings, rank).clone()
+    velocity = torch.zeros_like(c)
 
     def look(position: int, step: int, seen: Tensor) -> Tensor:
         """Record the losses of some rows of the working set from this check on; which of them go on."""
@@ -297,14 +271,11 @@ def _roll_seed(
         return eta, alpha, (bool((mixes < 1).any()), bool((mixes > 0).any()))
 
     eta, alpha, taken = driven()
-    position = bisect.bisect_left(checks, start.step)
-    going = torch.ones(settings, dtype=torch.bool)
     if on_step is not None:
-        on_step(start.step, c, velocity)
-    if checks[position] == start.step:
-        going = look(position, start.step, going)
-        position += 1
-    for step in range(start.step + 1, algorithm.steps + 1):
+        on_step(0, c, velocity)
+    going = look(0, 0, torch.ones(settings, dtype=torch.bool))
+    position = 1
+    for step in range(1, algorithm.steps + 1):
         if not bool(going.all()):
             alive, c, velocity = alive[going], c[going.to(device)], velocity[going.to(device)]
             if alive.numel() == 0:
@@ -447,13 +418,6 @@ class _Field:
         if plan.pull and self._signs is not None:
             direction = direction + plan.pull * self._signs
         return direction, divergence
-
-    def skip(self, plans: Sequence[StepPlan], *, leakage: bool) -> None:
-        """Draw the batches of the steps before, as `at` would."""
-        for plan in plans:
-            for part, drawn in ((self._retain, plan.retain), (self._forget, plan.forget)):
-                if drawn or (leakage and part is self._forget):
-                    next(part.stream)
 
     def _gradient(
         self, part: _Part, c: Tensor, weight: Tensor, drawn: float, taken: bool, step: int, *, leakage: bool

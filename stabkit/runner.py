@@ -336,7 +336,7 @@ def run(
         raise TypeError(f"`on_step` of `run` must be a function of a StepRecord or None; got {on_step!r}.")
     batches = algorithm.batch_sizes(problem)
     if problem.batchnorm == "batch":
-        _check_coupled(algorithm, batches)
+        check_coupled(algorithm, batches)
     watched = [s.subset(monitor_samples, seed=0) for s in (problem.retain, problem.forget)]
     anchor = problem.vector()
     state = _State(
@@ -441,8 +441,16 @@ def run(
     )
 
 
-def _check_coupled(algorithm: Algorithm, batches: tuple[int, int]) -> None:
-    """Refuse batches that may have no variance to normalise by."""
+def check_coupled(algorithm: Algorithm, batches: tuple[int, int]) -> None:
+    """Refuse batches that may have no variance to normalise by.
+
+    Args:
+        algorithm: The algorithm.
+        batches: B_R and B_F.
+
+    Raises:
+        ValueError: If sampling is "poisson", or a batch that drives the run holds one sample.
+    """
     if algorithm.sampling == "poisson":
         raise ValueError(
             f"`sampling` of `{type(algorithm).__name__}` must give batches of one size with batchnorm='batch'; got "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from stabkit._validate import check_real
@@ -42,6 +44,7 @@ def tune(
         algorithm: A name, or an algorithm object; its `steps` are the most that are taken.
         test: Held-out data of the kind that is forgotten, whose typical loss becomes the target: of a cross-entropy that of
             the mean probability of the right labels, which a few confident mistakes leave alone; the mean of other losses.
+            The forget set's mean loss is what is to reach it.
         forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss.
         risk: Largest P(diverge), in (0, 1).
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
@@ -89,5 +92,5 @@ def _typical_loss(problem: UnlearningProblem) -> float | None:
         return None
     losses = problem.evaluate(problem.test)[2].double()
     if isinstance(problem.loss, CrossEntropy):
-        return float(-(-losses).exp().mean().log())
+        return math.log(losses.numel()) - float(torch.logsumexp(-losses, 0))
     return float(losses.mean())

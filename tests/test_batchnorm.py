@@ -14,7 +14,7 @@ from stabkit.curvature import jacobian as jacobian_module
 from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
-from stabkit.rollout import Start, rollout
+from stabkit.rollout import rollout
 from stabkit.runner import run
 from stabkit.sampling import batch_streams
 from stabkit.staged import staged_rollout
@@ -385,14 +385,6 @@ def test_what_algorithms_compare_with_is_the_network_in_eval_mode():
     assert float((found - moved).norm()) < 1e-6 * float(moved.norm())
 
 
-def test_a_later_start_is_refused():
-    model, x, y = trained()
-    network = linearise(problem_of(model, x, y), Identity(), rank=4)
-    start = Start(step=2, velocity=torch.zeros(network.rank, dtype=torch.float64))
-    with pytest.raises(ValueError, match="`start` of `rollout` must be at step 0 with batchnorm='batch'; got step 2"):
-        rollout(network, GradDiff(steps=4), lr=[0.1], mix=[0.5], batch_sizes=(4, 4), start=start)
-
-
 # ------------------------------------------------------------------ what cannot be
 
 
@@ -443,7 +435,8 @@ def test_a_train_mode_run_is_staged_with_its_own_statistics(random_deletion, mom
     network = linearise(problem, Identity(), rank=40, retain_samples=64, forget_samples=64, batch_sizes=(16, 16))
     options = {"batch_sizes": (16, 16), "seeds": [4]}
     found = staged_rollout(problem, network, algorithm, max_loss_error=1e-15, **options)
-    assert [stage.kind for stage in found.stages[0]] == ["linearised", "real"]
+    assert found.handovers[0].step == 0
+    assert found.real_steps == 9
     real = run(problem, algorithm, seed=4, monitor_samples=None)
     parameters = {name: p.detach().double() for name, p in real.model.named_parameters()}
     buffers = {name: b for name, b in real.model.named_buffers() if name in problem.statistics}
@@ -453,12 +446,15 @@ def test_a_train_mode_run_is_staged_with_its_own_statistics(random_deletion, mom
     believed = staged_rollout(
         problem, network, algorithm.replace(lr=1e-6), max_loss_error=1.0, max_output_error=1.0, **options
     )
-    assert [stage.kind for stage in believed.stages[0]] == ["linearised"]
+    assert believed.handovers[0].step == 9
+    assert believed.real_steps == 0
     near = run(problem, algorithm.replace(lr=1e-6), seed=4, monitor_samples=None)
     kept = {name: b for name, b in near.model.named_buffers() if name in problem.statistics}
     truth = problem.evaluate(problem.retain, {**problem.parameters, **kept}, network.retain.indices)[2].mean()
     still = problem.evaluate(problem.retain, None, network.retain.indices)[2].mean()
     assert float(believed.rollout.retain_loss[0, 0, -1]) == pytest.approx(float(truth), rel=1e-4)
     assert abs(float(still - truth)) > 0.005 * float(truth)  # the statistics alone have moved it
-    with pytest.raises(ValueError, match="`real_steps` of `staged_rollout` must be above 0 with batchnorm='batch'"):
-        staged_rollout(problem, network, algorithm, real_steps=0, **options)
+    with pytest.raises(
+        ValueError, match="`sampling` of `GradDiff` must give batches of one size with batchnorm='batch'"
+    ):
+        staged_rollout(problem, network, algorithm.replace(sampling="poisson"), **options)

@@ -429,4 +429,6 @@ def test_what_the_loss_does_not_read_is_no_sensitivity(by, monkeypatch):
     for values in outputs:
         values[:, 0] = torch.nan  # of a position that does not count
     assert whole.output_error(c, outputs) < 1e-3
-    assert problem.loss.counted(outputs[0], tokens[6:]) is not None  # a shifted sequence's last position predicts nothing
+    assert (
+        problem.loss.counted(outputs[0], tokens[6:]) is not None
+    )  # a shifted sequence's last position predicts nothing

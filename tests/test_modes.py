@@ -35,7 +35,6 @@ def test_a_mode_measures_what_it_says(case, mode):
     assert report.rollout.samples == samples
     assert report.calibration == calibration("staged" if staged else "one")
     assert ("staged rollouts" in {cost.stage for cost in report.costs}) == staged
-    assert report.rollout.stages[0] == 0
     low, high = report.critical_lr_interval
     assert low <= report.critical_lr_detail.low <= report.critical_lr <= high
     assert stabkit.Report.from_json(report.to_json()) == report

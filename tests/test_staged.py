@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from stabkit.algorithms import SCRUB, FineTune, GradDiff, SalUn, SFROn
+from stabkit.algorithms import AGU, SCRUB, FineTune, GradDiff, SalUn, SFROn
 from stabkit.curvature import linearise
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
@@ -14,21 +16,23 @@ from stabkit.rollout import rollout
 from stabkit.runner import run
 from stabkit.staged import staged_rollout
 
-STEPS = 9  # all of them looked at, so that every one can have its own linearisation
-EVERYTHING = {"rank": 10_000, "retain_samples": None, "forget_samples": None}
+STEPS = 14
+NOTHING = {"max_loss_error": 1e-15, "max_output_error": 1e-15}
 
 
-def small_problem(model):
+def small_problem(model, **options):
     """Three classes of 60 points, and the model a little trained on them."""
     g = torch.Generator().manual_seed(0)
+    dtype = next(model.parameters()).dtype
     x = torch.randn(60, 4, generator=g, dtype=torch.float64)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5)
+    x = x.to(dtype)
     optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(60):
         optimiser.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimiser.step()
-    return UnlearningProblem(model, (x[:16], y[:16]), (x[16:], y[16:]))
+    return UnlearningProblem(model, (x[:16], y[:16]), (x[16:], y[16:]), **options)
 
 
 def curved():
@@ -36,52 +40,60 @@ def curved():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
-def everything(problem, preconditioner):
-    return linearise(problem, preconditioner, rank=10_000, retain_samples=None, forget_samples=None)
+def everything(problem, preconditioner, rank=10_000):
+    return linearise(problem, preconditioner, rank=rank, retain_samples=None, forget_samples=None)
+
+
+def staged(problem, algorithm, *, seed=3, preconditioner=None, rank=10_000, **options):
+    preconditioner = preconditioner or algorithm.preconditioner(problem)
+    sizes = algorithm.batch_sizes(problem)
+    network = everything(problem, preconditioner, rank)
+    return staged_rollout(problem, network, algorithm, batch_sizes=sizes, seeds=[seed], **options)
+
+
+def real_run(problem, algorithm, *, seed=3, preconditioner=None):
+    preconditioner = preconditioner or algorithm.preconditioner(problem)
+    return run(
+        problem, algorithm, preconditioner=preconditioner, seed=seed, stop_on_divergence=False, monitor_samples=None
+    )
+
+
+def compare(found, real, upto=math.inf):
+    """Losses at every look up to a step."""
+    looks = [c for c in real.trajectory if c.step <= upto]
+    assert [c.step for c in looks] == [k for k in found.rollout.steps.tolist() if k <= min(upto, real.steps)]
+    for name in ("retain_loss", "forget_loss"):
+        truth = torch.tensor([getattr(c, name) for c in looks], dtype=torch.float64)
+        torch.testing.assert_close(getattr(found.rollout, name)[0, 0, : len(looks)], truth, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(
     "algorithm",
     [
-        GradDiff(lr=0.5, mix=0.4, steps=STEPS, batch_size=8),
-        GradDiff(lr=0.2, mix=0.4, steps=STEPS, batch_size=8, momentum=0.9),
-        GradDiff(lr=0.3, mix=0.4, steps=STEPS, batch_size=8, momentum=0.8, nesterov=True, weight_decay=0.1),
+        GradDiff(lr=0.1, mix=0.4, steps=STEPS, batch_size=8),
+        GradDiff(lr=0.02, mix=0.4, steps=STEPS, batch_size=8, momentum=0.9),
+        GradDiff(lr=0.05, mix=0.4, steps=STEPS, batch_size=8, momentum=0.8, nesterov=True, weight_decay=0.1),
         GradDiff(lr=0.5, mix=0.6, steps=STEPS, batch_size=8, max_gradient_norm=0.2, lr_schedule="cosine"),
-        GradDiff(lr=0.5, mix=0.6, steps=STEPS, batch_size=8, forget_every=3, sampling="poisson"),
+        GradDiff(lr=0.2, mix=0.4, steps=STEPS, batch_size=8, forget_every=3, sampling="poisson"),
         FineTune(lr=0.5, steps=STEPS, batch_size=8),
-        SCRUB(lr=0.5, steps=STEPS, batch_size=8),
-        SalUn(lr=0.5, steps=STEPS, batch_size=8),
-        SFROn(lr=0.2, steps=STEPS, batch_size=8),
+        SCRUB(lr=0.1, steps=STEPS, batch_size=8),
+        SalUn(lr=0.1, steps=STEPS, batch_size=8),
+        SFROn(lr=0.05, steps=STEPS, batch_size=8),
     ],
     ids=lambda a: f"{a.name}-{a.momentum:g}-{a.max_gradient_norm or 0:g}-{a.forget_every or 0}",
 )
-@pytest.mark.parametrize("real_steps", [0, 2, None])
-def test_where_nothing_is_believed_it_is_the_real_run(algorithm, real_steps):
+def test_where_nothing_is_believed_it_is_the_real_run(algorithm):
     problem = small_problem(curved())
-    preconditioner = algorithm.preconditioner(problem)
-    found = staged_rollout(
-        problem,
-        everything(problem, preconditioner),
-        algorithm,
-        batch_sizes=algorithm.batch_sizes(problem),
-        seeds=[3],
-        max_loss_error=1e-15,
-        max_stages=100,
-        real_steps=real_steps,
-        **EVERYTHING,
-    )
-    kinds = [stage.kind for stage in found.stages[0]]
-    assert kinds.count("linearised") == {0: STEPS, 2: 2, None: 1}[real_steps]
-    real = run(
-        problem, algorithm, preconditioner=preconditioner, seed=3, stop_on_divergence=False, monitor_samples=None
-    )
-    assert [c.step for c in real.trajectory] == found.rollout.steps.tolist()
-    for name in ("retain_loss", "forget_loss"):
-        truth = torch.tensor([getattr(c, name) for c in real.trajectory], dtype=torch.float64)
-        torch.testing.assert_close(getattr(found.rollout, name)[0, 0], truth, rtol=1e-6, atol=1e-8)
+    real = real_run(problem, algorithm)
+    assert not real.diverged
+    found = staged(problem, algorithm, rank=7, **NOTHING)
+    assert found.handovers[0].step == 0
+    assert found.real_steps == STEPS
+    compare(found, real)
+    assert bool(found.rollout.divergence_step.isnan().all())
     # One linearisation is not enough for that: the test is about something.
     once = rollout(
-        everything(problem, preconditioner),
+        everything(problem, algorithm.preconditioner(problem), 7),
         algorithm,
         lr=[algorithm.lr],
         mix=[algorithm.mix],
@@ -91,79 +103,113 @@ def test_where_nothing_is_believed_it_is_the_real_run(algorithm, real_steps):
     assert float((once.retain_loss - found.rollout.retain_loss).abs().max()) > 1e-4
 
 
-def test_stages_follow_on_one_another():
-    problem = small_problem(curved())
-    algorithm = GradDiff(lr=0.3, mix=0.5, steps=60, batch_size=8)
-    network = everything(problem, Identity())
-    found = staged_rollout(
-        problem, network, algorithm, batch_sizes=(8, 8), seeds=[0, 1], max_loss_error=0.01, real_steps=5
-    )
-    assert found.rollout.kind == "staged"
-    assert found.rollout.score.shape == (2, 1)
-    for stages, crossing in zip(found.stages, found.rollout.divergence_step[:, 0], strict=True):
-        assert len(stages) > 1
-        assert stages[0].first_step == 0
-        assert stages[0].retain_loss == pytest.approx(problem.retain_loss)
-        assert [s.first_step for s in stages[1:]] == [s.last_step for s in stages[:-1]]
-        assert stages[-1].last_step == (algorithm.steps if crossing.isnan() else int(crossing))
-        assert {s.kind for s in stages} == {"linearised", "real"}
-    steps = sum(s.last_step - s.first_step for stages in found.stages for s in stages if s.kind == "real")
-    assert found.gradient_equivalents > 16 * steps
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_what_is_handed_over_is_where_the_run_is(momentum, preconditioned):
+    """Of a linear network all is right: whatever the bounds, parameters and velocity carry on as in the real run."""
+    torch.manual_seed(1)
+    problem = small_problem(nn.Linear(4, 3).double())
+    p = torch.rand(problem.size, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
+    preconditioner = Diagonal(p) if preconditioned else Identity()
+    algorithm = GradDiff(lr=0.3, mix=0.5, steps=30, batch_size=8, momentum=momentum)
+    real = real_run(problem, algorithm, preconditioner=preconditioner)
+    assert real.diverged
+    found = staged(problem, algorithm, preconditioner=preconditioner)
+    handover = found.handovers[0]
+    crossing = next(c.step for c in real.trajectory if c.retain_loss >= problem.divergence_level)
+    assert 0 < handover.step < crossing == int(found.rollout.divergence_step[0, 0])
+    # One look further than the crossing, and not one more.
+    after = next((c.step for c in real.trajectory if c.step > crossing), crossing)
+    assert handover.step + handover.real_steps == after
+    compare(found, real, upto=after)
+    worst = max(c.retain_loss for c in real.trajectory if c.step <= after)
+    assert float(found.rollout.score[0, 0]) == pytest.approx(math.log(worst / problem.divergence_level), rel=1e-6)
 
 
-def test_a_linear_network_needs_one_stage_and_gives_the_plain_rollout():
+def test_a_linear_network_is_left_nowhere_and_gives_the_plain_rollout():
     torch.manual_seed(1)
     problem = small_problem(nn.Linear(4, 3).double())
     algorithm = GradDiff(lr=0.1, mix=0.5, steps=30, batch_size=8, momentum=0.5)
-    network = everything(problem, Identity())
-    found = staged_rollout(problem, network, algorithm, batch_sizes=(8, 8), seeds=[0])
-    plain = rollout(network, algorithm, lr=[0.1], mix=[0.5], batch_sizes=(8, 8), seeds=[0])
+    found = staged(problem, algorithm, seed=0)
+    plain = rollout(everything(problem, Identity()), algorithm, lr=[0.1], mix=[0.5], batch_sizes=(8, 8), seeds=[0])
     assert float(plain.score[0, 0]) < 0
-    assert len(found.stages[0]) == 1
-    assert found.stages[0][0].output_error < 1e-9
+    assert found.rollout.kind == "staged"
+    assert found.handovers[0].step == 30
+    assert found.real_steps == 0
+    assert found.handovers[0].output_error < 1e-9
     torch.testing.assert_close(found.rollout.retain_loss, plain.retain_loss)
     torch.testing.assert_close(found.rollout.score, plain.score)
 
 
-def test_the_number_of_stages_is_kept_to():
+def test_either_bound_decides():
+    problem = small_problem(curved())
+    algorithm = GradDiff(lr=0.05, mix=0.4, steps=60, batch_size=8)
+    loose = {"max_loss_error": 10.0, "max_output_error": 10.0}
+    assert staged(problem, algorithm, **loose).real_steps == 0
+    for bound in loose:
+        steps = [
+            staged(problem, algorithm, **{**loose, bound: value}).handovers[0].step for value in (1e-9, 0.02, 10.0)
+        ]
+        assert steps[0] < steps[1] < steps[2] == 60, bound
+    found = staged(problem, algorithm, max_loss_error=0.02, max_output_error=10.0).handovers[0]
+    assert 0 < found.loss_error <= 0.02
+
+
+@pytest.mark.parametrize("rule", [{"drift_tolerance": 0.01}, {"leakage_bound": 0.05}])
+@pytest.mark.parametrize("options", [NOTHING, {"max_loss_error": 10.0, "max_output_error": 10.0}])
+def test_the_algorithms_own_rule_ends_it(rule, options):
+    problem = small_problem(curved())
+    algorithm = AGU(
+        lr=0.05, mix=0.3, steps=60, batch_size=8, **{"drift_tolerance": None, "leakage_bound": None, **rule}
+    )
+    real = real_run(problem, algorithm)
+    assert real.stop_reason in {"drift", "leakage"}
+    assert real.steps < 60
+    found = staged(problem, algorithm, **options)
+    handover = found.handovers[0]
+    if options is NOTHING:
+        assert handover.real_steps == real.steps == int(found.rollout.stopped_step[0, 0])
+        assert float(found.rollout.retain_loss[0, 0, -1]) == pytest.approx(real.trajectory[-1].retain_loss, rel=1e-6)
+    else:
+        assert handover.real_steps == 0
+        assert handover.step == int(found.rollout.stopped_step[0, 0]) < 60
+
+
+def test_rounding_is_no_error():
+    """In single precision a step too small to move the outputs past rounding is believed."""
+    problem = small_problem(curved().float())
+    found = staged(problem, GradDiff(lr=1e-7, mix=0.4, steps=30, batch_size=8))
+    assert found.real_steps == 0
+    assert found.gradient_equivalents < 3 * (problem.retain.size + problem.forget.size)
+
+
+def test_seeds_are_runs_of_their_own():
     problem = small_problem(curved())
     algorithm = GradDiff(lr=0.3, mix=0.5, steps=60, batch_size=8)
     network = everything(problem, Identity())
-    options = {"max_loss_error": 1e-9, "max_stages": 3, "real_steps": 0}
-    found = staged_rollout(problem, network, algorithm, batch_sizes=(8, 8), seeds=[0], **options)
-    assert len(found.stages[0]) == 3
-    assert found.stages[0][-1].loss_error > 1e-9
+    both = staged_rollout(problem, network, algorithm, batch_sizes=(8, 8), seeds=[0, 1])
+    assert both.rollout.score.shape == (2, 1)
+    for i, handover in enumerate(both.handovers):
+        one = staged_rollout(problem, network, algorithm, batch_sizes=(8, 8), seeds=[i])
+        assert one.handovers == (handover,)
+        torch.testing.assert_close(one.rollout.retain_loss[0], both.rollout.retain_loss[i])
+    assert both.real_steps == sum(h.real_steps for h in both.handovers) / 2 > 0
+    assert both.gradient_equivalents > 16 * 2 * both.real_steps
 
 
-def test_a_preconditioner_is_kept():
+def test_a_model_past_the_level_is_left_at_that():
     problem = small_problem(curved())
-    p = torch.rand(problem.size, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
-    algorithm = GradDiff(lr=0.5, mix=0.4, steps=STEPS, batch_size=8, momentum=0.7)
-    preconditioner = Diagonal(p)
-    found = staged_rollout(
-        problem,
-        everything(problem, preconditioner),
-        algorithm,
-        batch_sizes=(8, 8),
-        seeds=[2],
-        max_loss_error=1e-15,
-        max_stages=100,
-        real_steps=0,
-        **EVERYTHING,
-    )
-    real = run(
-        problem, algorithm, preconditioner=preconditioner, seed=2, stop_on_divergence=False, monitor_samples=None
-    )
-    truth = torch.tensor([c.retain_loss for c in real.trajectory], dtype=torch.float64)
-    torch.testing.assert_close(found.rollout.retain_loss[0, 0], truth, rtol=1e-6, atol=1e-8)
+    problem.divergence_level = problem.retain_loss / 2
+    found = staged(problem, GradDiff(lr=0.1, steps=5, batch_size=8))
+    assert found.rollout.divergence_step.item() == 0
+    assert found.real_steps == 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_loss_error": 0.0}, r"`max_loss_error` of `staged_rollout` must .*; got 0\.0"),
-        ({"max_stages": 0}, r"`max_stages` of `staged_rollout` must .*; got 0"),
-        ({"real_steps": -1}, r"`real_steps` of `staged_rollout` must .*; got -1"),
+        ({"max_output_error": -1.0}, r"`max_output_error` of `staged_rollout` must .*; got -1\.0"),
         ({"seeds": []}, r"`seeds` of `staged_rollout` must name at least one seed; got none"),
     ],
 )

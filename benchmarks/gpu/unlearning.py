@@ -207,7 +207,6 @@ def _predict_cell(model: nn.Module, task: Task, sets: Sets, spec: Cell, algorith
         },
         "divergence_level": report.run.divergence_level,
         "checks": {check.name: check.value for check in report.checks},
-        "linearised_at": list(report.rollout.stages),
         "real_steps": report.rollout.real_steps,
         "seconds": {"predict": first, "other_mixes": others, "maps": maps},
         **_spent(report),

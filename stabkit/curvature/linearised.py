@@ -14,6 +14,7 @@ from stabkit.losses import Loss
 from stabkit.preconditioner import Preconditioner
 
 FACTORED_AT_ONCE = 64  # samples, in float64
+SMALL_MOVE = 1e-3  # of the outputs, relative to their size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,8 +27,8 @@ class LinearisedSet:
         targets: Targets of the m samples.
         indices: Which samples of the set these are, shape (m,).
         population: Number n of samples in the whole set.
-        original: f_i(θ*) in eval mode, of the outputs' shape, where `outputs` are others: where the linearisation is about
-            another point, or batches are coupled. None where they are the same.
+        original: f_i(θ*) in eval mode, of the outputs' shape, where `outputs` are others, as where batches are coupled. None
+            where they are the same.
         coupled: Size of the batches whose own statistics normalise them, so that outputs and features of a sample are those
             it has among the samples beside it; None where they are its own, in eval mode.
         eval_outputs: f_i in eval mode, where batches are coupled.
@@ -161,6 +162,8 @@ class LinearisedNetwork:
     def output_error(self, coordinates: Tensor, outputs: Sequence[Tensor], *, evaluated: bool = False) -> float:
         """‖f(θ) - f(θ*) - Φc‖ / ‖Φc‖ over the samples of both sets and the outputs that the loss reads (theory §6).
 
+        A movement of less than a thousandth of ‖f(θ*)‖ counts as one of that size: its error would be that of rounding.
+
         Args:
             coordinates: c, shape (r,).
             outputs: The real network's outputs f(θ) for the retain and for the forget samples, shapes (m, ...).
@@ -169,7 +172,7 @@ class LinearisedNetwork:
         Returns:
             The relative error; infinity where outputs are not finite, 0 where nothing moves.
         """
-        wrong = moved = 0.0
+        wrong = moved = size = 0.0
         for part, real in zip((self.retain, self.forget), outputs, strict=True):
             before = part.eval_outputs if evaluated and part.eval_outputs is not None else part.outputs
             change = part.features.double() @ coordinates.to(part.features.device, torch.float64)
@@ -177,8 +180,10 @@ class LinearisedNetwork:
             counted = self.loss.counted(part.outputs, part.targets)
             wrong += float((error if counted is None else error.masked_fill(~counted, 0.0)).square().sum())
             moved += float(change.square().sum())
+            size += float(before.double().square().sum())
         if not math.isfinite(wrong):
             return math.inf
+        moved = max(moved, (SMALL_MOVE**2) * size)
         return math.sqrt(wrong / moved) if moved > 0 else 0.0
 
     def displacement(self, coordinates: Tensor) -> Tensor:

@@ -363,7 +363,9 @@ def _leading(sketch: RowSketch, rank: int) -> tuple[Tensor, Tensor, float]:
         for part in features.flatten(0, 1).split(ROWS_AT_ONCE):
             gram += part.double().T @ part.double() / len(features)
     energies, rotation = torch.linalg.eigh(gram)
-    rows = sum(features.shape[0] * features.shape[1] for features in sketch.features)  # past as many there is only rounding
+    rows = sum(
+        features.shape[0] * features.shape[1] for features in sketch.features
+    )  # past as many there is only rounding
     energies = energies.flip(0)[: min(rank, rows)].clamp_min(0)
     keep = max(1, int((energies > energies[0] * torch.finfo(sketch.basis.dtype).eps ** 2).sum()))
     rotation = rotation.flip(1)[:, :keep]
