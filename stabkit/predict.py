@@ -119,7 +119,8 @@ def predict(
         curvature: Whose extreme eigenvalues to report, "hessian" or "ggn".
         mode: "fast": a small linearisation and spectrum. "standard": larger ones. "thorough": beside those, the
             linearised network is left for real steps on a copy wherever its loss is not the real one's any more, which finds
-            runs that break, or do not, because features move. "auto": the most thorough of them within `budget`.
+            runs that break, or do not, because features move, and costs a few runs. "auto": the most thorough of them within
+            `budget`.
         budget: For "auto": gradient-equivalents, or seconds as text, such as "30s"; what the run itself takes when None.
         rank: Directions of the linearisation; the mode's when None, and found, so that 95 % of the outputs' sensitivity is
             captured, when "auto".

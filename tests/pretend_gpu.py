@@ -192,6 +192,8 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
             "loss": run.trajectory[-1].retain_loss,
             "waits": {"run": dict(waits), "frontier": rolling},
         }
+    staged = stabkit.predict(model, forget, retain, lr=0.2, mode="thorough", device=device, **SIZES)
+    found["thorough"] = {"score": list(staged.rollout.score), "real_steps": staged.rollout.real_steps}
     audited = stabkit.audit(problem, {"run": run.model}, attacks=["entropy/logistic"], replicates=5)
     found["accuracy"] = audited["run"].retain.accuracy.value
     return found

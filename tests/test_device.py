@@ -39,6 +39,8 @@ def test_results_are_those_of_the_cpu(found):
         probabilities = torch.tensor(host[name]["frontier"])
         torch.testing.assert_close(torch.tensor(there[name]["frontier"]), probabilities, rtol=0, atol=1e-4)
         assert float(probabilities.max() - probabilities.min()) > 0.1  # there is a boundary to agree on
+    assert there["thorough"]["score"] == pytest.approx(host["thorough"]["score"], rel=1e-3)
+    assert there["thorough"]["real_steps"] == host["thorough"]["real_steps"] > 0
 
 
 @pytest.mark.parametrize("where", ["run", "frontier"])
