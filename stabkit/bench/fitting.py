@@ -40,8 +40,8 @@ def reliability(said: Sequence[float], happened: Sequence[bool]) -> tuple[Bin, .
 def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
     """How good the probability is on some cells, and the conformal factor of the critical step size.
 
-    The slope is not fitted. Least log loss asks for a lower one at hardly a better Brier score, and a run that leaves the
-    loss of a half-trained model where it is, which scores -1, would then be taken for a risk.
+    The slope is not fitted. For one linearisation least log loss asks for a lower one at hardly a better Brier score, and
+    a run which leaves the loss of a half-trained model where it is would then be taken for a risk.
 
     Args:
         results: Cells that no evaluation contains.
