@@ -133,8 +133,8 @@ def _classes(split: TensorSplit) -> int:
     return int(torch.cat([split.y_train, split.y_test]).max()) + 1
 
 
-# Calibration: two small networks on digits, every kind of algorithm among them, and cells where one linearisation fails, with
-# momentum too. What was chosen or fitted was so on these alone.
+# Calibration: two small networks on digits, every kind of algorithm among them, and cells where one linearisation fails,
+# with momentum too. What was chosen or fitted was so on these alone.
 CELLS: tuple[Cell, ...] = (
     *(
         Cell(dataset="digits", model=model, deletion=deletion, algorithm=algorithm, role="calibration")
