@@ -154,8 +154,8 @@ def tiny():
     """A model that knows eight people's birth places, with two of them to forget."""
     split = profiles(8, test_people=1, facts=1)
     x, y = split.x_train, split.y_train
-    model = CausalLM(len(split.vocabulary), context=x.shape[1], width=8, depth=1, heads=2)
-    model = train(model, x, y, epochs=300, lr=2e-2, batch_size=8, loss="causal_lm")
+    model = CausalLM(len(split.vocabulary), context=x.shape[1], width=16, depth=1, heads=2)
+    model = train(model, x, y, epochs=300, lr=5e-3, batch_size=8, loss="causal_lm")
     deletion = forget_people(split.person_train, 0.25)
     return model, *((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
 
