@@ -300,7 +300,7 @@ class _Run:
         outputs, losses = self._evaluated({**parameters, **self._known(step)})
         part = network.retain
         before = part.outputs if part.eval_outputs is None else part.eval_outputs
-        change = (part.features.double() @ coordinates.double()).reshape(before.shape)
+        change = (part.features @ coordinates.to(part.features)).double().reshape(before.shape)
         linear = float(network.loss.per_sample(before.double() + change, part.targets).mean())
         # How far either lies beyond the level does not matter.
         ends = [min(value, self._scale.floor + self._scale.room) for value in (losses[0], linear)]

@@ -209,7 +209,7 @@ def test_a_cut_off_benchmark_goes_on(tmp_path, monkeypatch, quick):
         bench.verify_cells(tmp_path / "empty", **arguments, stored=True)
     (tmp_path / "digits-vit-class-graddiff-s0-quick.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"'.*digits-vit-class-graddiff-s0-quick\.json' must be a cell's file of schema 4"
+        ValueError, match=r"'.*digits-vit-class-graddiff-s0-quick\.json' must be a cell's file of schema 5"
     ):
         bench.verify_cells(tmp_path, **arguments)
 

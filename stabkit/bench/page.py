@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stabkit._serialise import write_atomically
-from stabkit.bench.records import HALVINGS, SPAN
+from stabkit.bench.records import HALVINGS, ROLLOUT_SEEDS, SPAN
 
 PREDICTORS = (
     ("stabkit, staged rollout (mode thorough)", "staged"),
@@ -62,7 +62,7 @@ def _section(role: str, found: dict[str, Any], figure: str) -> list[str]:
         "other batches, which is as far as a prediction that does not know the batches can go.\n"
         f"A map of all settings from one linearisation costs {_number(cost['measure_over_run'])} + "
         f"{_number(cost['frontier_over_run'])} real runs (measuring + rolling out, medians, in CPU seconds). One staged "
-        f"prediction, one seed, costs {_number(cost['staged_over_run'])} runs in CPU seconds and "
+        f"prediction, {len(ROLLOUT_SEEDS)} seeds, costs {_number(cost['staged_over_run'])} runs in CPU seconds and "
         f"{_number(cost['staged_over_run_gradients'])} in gradients: the runs are short.",
         _table(
             ("predictor", "balanced accuracy", "AUC", "Brier", "divergence step, predicted / observed"),

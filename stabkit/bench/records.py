@@ -29,8 +29,7 @@ POINTS = 10
 SPAN = 10.0  # the grid of step sizes reaches so far past the smallest and the largest predicted boundary
 SHARPNESS = 4.0  # of the logistic in `Prediction.crosses`
 HALVINGS = 3  # of the interval around a boundary on the grid, in the logarithm
-ROLLOUT_SEEDS = (0, 1, 2)
-STAGED_SEEDS = (0,)
+ROLLOUT_SEEDS = (0, 1, 2)  # as many as `predict` rolls out unless told otherwise
 FIRST_RUN_SEED = 777  # of the real runs' batches; the rollouts draw others
 OTHER_RUN_SEED = 1777  # of the runs beside them, which show how far the batches alone decide
 BATCH = 64
@@ -117,9 +116,9 @@ class CellResult:
         boundaries: Critical step sizes, one for each mix.
         measure_seconds: CPU seconds of everything before the first rollout.
         frontier_seconds: Of predicting all settings from one linearisation.
-        staged_seconds: Of one setting's staged rollout, on average.
+        staged_seconds: Of one setting's staged rollouts, all seeds, on average.
         run_seconds: Of one real run, on average.
-        staged_gradients: Per-sample gradients of one setting's staged rollout, on average.
+        staged_gradients: Per-sample gradients of one setting's staged rollouts, on average.
         run_gradients: Of one real run of all its steps.
         linearised_samples: Retain and forget samples linearised.
         captured: Share of the outputs' sensitivity inside the linearisation.
@@ -148,8 +147,8 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         quick: Whether to take four step sizes, two mixes and no halving.
 
     Returns:
-        The records. Cost: training, as many staged rollouts as there are settings, 50, and 15 more at the boundaries, and
-        twice as many real runs; 8 settings and none more if quick.
+        The records. Cost: training, staged rollouts of every seed at each setting, 50, and 15 more at the boundaries, and
+        two real runs at as many; 8 settings and none more if quick.
     """
     mixes = MIXES[1:4:2] if quick else MIXES
     with preserved_rng(), warnings.catch_warnings():
@@ -251,7 +250,7 @@ class _Bench:
             self.measurement.network,
             self.algorithm.replace(lr=lr, mix=mix),
             batch_sizes=self.batch_sizes,
-            seeds=STAGED_SEEDS,
+            seeds=ROLLOUT_SEEDS,
         )
         self.staged_seconds += time.process_time() - start
         self.staged_gradients += found.gradient_equivalents

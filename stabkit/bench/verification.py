@@ -22,7 +22,7 @@ from stabkit.bench.records import HALVINGS, CellResult, Prediction, record_cell
 from stabkit.bench.scores import BOUNDARIES, KINDS, boundary_ratios, pooled, scores
 from stabkit.calibration import Calibration, calibration
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 def verify_cells(

@@ -175,7 +175,7 @@ class LinearisedNetwork:
         wrong = moved = size = 0.0
         for part, real in zip((self.retain, self.forget), outputs, strict=True):
             before = part.eval_outputs if evaluated and part.eval_outputs is not None else part.outputs
-            change = part.features.double() @ coordinates.to(part.features.device, torch.float64)
+            change = (part.features @ coordinates.to(part.features)).double()
             error = real.double().flatten(1) - before.double().flatten(1) - change
             counted = self.loss.counted(part.outputs, part.targets)
             wrong += float((error if counted is None else error.masked_fill(~counted, 0.0)).square().sum())
