@@ -1,10 +1,12 @@
-"""Cost of the exact stability frontier: one decomposition, then a map of 20 x 20 step sizes and mixes, against its rivals.
+"""What a map of 20 x 20 step sizes and mixes costs, exact and rolled out, against its rivals.
 
     python benchmarks/frontier.py
 
-writes benchmarks/results/frontier.json. On a trained digits CNN, one thread, CPU seconds: at growing ranks the
+writes benchmarks/results/frontier.json. One thread, CPU seconds. On a trained digits CNN at growing ranks: the
 linearisation, the map of mean-square growth over 400 settings, one setting at a time by `mean_square`, and one of them by
-a dense eigenproblem where the rank lets one form it; then the same settings rolled out, and one real run.
+a dense eigenproblem where the rank lets one form it; then the same settings rolled out, and one real run. On the costliest
+networks of `stabkit bench verify` that need no further data: `predict`, with its spectrum as it comes and of few samples as
+`tune` has it, and `report.frontier()`, three seeds each, against one real run of as many steps.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 
 import stabkit
 from stabkit.algorithms import GradDiff
+from stabkit.bench.cells import CELLS, prepared
 from stabkit.boundary import frontier
 from stabkit.curvature import linearise
 from stabkit.datasets import digits
@@ -31,10 +34,13 @@ from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.stability import LinearDynamics, mean_square, stability_map
 from stabkit.training import train
+from stabkit.tune import SPECTRUM_SAMPLES
 
 POINTS = 20
 CLASS = 3
 STEPS = 100
+WHOLE_CELLS = ("digits-vit-random10-graddiff", "digits-resnet-random10-graddiff")
+WHOLE_STEPS = 500  # of a short run as they are published
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -71,6 +77,36 @@ def dense(dynamics: LinearDynamics, lr: float) -> float:
         spread = np.einsum("iab,icd->acbd", part, part).reshape(r * r, r * r) / part.shape[0] - np.kron(mean, mean)
         step += lr**2 * weight * spread
     return float(np.linalg.eigvalsh(step)[-1])
+
+
+def whole(key: str, steps: int) -> dict[str, Any]:
+    """Everything between a trained network and the rolled-out map, against one run."""
+    cell = next(cell for cell in CELLS if cell.key == key)
+    trained, deletion = prepared(cell, 0)
+    x, y = trained.split.x_train, trained.split.y_train
+    forget, retain = ((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
+    algorithm = GradDiff(lr=1e-3, mix=0.1, steps=steps, batch_size=64)  # holds, so that the run takes all its steps
+    data = (trained.model, forget, retain)
+    _, predicting = timed(lambda: stabkit.predict(*data, algorithm=algorithm))
+    report, lean = timed(lambda: stabkit.predict(*data, algorithm=algorithm, spectrum_samples=SPECTRUM_SAMPLES))
+    found, mapping = timed(lambda: report.frontier())
+    problem = UnlearningProblem(*data)
+    _, linearising = timed(lambda: linearise(problem, Identity()))  # as `predict` does
+    ran, real = timed(lambda: stabkit.run(problem, algorithm, seed=0))
+    if ran.diverged:
+        raise RuntimeError(f"{key}: the run must take all its steps to be compared with")
+    return {
+        "cell": key,
+        "parameters": problem.size,
+        "settings": found.probability.size,
+        "seeds": 3,
+        "steps": steps,
+        "predict_seconds": predicting,
+        "lean_predict_seconds": lean,
+        "linearisation_seconds": linearising,
+        "map_seconds": mapping,
+        "run_seconds": real,
+    }
 
 
 def main() -> None:
@@ -125,6 +161,7 @@ def main() -> None:
         "ranks": ranks,
         "rollout_seconds": rolled,
         "real_run_seconds": real,
+        "whole": [whole(key, WHOLE_STEPS) for key in WHOLE_CELLS],
         "device": platform.processor() or platform.machine(),
         "versions": {"stabkit": stabkit.__version__, "torch": torch.__version__, "numpy": np.__version__},
         "seed": 0,
