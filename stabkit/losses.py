@@ -133,11 +133,12 @@ class CrossEntropy(Loss):
 
     Attributes:
         shift: Whether position t predicts label t+1, as causal language models do.
+        name: What reports call it.
     """
 
-    def __init__(self, *, shift: bool = False) -> None:
+    def __init__(self, *, shift: bool = False, name: str | None = None) -> None:
         self.shift = shift
-        self.name = "causal_lm" if shift else "cross_entropy"
+        self.name = name or ("causal_lm" if shift else "cross_entropy")
 
     def _align(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Logits (m, T, C), labels (m, T), and whether the class axis was moved."""
@@ -168,6 +169,29 @@ class CrossEntropy(Loss):
         """
         logits, labels, _ = self._align(outputs, targets)
         return logits, self._shifted(labels)
+
+    def labels(self, targets: Tensor) -> Tensor:
+        """Labels of a whole set, aligned with the positions that predict them.
+
+        Args:
+            targets: Integer labels, shape (n,) or (n, T...).
+
+        Returns:
+            Shape (n, T); -100 marks positions that do not count.
+        """
+        return self._shifted(targets.reshape(targets.shape[0], -1))
+
+    def class_axis(self, outputs: Tensor, targets: Tensor) -> int:
+        """Where the classes lie in the outputs.
+
+        Args:
+            outputs: Logits, shape (m, C), (m, T, C) or (m, C, T...).
+            targets: Integer labels, shape (m,) or (m, T...).
+
+        Returns:
+            1 or -1.
+        """
+        return 1 if self._align(outputs, targets)[2] else -1
 
     def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over labelled positions of -log p(label).

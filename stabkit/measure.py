@@ -168,7 +168,9 @@ def measure(
         the linearised ones, and what the preconditioner takes.
     """
     with arithmetic(settings.precision):
-        return _measured(problem, algorithm, settings, reuse, progress=progress)
+        read = problem.reading(distribution=algorithm.reads_distribution)
+        reuse = reuse if reuse and reuse.problem is read else None
+        return _measured(read, algorithm, settings, reuse, progress=progress)
 
 
 def _measured(

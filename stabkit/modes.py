@@ -134,9 +134,10 @@ def estimate_cost(
     Returns:
         The estimate. Cost: a forward pass of one sample, and three passes over 64 where the gradient is timed.
     """
-    inputs, _ = problem.retain.batch(torch.zeros(1, dtype=torch.int64))
+    read = problem.reading(distribution=algorithm.reads_distribution)
+    inputs, _ = read.retain.batch(torch.zeros(1, dtype=torch.int64))
     with torch.no_grad():
-        outputs = problem.outputs(problem.parameters, inputs).numel()
+        outputs = read.outputs(read.parameters, inputs).numel()
     held = [
         size if asked is None else min(asked, size)
         for asked, size in (

@@ -23,11 +23,13 @@ from stabkit._errors import TrainModeWarning, UntrainedModelWarning, caller_leve
 from stabkit._memory import is_out_of_memory
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice
-from stabkit.losses import Loss, PerSampleLoss, resolve_loss
+from stabkit.losses import IGNORE_INDEX, CrossEntropy, Loss, PerSampleLoss, resolve_loss
+from stabkit.reading import Reading, labelled_positions, largest_logits, logits_to_read
 from stabkit.samples import EXTRA_PARTS, Data, Inputs, Samples, as_samples, map_tensors, tensors_of
 
 Parameters = dict[str, Tensor]
 EVALUATION_BATCH = 1024
+EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
 COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
 
@@ -59,6 +61,7 @@ class UnlearningProblem:
         retain_loss: Mean retain loss at θ*.
         forget_loss: Mean forget loss at θ*.
         divergence_level: Mean retain loss of the best constant predictor (theory §7); a run that reaches it diverges.
+        widest_output: Numbers that the network itself gives for a sample, which a pass holds whatever is read of them.
     """
 
     def __init__(
@@ -151,6 +154,9 @@ class UnlearningProblem:
         self.loss = resolve_loss(loss)
         self.forget = as_samples(forget, name="forget", device=self.device, dtype=self.dtype)
         self.retain = as_samples(retain, name="retain", device=self.device, dtype=self.dtype)
+        self._class_axis = -1
+        self._readings: dict[bool, UnlearningProblem] = {}  # by whether the whole distribution is needed
+        self._whole: UnlearningProblem | None = None  # what this one reads parts of
         with preserved_rng(), torch.no_grad():
             self._check()
         self.test = None if test is None else self.read(test, name="test")
@@ -170,7 +176,7 @@ class UnlearningProblem:
         Raises:
             TypeError: If the model returns no tensor and nothing with `.logits`.
         """
-        return _output_tensor(self._call(parameters, inputs))
+        return self._read(parameters, inputs)
 
     def batch_outputs(self, parameters: Parameters, inputs: Inputs, *, statistics: Parameters | None = None) -> Tensor:
         """Outputs with the BatchNorm layers in train mode, so that those of a sample depend on the whole batch.
@@ -188,10 +194,16 @@ class UnlearningProblem:
         try:
             for layer in self._normalisations:
                 layer.training, layer.track_running_stats = True, statistics is not None
-            return _output_tensor(self._call({**parameters, **(statistics or {})}, inputs))
+            return self._read({**parameters, **(statistics or {})}, inputs)
         finally:
             for layer in self._normalisations:
                 layer.training, layer.track_running_stats = False, True
+
+    def _read(self, parameters: Parameters, inputs: Inputs) -> Tensor:
+        """The outputs, or what is read of them."""
+        if isinstance(inputs, Reading):
+            return inputs.pick(_output_tensor(self._call(parameters, inputs.inputs)), self._class_axis)
+        return _output_tensor(self._call(parameters, inputs))
 
     def _call(self, parameters: Parameters, inputs: Inputs) -> Any:
         """Whatever the network returns."""
@@ -266,7 +278,75 @@ class UnlearningProblem:
             )
         moved = copy.copy(self)
         moved.parameters = self.unflatten(vector.detach().to(self.device, self.dtype))
+        moved._readings = {}
         return moved
+
+    def reading(self, *, distribution: bool = False) -> "UnlearningProblem":
+        """The same problem with outputs that hold what a cross-entropy reads and no more, so that they can be linearised.
+
+        Positions without a label are left out, and where a sample's outputs stay more than 1,000 numbers, all but the
+        label's logit and the largest ones at θ* are merged into their logsumexp. Losses and their derivatives in θ are those
+        of the problem itself, at every θ.
+
+        Args:
+            distribution: Whether the whole distribution is needed, as by algorithms that do not only read the loss: then no
+                logits are merged.
+
+        Returns:
+            The problem, made once; itself where there is nothing to leave out, as for one label and few classes, and for
+            other losses. Cost: a forward pass of every sample if logits are merged.
+        """
+        whole = self._whole or self
+        if type(whole.loss) is not CrossEntropy:
+            return self
+        if distribution not in whole._readings:
+            with preserved_rng(), torch.no_grad():
+                whole._readings[distribution] = whole._reading(whole.loss, distribution=distribution)
+        return whole._readings[distribution]
+
+    def _reading(self, loss: CrossEntropy, *, distribution: bool) -> "UnlearningProblem":
+        first = torch.zeros(1, dtype=torch.int64)
+        outputs = self.outputs(self.parameters, self.retain.batch(first)[0])
+        sets = self.retain, self.forget
+        labels = [loss.labels(samples.targets()) for samples in sets]
+        most = max(int((found != IGNORE_INDEX).sum(1).max()) for found in labels)
+        one = self.retain.targets()[:1]
+        _, positions, classes = loss.aligned(outputs, one)[0].shape
+        axis = loss.class_axis(outputs, one)
+        count = 0 if distribution else logits_to_read(most, classes)
+        if count == 0 and most == positions:
+            return self
+        read = copy.copy(self)
+        read._whole = self
+        read._class_axis = axis
+        read.loss = CrossEntropy(name=loss.name)
+        read.retain, read.forget = (
+            self._picked(samples, found, labelled_positions(found, most), count, axis)
+            for samples, found in zip(sets, labels, strict=True)
+        )
+        read.test = None
+        return read
+
+    def _picked(self, samples: Samples, labels: Tensor, positions: Tensor, count: int, axis: int) -> Samples:
+        """A set with the places at which its outputs are read."""
+        labels = labels.gather(1, positions)
+        if count:
+            parts = []
+            for chunk in torch.arange(samples.size).split(self._evaluation_batch):
+                here = positions[chunk.to(positions.device)]
+                read = Reading(samples.batch(chunk)[0], here, here.new_empty(*here.shape, 0))
+                rows = read.pick(self.outputs(self.parameters, read.inputs), axis)
+                parts.append(largest_logits(rows, labels[chunk.to(labels.device)], count))
+            logits = torch.cat(parts)
+            labels = torch.where(labels == IGNORE_INDEX, labels, 0)  # the label's logit is the first
+        else:
+            logits = positions.new_empty(*positions.shape, 0)
+
+        def fetch(indices: Tensor, inputs: Inputs, _: Tensor) -> tuple[Inputs, Tensor]:
+            chosen = indices.to(positions.device)
+            return Reading(inputs, positions[chosen], logits[chosen]), labels[chosen]
+
+        return samples.mapped(fetch)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -297,16 +377,40 @@ class UnlearningProblem:
             indices: Which of its samples; all when None.
 
         Returns:
-            Outputs (m, ...), targets (m, ...) and per-sample losses (m,). Cost: m forward passes.
+            Outputs (m, ...), targets (m, ...) and per-sample losses (m,). Cost: m forward passes. Where the outputs are not
+            needed, `losses` holds none of them.
         """
         parameters = self.parameters if parameters is None else parameters
         outputs, targets = [], []
         with torch.no_grad():
-            for inputs, batch_targets in samples.batches(EVALUATION_BATCH, indices):
+            for inputs, batch_targets in samples.batches(self._evaluation_batch, indices):
                 outputs.append(self.outputs(parameters, inputs))
                 targets.append(batch_targets)
             f, y = torch.cat(outputs), torch.cat(targets)
             return f, y, self.loss.per_sample(f, y)
+
+    def losses(self, samples: Samples, parameters: Parameters | None = None, indices: Tensor | None = None) -> Tensor:
+        """Losses of a set, without gradients.
+
+        Args:
+            samples: Which set.
+            parameters: Trainable parameters, and running statistics other than θ*'s; θ* when None.
+            indices: Which of its samples; all when None.
+
+        Returns:
+            Per-sample losses (m,). Cost: m forward passes; outputs of one batch are held at a time.
+        """
+        parameters = self.parameters if parameters is None else parameters
+        with torch.no_grad():
+            return torch.cat([
+                self.loss.per_sample(self.outputs(parameters, inputs), targets)
+                for inputs, targets in samples.batches(self._evaluation_batch, indices)
+            ])
+
+    @property
+    def _evaluation_batch(self) -> int:
+        """Samples whose outputs are few enough."""
+        return max(1, min(EVALUATION_BATCH, EVALUATION_BYTES // (self.widest_output * self.dtype.itemsize)))
 
     def new_model(self, parameters: Parameters | None = None) -> nn.Module:
         """A fresh copy of the model, in the mode the caller's was in.
@@ -358,11 +462,11 @@ class UnlearningProblem:
                 )
             self._check_finite(samples)
             self._check_outputs(samples)
-        _, _, losses = self.evaluate(self.retain)
+        losses = self.losses(self.retain)
         outputs = self.outputs(self.parameters, self.retain.batch(torch.zeros(1, dtype=torch.int64))[0])
         self.divergence_level = self.loss.constant_level(outputs, self.retain.targets())
         self.retain_loss = float(losses.mean())
-        self.forget_loss = float(self.evaluate(self.forget)[2].mean())
+        self.forget_loss = float(self.losses(self.forget).mean())
         if self.retain_loss >= self.divergence_level:
             warnings.warn(
                 f"`model` has retain loss {self.retain_loss:.4g}, no better than the best constant prediction "
@@ -388,6 +492,7 @@ class UnlearningProblem:
         """A few samples through the model: output type, determinism, one loss a sample, finite losses, no coupling."""
         inputs, targets = samples.batch(torch.arange(min(3, samples.size)))
         outputs = self._first_outputs(inputs, samples.name)
+        self.widest_output = max(1, outputs[0].numel()) if outputs.dim() else 1
         again = self.outputs(self.parameters, inputs)
         if outputs.shape[:1] != targets.shape[:1]:
             raise ValueError(

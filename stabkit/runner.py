@@ -368,7 +368,7 @@ def run(
         """Record the losses, and whether the run counts as diverged."""
         parameters = {**problem.unflatten(state.theta), **state.statistics}
         losses = [
-            float(problem.evaluate(s, parameters, i)[2].mean())
+            float(problem.losses(s, parameters, i).mean())
             for s, i in zip((problem.retain, problem.forget), watched, strict=True)
         ]
         distance = float((state.theta - anchor).norm())

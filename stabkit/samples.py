@@ -7,6 +7,7 @@ A `DataLoader`, a `Dataset`, an `(x, y)` pair of tensors, a dictionary of tensor
 from __future__ import annotations
 
 import contextlib
+import copy
 import numbers
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,7 +62,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return tuple(map_tensors(function, value) for value in tree)
+        parts = (map_tensors(function, value) for value in tree)
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
     return tree
 
 
@@ -149,6 +151,20 @@ class Samples:
             parts = [targets for _, targets in self.batches(4096)]
             self._targets = torch.cat(parts)
         return self._targets
+
+    def mapped(self, function: Callable[[Tensor, Inputs, Tensor], tuple[Inputs, Tensor]]) -> Samples:
+        """The same samples, each batch changed as it is fetched.
+
+        Args:
+            function: From sample indices (b,), inputs and targets to new inputs and targets.
+
+        Returns:
+            The samples.
+        """
+        changed = copy.copy(self)
+        changed._fetch = lambda indices: function(indices, *self._fetch(indices))
+        changed._targets = None
+        return changed
 
     def subset(self, count: int | None, seed: int) -> Tensor:
         """Indices of a uniform sample without replacement, sorted; all indices when `count` covers the set.

@@ -90,7 +90,7 @@ def _typical_loss(problem: UnlearningProblem) -> float | None:
     """Of the held-out samples: a mean of cross-entropies would be that of the few which are wrong."""
     if problem.test is None:
         return None
-    losses = problem.evaluate(problem.test)[2].double()
+    losses = problem.losses(problem.test).double()
     if isinstance(problem.loss, CrossEntropy):
         return math.log(losses.numel()) - float(torch.logsumexp(-losses, 0))
     return float(losses.mean())

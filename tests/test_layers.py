@@ -27,6 +27,7 @@ LAYERS = [
         "precision",
     },
     {"sampling", "schedules", "samples", "losses", "heavy_tail", "parallel", "calibration"},
+    {"reading"},
     {"problem", "models", "training", "datasets"},
     {"preconditioner", "metrics"},
     {"curvature"},

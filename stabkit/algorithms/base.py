@@ -346,6 +346,18 @@ class Algorithm(abc.ABC):
         """
         return loss.residual(batch.outputs, batch.targets)
 
+    @property
+    def reads_distribution(self) -> bool:
+        """Whether a run depends on more of the outputs than the loss and its derivative.
+
+        Returns:
+            True where residuals are a subclass's own, which says so itself if they are functions of the loss, and where a
+            leakage bound is set.
+        """
+        mine = type(self).retain_residual, type(self).forget_residual
+        own = mine != (Algorithm.retain_residual, Algorithm.forget_residual)
+        return own or self.stop_rule().leakage_bound is not None
+
     def check_problem(self, problem: UnlearningProblem) -> None:  # noqa: B027
         """Raise if the algorithm cannot be run on a problem.
 

@@ -86,6 +86,15 @@ class SalUn(Algorithm):
         """
         return float(problem.forget.size)
 
+    @property
+    def reads_distribution(self) -> bool:
+        """Random labels are drawn from all classes.
+
+        Returns:
+            False for ascent.
+        """
+        return self.forgetting != "ascent"
+
     def forget_residual(self, loss: Loss, batch: Batch) -> Tensor:
         """What forget steps climb: minus the cross-entropy to random labels, or the loss.
 

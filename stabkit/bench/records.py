@@ -246,7 +246,7 @@ class _Bench:
         """By one, and real steps where it is left."""
         start = time.process_time()
         found = staged_rollout(
-            self.problem,
+            self.measurement.problem,
             self.measurement.network,
             self.algorithm.replace(lr=lr, mix=mix),
             batch_sizes=self.batch_sizes,

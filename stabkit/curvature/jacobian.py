@@ -199,11 +199,13 @@ class ScaledJacobian:
         self.counted: Tensor | None = None
         rows, block = (pass_bytes(least, problem.device) for least in (ROW_BYTES, BLOCK_BYTES))
         self._row_budget = rows if memory is None else min(rows, memory)
+        block = block if memory is None else min(block, memory)
         vector = 4 * problem.size * problem.dtype.itemsize  # what a batched pass holds of each
-        self._at_once = max(1, (block if memory is None else min(block, memory)) // vector)
+        widest = 4 * problem.widest_output * problem.dtype.itemsize  # and of each sample's outputs, vector by vector
+        self.batch_size = max(1, min(PRODUCT_BATCH, block // widest))
+        self._at_once = max(1, min(block // vector, block // (self.batch_size * widest)))
         first, _ = samples.batch(indices[:1])
         self.outputs_per_sample = problem.outputs(problem.parameters, first).numel()
-        self.batch_size = PRODUCT_BATCH
         self._coupled = coupled is not None
         self._ends: list[int] = []
         if coupled is not None:
