@@ -10,6 +10,7 @@ from stabkit._errors import (
     LowConfidenceWarning,
     MemoryWarning,
     StabkitWarning,
+    TargetWarning,
     TrainModeWarning,
     UntrainedModelWarning,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "SalUn",
     "StabkitWarning",
     "StopRule",
+    "TargetWarning",
     "TrainModeWarning",
     "UnlearningProblem",
     "UntrainedModelWarning",

@@ -23,6 +23,10 @@ class LowConfidenceWarning(StabkitWarning):
     """A number was computed but should not be trusted far; the message says why."""
 
 
+class TargetWarning(StabkitWarning):
+    """No setting reaches the target that `tune` was given."""
+
+
 class ExponentWarning(StabkitWarning):
     """A layer's heavy-tailed exponent is missing or not trustworthy, so its gate is neutral."""
 

@@ -9,6 +9,9 @@ import math
 import numbers
 from collections.abc import Iterable
 
+LARGEST_SEED = 2**62  # leaves room for the seeds that are counted on from one
+NEAR = 0.5  # likeness from which on a choice is suggested
+
 
 def _message(name: str, owner: str, expected: str, got: object, remedy: str) -> str:
     return f"`{name}` of `{owner}` must be {expected}; got {got!r}. {remedy}".rstrip()
@@ -84,6 +87,24 @@ def check_int(value: object, *, name: str, owner: str, low: int, high: int | Non
     return number
 
 
+def check_seed(value: object, *, name: str = "seed", owner: str) -> int:
+    """Return `value` as an int if random generators take it and a few numbers past it.
+
+    Args:
+        value: What the caller passed.
+        name: The argument's name.
+        owner: The public function or class it belongs to.
+
+    Returns:
+        The value as a Python int.
+
+    Raises:
+        TypeError: If the value is not a whole number.
+        ValueError: If it is below 0 or too large.
+    """
+    return check_int(value, name=name, owner=owner, low=0, high=LARGEST_SEED)
+
+
 def check_choice(value: object, *, name: str, owner: str, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`; otherwise suggest the nearest one.
 
@@ -105,6 +126,6 @@ def check_choice(value: object, *, name: str, owner: str, choices: Iterable[str]
     if not isinstance(value, str):
         raise TypeError(_message(name, owner, expected, value, ""))
     if value not in options:
-        near = difflib.get_close_matches(value.lower(), options, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(value.lower(), options, n=1, cutoff=NEAR)
         raise ValueError(_message(name, owner, expected, value, f"Did you mean {near[0]!r}?" if near else ""))
     return value

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from stabkit.curvature.dormant import awakened
 from stabkit.curvature.factors import SampleFactors
 from stabkit.curvature.jacobian import ScaledJacobian
 from stabkit.curvature.lowrank import LinearisedNetwork
@@ -64,12 +65,13 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
     )
 
 
-def linearisation_error(problem: UnlearningProblem, network: LinearisedNetwork, rolled: Rollout) -> float:
-    """Relative error of the linearised outputs at the rolled-out displacement (theory §6).
+def linearisation_errors(
+    problem: UnlearningProblem, network: LinearisedNetwork, rolled: Rollout
+) -> tuple[float, float]:
+    """How wrong the linearised network is at the rolled-out displacement δ of the first seed (theory §6).
 
-    ‖f(θ* + δ) - f(θ*) - Φc‖ / ‖Φc‖ over the linearised samples of both sets, for the first seed. A run that diverged is
-    looked at on the way, where the linearised retain loss first meets the divergence level: what lies far beyond need not
-    be right for the verdict to be.
+    A run that diverged is looked at on the way, where the linearised retain loss first meets the divergence level: what lies
+    far beyond need not be right for the verdict to be.
 
     Args:
         problem: The unlearning problem.
@@ -77,18 +79,20 @@ def linearisation_error(problem: UnlearningProblem, network: LinearisedNetwork, 
         rolled: Rollout of the one setting that is asked about.
 
     Returns:
-        The error; infinity where outputs are not finite. Cost: one forward pass over the samples.
+        ‖f(θ* + δ) - f(θ*) - Φc‖ / ‖Φc‖ over the linearised samples of both sets, infinity where outputs are not finite, and
+        the share of the outputs' sensitivity there that is to tensors which were dormant at θ*. Cost: one forward pass over
+        the samples, and gradients of up to 128 where there are such tensors.
     """
     c = rolled.coordinates[0, 0].to(network.basis.device)
     if not bool(torch.isfinite(c).all()):
-        return math.inf
+        return math.inf, 0.0
     c = c * _share_to_level(network, c, problem.divergence_level)
     there = problem.at(problem.vector() + network.displacement(c))
     outputs = [
         ScaledJacobian(there, samples, part.indices, network.preconditioner, coupled=part.coupled).outputs()
         for samples, part in ((problem.retain, network.retain), (problem.forget, network.forget))
     ]
-    return network.output_error(c, outputs)
+    return network.output_error(c, outputs), awakened(problem, network, there.parameters)
 
 
 def _share_to_level(network: LinearisedNetwork, c: Tensor, level: float) -> float:

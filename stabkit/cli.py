@@ -53,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from stabkit.demo import run_demo  # imports torch: not needed for --help
 
-    result = run_demo(options.output, seed=options.seed, progress=not options.quiet and sys.stderr.isatty())
+    try:
+        result = run_demo(options.output, seed=options.seed, progress=not options.quiet and sys.stderr.isatty())
+    except ValueError as error:
+        print(f"stabkit demo: {error}", file=sys.stderr)
+        return 2
     if options.json:
         print(result.to_json())
     else:

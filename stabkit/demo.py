@@ -15,7 +15,7 @@ from stabkit._errors import StabkitWarning
 from stabkit._progress import progress_bar
 from stabkit._serialise import dumps, to_plain, write_atomically
 from stabkit._table import Table
-from stabkit._validate import check_int
+from stabkit._validate import check_seed
 from stabkit.algorithms import ALGORITHMS, Algorithm
 from stabkit.boundary import Outcome
 from stabkit.datasets import Deletion, TensorSplit, digits
@@ -175,7 +175,7 @@ def run_demo(output: str | os.PathLike[str], *, seed: int = 0, progress: bool = 
     Returns:
         What was measured. Cost: one training, six measurements, some thirty runs; about a minute and a half on one core.
     """
-    check_int(seed, name="seed", owner="run_demo", low=0)
+    check_seed(seed, owner="run_demo")
     start = time.perf_counter()
     data = digits(seed=seed)
     model = train(

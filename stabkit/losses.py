@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stabkit._memory import is_out_of_memory
 from stabkit._validate import check_choice
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -472,7 +473,7 @@ class SquaredError(Loss):
 
 
 class CustomLoss(Loss):
-    """A caller's own per-sample loss, differentiated automatically.
+    """A caller's own per-sample loss, differentiated automatically; in single precision where it holds tensors of that.
 
     Its output Hessian is found sample by sample and its negative eigenvalues are dropped, as generalised Gauss-Newton
     curvature needs a convex loss in the outputs. Cost O(m·O³), so meant for few outputs a sample.
@@ -497,7 +498,7 @@ class CustomLoss(Loss):
             TypeError: If the callable does not return a tensor.
             ValueError: If it does not return one loss a sample.
         """
-        losses = self.function(outputs, targets)
+        losses = self._called(outputs, targets)
         if not isinstance(losses, Tensor):
             raise TypeError(
                 f"`loss` must return a tensor of per-sample losses; {self.name!r} returned {type(losses).__name__}."
@@ -551,6 +552,41 @@ class CustomLoss(Loss):
         """
         return self._factor(outputs, targets).transpose(1, 2) @ block
 
+    def check_targets(self, outputs: Tensor, targets: Tensor, *, name: str) -> None:
+        """The loss must take these outputs and targets, and outputs beyond those seen, as a linearised network gives them.
+
+        Args:
+            outputs: Outputs of at least one sample.
+            targets: Targets of the whole set.
+            name: The set's name, for the message.
+
+        Raises:
+            TypeError: If the callable fails on the outputs.
+            ValueError: If it refuses outputs a little beyond.
+        """
+        some = targets[: outputs.shape[0]]
+        try:
+            self.function(outputs, some)
+        except Exception as error:  # whatever a caller's function may raise
+            if is_out_of_memory(error):
+                raise
+            raise TypeError(
+                f"`loss` must take (outputs, targets) and give losses of shape (m,); {self.name!r} fails on outputs "
+                f"{tuple(outputs.shape)} and targets {tuple(some.shape)} {some.dtype} of `{name}` with "
+                f"{type(error).__name__}: {error}."
+            ) from error
+        for beyond in (-1, 1):
+            try:
+                self.function(outputs + beyond * (1 + outputs.abs()), some)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"`loss` must be defined for all outputs, as a linearised network's may be any; {self.name!r} refuses "
+                    f"some beyond those of the model ({error}). Let the model return raw outputs, and use a loss of "
+                    "logits: binary_cross_entropy_with_logits in place of binary_cross_entropy."
+                ) from error
+
     def constant_level(self, outputs: Tensor, targets: Tensor) -> float:
         """Mean loss of the best constant output, found by Newton's method.
 
@@ -581,15 +617,36 @@ class CustomLoss(Loss):
             )
         return level
 
+    def _called(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The caller's function, in single precision where double does not go with tensors of its own."""
+        try:
+            return self.function(outputs, targets)
+        except RuntimeError:
+            if outputs.dtype != torch.float64:
+                raise
+            plain = targets.float() if targets.is_floating_point() else targets
+            return self.function(outputs.float(), plain).double()
+
     def _factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """L of shape (m, O, O) with LL^T the positive part of every Λ_i."""
         flat = outputs.detach().reshape(outputs.shape[0], -1)
         shape = outputs.shape[1:]
 
         def single(row: Tensor, target: Tensor) -> Tensor:
-            return self.function(row.reshape(1, *shape), target.unsqueeze(0))[0]
+            return self._called(row.reshape(1, *shape), target.unsqueeze(0))[0]
 
-        hessian = torch.func.vmap(torch.func.hessian(single))(flat, targets)
+        try:
+            hessian = torch.func.vmap(torch.func.hessian(single))(flat, targets)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # Control flow that depends on values: sample by sample.
+            with torch.enable_grad():
+                found = [
+                    torch.autograd.functional.hessian(lambda row, y=y: single(row, y), row)
+                    for row, y in zip(flat, targets, strict=True)
+                ]
+            hessian = torch.stack(found)
         values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.transpose(1, 2)))
         return vectors * values.clamp_min(0).sqrt().unsqueeze(1)
 
@@ -635,6 +692,11 @@ def resolve_loss(loss: str | PerSampleLoss | Loss) -> Loss:
     """
     if isinstance(loss, Loss):
         return loss
+    if isinstance(loss, type):
+        raise TypeError(
+            f"`loss` must be a callable giving per-sample losses; got the class {loss.__name__}. Pass an instance, such as "
+            f"{loss.__name__}(reduction='none')."
+        )
     if callable(loss):
         return CustomLoss(loss)
     if not isinstance(loss, str):

@@ -166,11 +166,21 @@ def measure(
     Returns:
         The measurement. Cost: some 25 Hessian-vector products over the spectrum's samples, 2·O per-sample gradients of
         the linearised ones, and what the preconditioner takes.
+
+    Raises:
+        ValueError: If the model or the loss is not differentiable twice.
     """
     with arithmetic(settings.precision):
         read = problem.reading(distribution=algorithm.reads_distribution)
         reuse = reuse if reuse and reuse.problem is read else None
-        return _measured(read, algorithm, settings, reuse, progress=progress)
+        try:
+            return _measured(read, algorithm, settings, reuse, progress=progress)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"`model` and `loss` of `predict` must be differentiable twice; got {problem.model_name} with loss "
+                f"{problem.loss.name!r}, of which a layer is not ({error}). Replace it, as nn.EmbeddingBag by nn.Embedding "
+                "and a sum."
+            ) from error
 
 
 def _measured(

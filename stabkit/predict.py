@@ -16,7 +16,7 @@ from torch import nn
 from stabkit import stability
 from stabkit._errors import LowConfidenceWarning, caller_level
 from stabkit._rng import preserved_rng
-from stabkit._validate import check_choice, check_int
+from stabkit._validate import check_choice, check_int, check_seed
 from stabkit._version import __version__
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.boundary import (
@@ -29,7 +29,7 @@ from stabkit.boundary import (
     staged_critical_mix,
 )
 from stabkit.calibration import calibration
-from stabkit.cause import find_cause, linearisation_error
+from stabkit.cause import find_cause, linearisation_errors
 from stabkit.curvature import LinearisedNetwork
 from stabkit.losses import Loss, PerSampleLoss
 from stabkit.measure import Measurement, measure
@@ -40,8 +40,9 @@ from stabkit.recommendations import Recommendations
 from stabkit.remedy import recommend
 from stabkit.report import Check, CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
 from stabkit.rollout import Rollout, rollout
+from stabkit.runner import check_coupled
 from stabkit.samples import Data
-from stabkit.staged import staged_rollout
+from stabkit.staged import MAX_AWAKENED, staged_rollout
 
 STABLE_BELOW, DIVERGES_ABOVE = 0.25, 0.75  # of P(diverge); between them the verdict is "marginal"
 HORIZON_GROWTH = 1e3  # of the mean square, at `Thresholds.horizon_lr`
@@ -146,7 +147,7 @@ def predict(
     """
     check_choice(curvature, name="curvature", owner="predict", choices=("ggn", "hessian"))
     check_int(seeds, name="seeds", owner="predict", low=1)
-    check_int(seed, name="seed", owner="predict", low=0)
+    check_seed(seed, owner="predict")
     check_choice(precision, name="precision", owner="predict", choices=PRECISIONS)
     sizes = Sizes(
         rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
@@ -167,7 +168,7 @@ def predict(
         lr_schedule=lr_schedule,
     )
     problem = UnlearningProblem(model, forget, retain, loss=loss, batchnorm=batchnorm, device=device, dtype=dtype)
-    chosen.batch_sizes(problem)
+    _check_batches(problem, chosen)
     with preserved_rng():
         settings = choose_settings(
             problem, chosen, mode=mode, budget=budget, sizes=sizes, curvature=curvature, seed=seed, seeds=seeds
@@ -287,11 +288,11 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         gradient_equivalents=(network.retain.samples + network.forget.samples) / 3,
     )
     verdict_by = _verdict_by(measurement, rolled, mix_detail, seeds, progress=progress)
-    mix_detail, error = verdict_by.mix, linearisation_error(problem, network, rolled)
+    mix_detail, (error, awake) = verdict_by.mix, linearisation_errors(problem, network, rolled)
     probability = float(verdict_by.rollout.probability[0])
     used = calibration(verdict_by.rollout.kind)
     checks = (
-        *_checks(measurement, error),
+        *_checks(measurement, error, awake),
         *(() if verdict_by.real_steps else _change_checks(measurement, rolled, seeds)),
     )
     return Report(
@@ -368,6 +369,13 @@ def _verdict_by(
     )
 
 
+def _check_batches(problem: UnlearningProblem, algorithm: Algorithm) -> None:
+    """Refuse what `run` would refuse."""
+    batch_sizes = algorithm.batch_sizes(problem)
+    if problem.batchnorm == "batch":
+        check_coupled(algorithm, batch_sizes)
+
+
 def _warn_if_unsure(report: Report) -> None:
     """Say once, at the caller's line, why a report's confidence is low."""
     failed = [check for check in report.checks if not check.passed]
@@ -386,10 +394,10 @@ def _verdict(probability: float) -> str:
     return "diverges" if probability > DIVERGES_ABOVE else "marginal"
 
 
-def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, **changes: object) -> Report:
+def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, /, **changes: object) -> Report:
     """Judge other settings; only the mix needs new curvature products."""
     algorithm = measurement.algorithm.replace(**changes)
-    algorithm.batch_sizes(measurement.problem)
+    _check_batches(measurement.problem, algorithm)
     with preserved_rng():
         kept = limits if set(changes) <= {"lr"} - algorithm.preconditioner_reads else None
         report = judge(measurement.with_algorithm(algorithm), seeds, limits=kept)
@@ -496,7 +504,9 @@ def _edges(measurement: Measurement) -> tuple[float, float]:
 
 def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Sequence[int]) -> _Limits:
     algorithm, dynamics, limit = measurement.algorithm, _dynamics(measurement, batch_sizes), _step_limit(measurement)
-    guess = limit if math.isfinite(limit) else algorithm.lr
+    # Where no curvature is positive, runs diverge along the most negative one.
+    smallest = _edges(measurement)[0]
+    guess = limit if math.isfinite(limit) else 2 / -smallest if smallest < 0 else algorithm.lr
     lr, spent = critical_lr(measurement.network, algorithm, batch_sizes=batch_sizes, seeds=seeds, guess=guess), 0.0
     start = time.perf_counter()
     if measurement.settings.staged:
@@ -588,7 +598,7 @@ def _rollout_summary(verdict_by: _VerdictBy, measurement: Measurement, seeds: in
     )
 
 
-def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
+def _checks(measurement: Measurement, error: float, awake: float) -> tuple[Check, ...]:
     network, pairs = measurement.network, measurement.spectrum.pairs
     scale = max(abs(pairs.smallest), abs(pairs.largest))
     residual = float(pairs.residuals.max()) / scale if scale > 0 else 0.0
@@ -612,9 +622,19 @@ def _checks(measurement: Measurement, error: float) -> tuple[Check, ...]:
         remedy="mode='thorough' leaves the linearised network where it is wrong; otherwise leave a margin and check with "
         "verify().",
     )
+    dormant = Check(
+        name="sensitivity to dormant parameters",
+        value=awake,
+        threshold=MAX_AWAKENED,
+        passed=awake <= MAX_AWAKENED,
+        meaning="Share of the outputs' sensitivity, at the predicted parameters, that is to tensors on which they do not "
+        "depend before the run, as adapters that begin at 0 hold; the linearised network never moves them.",
+        remedy="mode='thorough' goes on with real steps there.",
+    )
     return (
         *([] if rough is None else [tf32]),
         *([] if measurement.settings.staged else [linearised]),
+        *([] if measurement.settings.staged or not network.dormant else [dormant]),
         Check(
             name=CAPTURED,
             value=network.captured,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -92,12 +93,18 @@ class UnlearningProblem:
 
         Raises:
             TypeError: If the model is not a module or cannot be copied, or data or targets have a wrong type.
+            RuntimeError: If it is made under torch.inference_mode().
             ValueError: If data are empty, overlapping, not finite or out of range, the model is not deterministic, couples
                 samples in eval mode or has no trainable parameter, a set has one sample where batches need two, or device or
                 dtype cannot be used.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` of `UnlearningProblem` must be a torch.nn.Module; got {type(model).__name__}.")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "`UnlearningProblem` must be made where derivatives can be taken; got torch.inference_mode(). Leave that "
+                "block; torch.no_grad() does no harm."
+            )
         model = unwrapped(model)
         _check_layers(model)
         self.model_name = type(model).__name__
@@ -124,6 +131,9 @@ class UnlearningProblem:
         self._module.eval()
         for parameter in self._module.parameters():
             parameter.grad = None
+        for module in self._module.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.sparse = False  # sparse gradients have no derivatives of their own
         for module in self._module.modules():  # they watch or edit .backward(), and torch.func cannot pass through them
             module._backward_hooks.clear()
             module._backward_pre_hooks.clear()
@@ -615,6 +625,11 @@ def _check_layers(model: nn.Module) -> None:
     """Refuse what cannot be read as a function of its parameters, sample by sample."""
     for name, module in model.named_modules():
         where = f"layer {name!r}" if name else "the model itself"
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise ValueError(
+                f"`model` of `UnlearningProblem` must hold its weights; got {where} of type {type(module).__name__} before "
+                "its first pass. Call the model on a batch, then train it."
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
                 f"`model` of `UnlearningProblem` must be a Python module; got {where} of type {type(module).__name__}, made "
@@ -646,6 +661,14 @@ def _checked_device(device: torch.device | str) -> torch.device:
         raise ValueError(
             f"`device` of `UnlearningProblem` must be available; got {device!r} where there is no CUDA. {remedy}"
         )
+    try:
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"`device` of `UnlearningProblem` must be one to compute on; got {device!r} ({error}). {remedy}"
+        ) from error
     return found
 
 

@@ -16,7 +16,7 @@ from stabkit import _checkpoint
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._serialise import to_plain
-from stabkit._validate import check_choice, check_int
+from stabkit._validate import check_choice, check_int, check_seed
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
 from stabkit.preconditioner import Identity, Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
@@ -321,7 +321,7 @@ def run(
                 f"`{name}` of `run` must be an object of {kind.__name__}; got {value!r:.60}. For instance "
                 "run(UnlearningProblem(model, forget, retain), GradDiff(lr=0.01))."
             )
-    check_int(seed, name="seed", owner="run", low=0)
+    check_seed(seed, owner="run")
     check_int(check_every, name="check_every", owner="run", low=1)
     check_int(checkpoint_every, name="checkpoint_every", owner="run", low=1)
     if monitor_samples is not None:

@@ -1,9 +1,9 @@
 """A rollout that leaves the linearised network for the real one where it stops being true (theory §6).
 
 The run is rolled out on the network linearised at θ*, and the real network evaluated at the predicted parameters. From the
-step up to which its loss and its outputs are those of the linearised network, the same run, same batches, goes on with real
-steps on a copy. A setting on which the linearisation is right so costs a few forward passes, and one that leaves it at once
-costs the run.
+step up to which its loss and its outputs are those of the linearised network, and its outputs depend on no parameters that
+were dormant at θ*, the same run, same batches, goes on with real steps on a copy. A setting on which the linearisation is
+right so costs a few forward passes, and one that leaves it at once costs the run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from stabkit._progress import progress_bar
 from stabkit._validate import check_real
 from stabkit.algorithms.base import Algorithm
 from stabkit.curvature import LinearisedNetwork
+from stabkit.curvature.dormant import SAMPLES, awakened
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.rollout import SCORE_CAP, Rollout, loss_scale, rollout
 from stabkit.runner import Position, check_coupled, statistics_along, steps_from
 
 # Chosen on calibration cells of the benchmark: half of either does hardly better there and costs half as much again.
 MAX_LOSS_ERROR, MAX_OUTPUT_ERROR = 0.05, 0.2
+MAX_AWAKENED = 0.1  # share of the sensitivity that is to parameters which were dormant at θ*
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +129,12 @@ class _Seen:
     loss_error: float
     output_error: float
     losses: tuple[float, float]
+    awakened: float = 0.0
 
     def within(self, bounds: tuple[float, float]) -> bool:
-        """Whether neither error is beyond its bound."""
-        return self.loss_error <= bounds[0] and self.output_error <= bounds[1]
+        """Whether neither error is beyond its bound, nor the sensitivity elsewhere than at θ*."""
+        right = self.loss_error <= bounds[0] and self.output_error <= bounds[1]
+        return right and self.awakened <= MAX_AWAKENED
 
 
 class _Run:
@@ -296,8 +300,10 @@ class _Run:
         network, coordinates = self._network, self._path[step][0]
         if not bool(torch.isfinite(coordinates).all()):
             return _Seen(loss_error=math.inf, output_error=math.inf, losses=(math.inf, math.inf))
-        parameters = self._problem.unflatten(self._theta + network.displacement(coordinates))
-        outputs, losses = self._evaluated({**parameters, **self._known(step)})
+        moved = self._problem.unflatten(self._theta + network.displacement(coordinates))
+        parameters = {**moved, **self._known(step)}
+        outputs, losses = self._evaluated(parameters)
+        self.gradients += 2 * SAMPLES if network.dormant else 0
         part = network.retain
         before = part.outputs if part.eval_outputs is None else part.eval_outputs
         change = (part.features @ coordinates.to(part.features)).double().reshape(before.shape)
@@ -308,6 +314,7 @@ class _Run:
             loss_error=abs(ends[0] - ends[1]) / self._scale.room if math.isfinite(ends[1]) else math.inf,
             output_error=network.output_error(coordinates, outputs, evaluated=True),
             losses=losses,
+            awakened=awakened(self._problem, network, parameters),
         )
 
     def _evaluated(self, parameters: Parameters) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from stabkit._errors import TargetWarning, caller_level
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.losses import CrossEntropy, Loss, PerSampleLoss
@@ -72,7 +74,15 @@ def tune(
         )
         target = _typical_loss(problem)
     found = report.recommend(risk=risk)
-    point = found.reaching(report.run.divergence_level if target is None else target)
+    wanted = report.run.divergence_level if target is None else target
+    point = found.reaching(wanted)
+    if point.forget_loss < wanted:
+        warnings.warn(
+            f"no setting that is predicted to hold brings the forget loss to {wanted:.4g}; the one chosen brings it to "
+            f"{point.forget_loss:.4g}. Raise `risk` or `steps`, or lower the target.",
+            TargetWarning,
+            stacklevel=caller_level(),
+        )
     tuned = algorithm_at(chosen.replace(**report.run.settings), point)
     for _ in range(HALVINGS if report.mode == "thorough" else 0):
         if report.at(lr=tuned.lr, steps=tuned.steps, **_mix(tuned)).probability <= risk:

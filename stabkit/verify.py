@@ -15,7 +15,7 @@ from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._serialise import dumps, to_plain, write_atomically
 from stabkit._table import Shown, Table
-from stabkit._validate import check_choice, check_int, check_real
+from stabkit._validate import check_choice, check_int, check_real, check_seed
 from stabkit.algorithms import ALGORITHMS, Algorithm
 from stabkit.boundary import Outcome
 from stabkit.losses import NAMED, Loss, PerSampleLoss
@@ -219,11 +219,14 @@ def verify(
         The table of predictions and outcomes. Cost: up to 4·repeats runs.
 
     Raises:
+        TypeError: If the report is none.
         ValueError: If model or data are not those of the report, or the algorithm or the loss is needed and missing.
     """
+    if not isinstance(report, Report):
+        raise TypeError(f"`report` of `verify` must be what `predict` gave; got {type(report).__name__}.")
     check_real(factor, name="factor", owner="verify", low=1, low_open=True)
     check_int(repeats, name="repeats", owner="verify", low=1)
-    check_int(seed, name="seed", owner="verify", low=0)
+    check_seed(seed, owner="verify")
     chosen = _algorithm(report, algorithm)
     problem = UnlearningProblem(
         model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stabkit._validate import check_choice, check_int, check_real
+from stabkit._validate import check_choice, check_int, check_real, check_seed
 from stabkit.algorithms.base import Algorithm
 from stabkit.directions.preconditioner import remain_preconditioner
 from stabkit.directions.retain_inverse import METHODS, RetainInverse
@@ -46,7 +46,7 @@ class RemainNewton(Algorithm):
         owner = type(self).__name__
         plain: dict[str, object] = {
             "rank": check_int(self.rank, name="rank", owner=owner, low=1),
-            "seed": check_int(self.seed, name="seed", owner=owner, low=0),
+            "seed": check_seed(self.seed, owner=owner),
         }
         if self.damping is not None:
             remedy = "None takes a thousandth of λ_max(H_R)."

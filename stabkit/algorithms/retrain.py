@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
-from stabkit._validate import check_int
+from stabkit._validate import check_seed
 from stabkit.algorithms.fine_tune import FineTune
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Inputs
@@ -70,7 +70,7 @@ def retrain(
             f"`training` of `retrain` must be a FineTune, as nothing is forgotten here; got {training!r:.60}. For instance "
             "FineTune(lr=0.1, steps=1000, momentum=0.9, weight_decay=5e-4)."
         )
-    check_int(seed, name="seed", owner="retrain", low=0)
+    check_seed(seed, owner="retrain")
     sizes, batches = (problem.retain.size, problem.forget.size), training.batch_sizes(problem)
     stream, _ = batch_streams(sizes, batches, training.sampling, seed)
     losses: list[float] = []
@@ -81,7 +81,13 @@ def retrain(
         if initial is None:
             _initialise(model)
         else:
-            model.load_state_dict(initial.state_dict())
+            try:
+                model.load_state_dict(initial.state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"`initial` of `retrain` must be a model like the problem's, a {problem.model_name}; got a "
+                    f"{type(initial).__name__} whose weights differ ({error}). None initialises one anew."
+                ) from error
         trained = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.SGD(
             trained,

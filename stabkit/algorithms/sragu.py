@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from stabkit._validate import check_choice, check_int
+from stabkit._validate import check_choice, check_int, check_seed
 from stabkit.algorithms.agu import AGU, normalised_sensitivity
 from stabkit.heavy_tail.gate import UNTRUSTED, LayerGates, check_window, gate_layers, gate_per_parameter
 from stabkit.heavy_tail.layers import layer_exponents
@@ -54,7 +54,7 @@ class SRAGU(AGU):
         check_window(owner, self.floor, self.low, self.high, self.width)
         check_choice(self.untrusted, name="untrusted", owner=owner, choices=UNTRUSTED)
         check_int(self.shuffles, name="shuffles", owner=owner, low=0)
-        check_int(self.seed, name="seed", owner=owner, low=0)
+        check_seed(self.seed, owner=owner)
 
     def preconditioner(self, problem: UnlearningProblem) -> Preconditioner:
         """diag(ν ∘ R̃).

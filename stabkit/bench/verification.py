@@ -15,6 +15,7 @@ import torch
 from joblib import Parallel, delayed
 
 from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
+from stabkit._validate import check_int, check_seed
 from stabkit._version import __version__
 from stabkit.bench.cells import CELLS, Cell, cells_named
 from stabkit.bench.fitting import fit_calibration, reliability
@@ -51,8 +52,13 @@ def verify_cells(
         The summary, which is also written to `summary.json` in the folder.
 
     Raises:
-        ValueError: If nothing is stored where only that was asked for.
+        ValueError: If a seed or the number of jobs is out of its domain, or nothing is stored where only that was asked for.
     """
+    for seed in seeds:
+        check_seed(seed, name="seeds", owner="verify_cells")
+    check_int(jobs, name="jobs", owner="verify_cells", low=-1)
+    if jobs == 0:
+        raise ValueError("`jobs` of `verify_cells` must be a number of processes, or -1 for one a core; got 0.")
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     chosen = cells_named(cells)

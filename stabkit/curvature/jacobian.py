@@ -140,7 +140,7 @@ def jacobian_rows(problem: UnlearningProblem, inputs: Inputs) -> Tensor:
         # Recurrent layers, masks and control flow that depend on values: sample by sample, and as right.
         count = next(tensors_of(inputs)).shape[0]
         return torch.stack([_rows_of_one(problem, single, inputs, i) for i in range(count)])
-    parts = [rows[name].flatten(2) for name in problem.parameters]
+    parts = [rows[name].reshape(*rows[name].shape[:2], -1) for name in problem.parameters]
     return torch.cat(parts, dim=2)
 
 

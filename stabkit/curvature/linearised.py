@@ -115,6 +115,7 @@ class LinearisedNetwork:
         singular_values: Of the (weighted) J P^{1/2}, the r kept, descending.
         captured: Share of ‖J P^{1/2}‖_F² that the r directions carry, estimated for each set; the smaller of the two.
         gradient_equivalents: Per-sample gradient evaluations spent; a forward pass counts as a third.
+        dormant: Names of parameter tensors that hardly move the outputs at θ*.
     """
 
     retain: LinearisedSet
@@ -129,6 +130,7 @@ class LinearisedNetwork:
     singular_values: Tensor
     captured: float
     gradient_equivalents: float
+    dormant: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:

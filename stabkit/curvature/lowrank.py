@@ -24,6 +24,7 @@ from stabkit._errors import MemoryWarning
 from stabkit._memory import memory_budget
 from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
+from stabkit.curvature.dormant import dormant_tensors
 from stabkit.curvature.jacobian import ScaledJacobian
 from stabkit.curvature.linearised import LinearisedNetwork, LinearisedSet
 from stabkit.curvature.sketch import PROBES, RowSketch
@@ -225,6 +226,7 @@ def linearise(
         singular_values=energies.sqrt(),
         captured=captured,
         gradient_equivalents=sketch.gradients + passes * sum(map(len, jacobians)) / 3,
+        dormant=dormant_tensors(problem, sketch.probes),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stabkit._validate import check_choice, check_int, check_real
+from stabkit._validate import check_choice, check_int, check_real, check_seed
 from stabkit.heavy_tail.scan import Array, Scan, ks_distance, log_excess, scan
 from stabkit.heavy_tail.truncated import fit_truncated
 
@@ -110,7 +110,7 @@ def fit_power_law(
     check_bootstrap(bootstrap, owner=OWNER)
     check_p_value_draws(p_value_draws, method, owner=OWNER)
     check_real(threshold, name="threshold", owner=OWNER, low=0)
-    check_int(seed, name="seed", owner=OWNER, low=0)
+    check_seed(seed, owner=OWNER)
     values = _as_array(eigenvalues)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())

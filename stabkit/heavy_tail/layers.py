@@ -13,7 +13,7 @@ import torch
 from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 
-from stabkit._validate import check_choice, check_int
+from stabkit._validate import check_choice, check_int, check_seed
 from stabkit.heavy_tail.fit import (
     EIGENVALUE_FLOOR,
     METHODS,
@@ -81,7 +81,7 @@ def layer_exponents(
     check_bootstrap(bootstrap, owner=OWNER)
     check_p_value_draws(p_value_draws, method, owner=OWNER)
     check_int(shuffles, name="shuffles", owner=OWNER, low=0)
-    check_int(seed, name="seed", owner=OWNER, low=0)
+    check_seed(seed, owner=OWNER)
     if isinstance(layers, str):
         raise TypeError(
             f"`layers` of `{OWNER}` must be a sequence of names; got the string {layers!r}. Use [{layers!r}]."

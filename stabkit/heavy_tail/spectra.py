@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stabkit._validate import check_choice, check_int
+from stabkit._validate import check_choice, check_seed
 from stabkit.heavy_tail.fit import EIGENVALUE_FLOOR, METHODS, PowerLawFit, fit_power_law
 from stabkit.heavy_tail.layers import CONV, layer_seed, marchenko_pastur, shuffle, spectrum_of
 from stabkit.heavy_tail.matrices import WeightMatrix, weight_matrices
@@ -110,7 +110,7 @@ def layer_spectrum(
         raise TypeError(f"`model` of `{OWNER}` must be a torch.nn.Module; got {type(model).__name__}.")
     check_choice(conv, name="conv", owner=OWNER, choices=CONV)
     check_choice(method, name="method", owner=OWNER, choices=METHODS)
-    check_int(seed, name="seed", owner=OWNER, low=0)
+    check_seed(seed, owner=OWNER)
     with torch.no_grad():
         entries = {e.name: e for e in weight_matrices(model, conv=conv) if isinstance(e, WeightMatrix)}
         check_choice(layer, name="layer", owner=OWNER, choices=entries)

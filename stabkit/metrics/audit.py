@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
-from stabkit._validate import check_choice, check_int, check_real
+from stabkit._validate import check_choice, check_int, check_real, check_seed
 from stabkit.metrics.accuracy import parameters_of
 from stabkit.metrics.bootstrap import Estimate, Resamples, estimate
 from stabkit.metrics.lira import Shadows, lira_scores
@@ -87,7 +87,7 @@ def audit(
     check_real(level, name="level", owner="audit", low=0, high=1, low_open=True, high_open=True)
     check_int(replicates, name="replicates", owner="audit", low=1)
     check_int(batch_size, name="batch_size", owner="audit", low=1)
-    check_int(seed, name="seed", owner="audit", low=0)
+    check_seed(seed, owner="audit")
     if relearn_lr is not None:
         check_real(relearn_lr, name="relearn_lr", owner="audit", low=0, low_open=True)
     check_int(relearn_limit, name="relearn_limit", owner="audit", low=1)

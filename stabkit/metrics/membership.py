@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit._validate import check_int, check_real
+from stabkit._validate import check_int, check_real, check_seed
 from stabkit.metrics.bootstrap import Estimate, Resamples, interval
 from stabkit.metrics.statistics import SampleStatistics
 
@@ -145,7 +145,7 @@ def membership_attacks(
     """
     check_real(level, name="level", owner="membership_attacks", low=0, high=1, low_open=True, high_open=True)
     check_int(replicates, name="replicates", owner="membership_attacks", low=1)
-    check_int(seed, name="seed", owner="membership_attacks", low=0)
+    check_seed(seed, owner="membership_attacks")
     sets = dict(zip(SETS, (forget, retain, test), strict=True))
     generator = torch.Generator().manual_seed(seed)
     resamples = {name: Resamples(len(sets[name].loss), replicates, generator) for name in SETS}

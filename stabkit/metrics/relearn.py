@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit._rng import preserved_rng
-from stabkit._validate import check_choice, check_int, check_real
+from stabkit._validate import check_choice, check_int, check_real, check_seed
 from stabkit.losses import CrossEntropy
 from stabkit.metrics.accuracy import parameters_of
 from stabkit.metrics.bootstrap import Resamples
@@ -97,7 +97,7 @@ def relearn_time(
     check_real(margin, name="margin", owner="relearn_time", low=0, high=1)
     check_real(level, name="level", owner="relearn_time", low=0, high=1, low_open=True, high_open=True)
     check_int(replicates, name="replicates", owner="relearn_time", low=1)
-    check_int(seed, name="seed", owner="relearn_time", low=0)
+    check_seed(seed, owner="relearn_time")
     if by == "accuracy" and not isinstance(problem.loss, CrossEntropy):
         raise ValueError(
             f"`by` of `relearn_time` must be 'loss' where the loss has no classes; got 'accuracy' for {problem.loss.name!r}."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit._rng import preserved_rng
-from stabkit._validate import check_choice, check_int, check_real
+from stabkit._validate import check_choice, check_int, check_real, check_seed
 from stabkit.curvature.factors import SampleFactors
 
 PATCHES = 2
@@ -126,7 +126,7 @@ def signal_noise_data(
     check_real(signal, name="signal", owner=owner, low=0, low_open=True)
     check_real(noise, name="noise", owner=owner, low=0, low_open=True)
     check_real(label_noise, name="label_noise", owner=owner, low=0, high=1, high_open=True)
-    check_int(seed, name="seed", owner=owner, low=0)
+    check_seed(seed, owner=owner)
     if direction is None:
         direction = torch.zeros(dimension, dtype=torch.float64)
         direction[0] = 1.0
@@ -238,7 +238,7 @@ class SignalNoiseCNN(nn.Module):
         check_int(filters, name="filters", owner=owner, low=1)
         check_real(init, name="init", owner=owner, low=0, low_open=True, remedy="At 0 no filter is ever active.")
         self.power = check_int(power, name="power", owner=owner, low=1)
-        check_int(seed, name="seed", owner=owner, low=0)
+        check_seed(seed, owner=owner)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(2, filters, dimension, generator=generator, dtype=torch.float64)
         self.filters = nn.Parameter((init * drawn).float())

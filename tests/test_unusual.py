@@ -1,0 +1,263 @@
+"""Models, losses and settings off the beaten track: predicted as they run, or refused with a word of advice."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import stabkit
+from stabkit.algorithms import GradDiff
+from stabkit.cli import main
+from stabkit.curvature import linearise
+from stabkit.preconditioner import Identity
+from stabkit.problem import UnlearningProblem
+from stabkit.runner import run
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def points():
+    """Three overlapping blobs."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(200) % 3
+    return torch.randn(3, 10, generator=g)[y] + torch.randn(200, 10, generator=g), y
+
+
+def fitted(model, points, loss=F.cross_entropy):
+    x, y = points
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss(model(x), y).backward()
+        optimiser.step()
+    return model.eval()
+
+
+def halves(points):
+    x, y = points
+    return (x[:30], y[:30]), (x[30:], y[30:])
+
+
+class Adapted(nn.Module):
+    """A frozen network with a low-rank adapter that begins at 0."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Parameter(0.1 * torch.randn(2, 10, generator=torch.Generator().manual_seed(1)))
+        self.up = nn.Parameter(torch.zeros(16, 2))
+        self.unused = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return self.base[2](torch.relu(self.base[0](x) + x @ self.down.T @ self.up.T))
+
+
+@pytest.fixture(scope="module")
+def adapted(points):
+    torch.manual_seed(0)
+    return Adapted(fitted(nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3)), points))
+
+
+def dormant_check(report):
+    (check,) = (c for c in report.checks if c.name == "sensitivity to dormant parameters")
+    return check
+
+
+@pytest.mark.filterwarnings("ignore:the prediction has low confidence")
+def test_an_adapter_that_begins_at_zero_is_not_trusted_to_one_linearisation(adapted, points):
+    """What `down` adds is not there at θ*: outputs stay right along the predicted run, and the run diverges all the same."""
+    forget, retain = halves(points)
+    problem = UnlearningProblem(adapted, forget, retain)
+    assert linearise(problem, Identity()).dormant == ("down", "unused")
+    asked = {"mix": 0.5, "steps": STEPS, "batch_size": 32}
+    reports = {}
+    for lr, diverges in ((0.3, False), (4.0, True)):
+        real = [run(problem, GradDiff(lr=lr, **asked), seed=s).diverged for s in (5, 6)]
+        assert real == [diverges, diverges]
+        thorough = stabkit.predict(adapted, forget, retain, lr=lr, mode="thorough", **asked)
+        assert (thorough.verdict == "diverges") == diverges
+        reports[lr] = stabkit.predict(adapted, forget, retain, lr=lr, **asked)
+        assert reports[lr].verdict == "stable"  # one linearisation does not see it
+    assert dormant_check(reports[0.3]).passed
+    assert not dormant_check(reports[4.0]).passed
+    assert reports[4.0].confidence == "low"
+    assert "thorough" in dormant_check(reports[4.0]).remedy
+
+
+def test_tensors_that_stay_dormant_are_nobodys_concern(points):
+    torch.manual_seed(0)
+
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.spare = nn.Linear(10, 3), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    report = stabkit.predict(fitted(Spare(), points), *halves(points), lr=0.01, steps=10)
+    assert dormant_check(report).value == 0
+
+
+@pytest.mark.parametrize("algorithm", ["graddiff", "sragu"])
+def test_a_parameter_without_an_axis(points, algorithm):
+    """A learned temperature, as contrastive models have."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.temperature = nn.Linear(10, 3), nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            return self.layer(x) * self.temperature.exp()
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stabkit.StabkitWarning)  # 13 numbers are too few for an exponent
+        report = stabkit.predict(fitted(Scaled(), points), *halves(points), algorithm=algorithm, steps=20)
+        assert math.isfinite(report.probability)
+        assert report.at(lr=report.critical_lr * 10).verdict == "diverges"
+
+
+def test_class_weights_of_single_precision(points):
+    """They meet outputs in double precision, where the level is looked for."""
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2]), reduction="none")
+    torch.manual_seed(0)
+    model = fitted(nn.Linear(10, 3), points, lambda f, y: loss(f, y).mean())
+    report = stabkit.predict(model, *halves(points), loss=loss, steps=20, lr=0.01)
+    same = nn.CrossEntropyLoss(weight=loss.weight.double(), reduction="none")
+    exact = UnlearningProblem(model, *halves(points), loss=same, dtype=torch.float64)
+    assert report.run.divergence_level == pytest.approx(exact.divergence_level, rel=1e-5)
+    assert report.at(lr=report.critical_lr * 10).verdict == "diverges"
+
+
+def test_a_loss_whose_course_depends_on_values(points):
+    def either(f, y):
+        losses = F.cross_entropy(f, y, reduction="none")
+        return losses if float(losses.max()) < 100 else losses.clamp_max(100)
+
+    torch.manual_seed(0)
+    model = fitted(nn.Linear(10, 3), points)
+    found = stabkit.predict(model, *halves(points), loss=either, steps=10)
+    plain = stabkit.predict(model, *halves(points), steps=10)
+    assert found.critical_lr == pytest.approx(plain.critical_lr, rel=0.05)
+
+
+def test_sparse_gradients_of_embeddings():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 20, (60, 4), generator=g)
+    y = (x[:, 0] > 9).long()
+
+    class Text(nn.Module):
+        def __init__(self, *, sparse):
+            super().__init__()
+            self.words, self.head = nn.Embedding(20, 6, sparse=sparse), nn.Linear(24, 2)
+
+        def forward(self, x):
+            return self.head(self.words(x).flatten(1))
+
+    torch.manual_seed(0)
+    model = fitted(Text(sparse=False), (x, y))
+    sparse = Text(sparse=True)
+    sparse.load_state_dict(model.state_dict())
+    sets, asked = ((x[:10], y[:10]), (x[10:], y[10:])), {"steps": 10, "batch_size": 16}
+    assert stabkit.predict(sparse, *sets, **asked).critical_lr == stabkit.predict(model, *sets, **asked).critical_lr
+    assert sparse.words.sparse
+
+
+def test_where_no_curvature_is_positive_the_critical_step_does_not_hang_on_the_one_asked_about(points):
+    x, _ = points
+    torch.manual_seed(0)
+    y = x @ torch.randn(10, 1)
+    model = nn.Linear(10, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(x, y).solution.T + 0.01)
+        model.bias.zero_()
+    asked = {"loss": "mse", "mix": 1.0, "steps": STEPS, "batch_size": 32}
+    reports = [stabkit.predict(model, *halves((x, y)), lr=lr, **asked) for lr in (1e-5, 1e-2)]
+    assert reports[0].critical_lr == pytest.approx(reports[1].critical_lr)
+    assert math.isfinite(reports[0].critical_lr)
+    assert reports[0].at(lr=reports[0].critical_lr * 3).verdict == "diverges"
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(20, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.bag(x.abs().long().clamp_max(19)))
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Linear(10, 3)
+
+
+def normalised():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+
+def of_probabilities(f, y):
+    return F.binary_cross_entropy(f, F.one_hot(y, 3).float(), reduction="none").sum(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        (Bag, {}, ValueError, r"`model` and `loss` of `predict` must be differentiable twice; got Bag .*nn\.Embedding"),
+        (
+            lambda: nn.Sequential(plain(), nn.Sigmoid()),
+            {"loss": of_probabilities},
+            ValueError,
+            r"`loss` must be defined for all outputs.*'of_probabilities'.*binary_cross_entropy_with_logits",
+        ),
+        (plain, {"loss": nn.CrossEntropyLoss}, TypeError, r"`loss` must .* the class CrossEntropyLoss\. Pass an instance"),
+        (plain, {"loss": lambda f: f}, TypeError, r"`loss` must take \(outputs, targets\).*'<lambda>' fails"),
+        (
+            normalised,
+            {"batchnorm": "batch", "sampling": "poisson"},
+            ValueError,
+            r"`sampling` of `GradDiff` must give batches of one size",
+        ),
+        (normalised, {"batchnorm": "batch", "batch_size": 1}, ValueError, r"batches of `GradDiff` must hold at least two"),
+        (plain, {"seed": 2**63}, ValueError, r"`seed` of `predict` must be a whole number in \[0, "),
+        (plain, {"device": "meta"}, ValueError, r"`device` of `UnlearningProblem` must be one to compute on; got 'meta'"),
+        (lambda: nn.LazyLinear(3), {}, ValueError, r"`model` .* must hold its weights; got the model itself .* LazyLinear"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused_by_name(points, model, options, error, message):
+    made = model()
+    if "loss" not in options and not isinstance(made, nn.LazyLinear):
+        made = fitted(made, points)
+    with pytest.raises(error, match=message):
+        stabkit.predict(made, *halves(points), steps=10, **options)
+
+
+def test_other_entry_points_refuse_by_name(points, capsys):
+    model = fitted(plain(), points)
+    with pytest.raises(RuntimeError, match=r"`UnlearningProblem` .*inference_mode\(\)"), torch.inference_mode():
+        stabkit.predict(model, *halves(points))
+    with pytest.raises(TypeError, match="`report` of `verify` must be what `predict` gave; got NoneType"):
+        stabkit.verify(None, model, *halves(points))
+    report = stabkit.predict(model, *halves(points), steps=5)
+    with pytest.raises(TypeError, match="seeds"):
+        report.at(seeds=5)
+    problem = UnlearningProblem(model, *halves(points))
+    with pytest.raises(ValueError, match="`initial` of `retrain` must be a model like the problem's, a Linear"):
+        stabkit.retrain(problem, stabkit.FineTune(lr=0.1, steps=2), initial=nn.Linear(4, 3))
+    assert main(["demo", "--seed", "-1"]) == 2
+    assert main(["bench", "verify", "--seeds", "-1"]) == 2
+    assert main(["bench", "verify", "--jobs", "0"]) == 2
+    assert capsys.readouterr().err.count("must be") == 3
+
+
+def test_a_target_out_of_reach_is_told(points):
+    model = fitted(plain(), points)
+    with pytest.warns(stabkit.TargetWarning, match="brings the forget loss to 1e"):
+        stabkit.tune(model, *halves(points), forget_loss=1e9, steps=10)
