@@ -33,9 +33,9 @@ import stabkit
 from stabkit.algorithms import GradDiff
 from stabkit.bench.cells import Cell, prepared
 from stabkit.boundary import critical_lr
+from stabkit.judge import judge
 from stabkit.measure import MeasureSettings, measure
 from stabkit.monitor import Monitor
-from stabkit.predict import judge
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Report
 from stabkit.rollout import rollout

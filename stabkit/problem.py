@@ -7,24 +7,28 @@ model is copied on entry; its parameters, buffers, mode, hooks, gradients and th
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
-from stabkit._errors import TrainModeWarning, UntrainedModelWarning, caller_level
+from stabkit._errors import UntrainedModelWarning, caller_level
 from stabkit._memory import is_out_of_memory
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice
 from stabkit.losses import IGNORE_INDEX, CrossEntropy, Loss, PerSampleLoss, resolve_loss
+from stabkit.network import (
+    arguments,
+    check_layers,
+    checked_device,
+    differentiable_attention,
+    output_tensor,
+    plain_copy,
+    unwrapped,
+    warn_train_mode,
+)
 from stabkit.reading import Reading, labelled_positions, largest_logits, logits_to_read
 from stabkit.samples import EXTRA_PARTS, Data, Inputs, Samples, as_samples, map_tensors, tensors_of
 
@@ -33,13 +37,6 @@ EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
 COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
-
-# Forward pre-hooks that compute a weight anew in every pass and leave it behind, where no copy can be made of it.
-RECOMPUTING: dict[type, str] = {
-    WeightNorm: "Use torch.nn.utils.parametrizations.weight_norm instead, after torch.nn.utils.remove_weight_norm.",
-    SpectralNorm: "Use torch.nn.utils.parametrizations.spectral_norm instead, after torch.nn.utils.remove_spectral_norm.",
-    BasePruningMethod: "Make the pruning permanent with torch.nn.utils.prune.remove.",
-}
 
 
 class UnlearningProblem:
@@ -106,7 +103,7 @@ class UnlearningProblem:
                 "block; torch.no_grad() does no harm."
             )
         model = unwrapped(model)
-        _check_layers(model)
+        check_layers(model)
         self.model_name = type(model).__name__
         check_choice(batchnorm, name="batchnorm", owner="UnlearningProblem", choices=BATCHNORMS)
         has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
@@ -122,9 +119,9 @@ class UnlearningProblem:
                 f"`dtype` of `UnlearningProblem` must be torch.float32 or torch.float64; got {dtype!r}. None takes the "
                 "model's, but at least float32."
             )
-        self.device = _checked_device(device) if device is not None else first.device
+        self.device = checked_device(device) if device is not None else first.device
         self.dtype = dtype or (first.dtype if first.dtype in {torch.float32, torch.float64} else torch.float32)
-        _warn_train_mode(model, frozen=self.batchnorm == "frozen")
+        warn_train_mode(model, frozen=self.batchnorm == "frozen")
         with preserved_rng():
             self._module = plain_copy(model).to(self.device, self.dtype)
         self._training = {name: module.training for name, module in self._module.named_modules()}
@@ -212,15 +209,15 @@ class UnlearningProblem:
     def _read(self, parameters: Parameters, inputs: Inputs) -> Tensor:
         """The outputs, or what is read of them."""
         if isinstance(inputs, Reading):
-            return inputs.pick(_output_tensor(self._call(parameters, inputs.inputs)), self._class_axis)
-        return _output_tensor(self._call(parameters, inputs))
+            return inputs.pick(output_tensor(self._call(parameters, inputs.inputs)), self._class_axis)
+        return output_tensor(self._call(parameters, inputs))
 
     def _call(self, parameters: Parameters, inputs: Inputs) -> Any:
         """Whatever the network returns."""
         tensors = {**self._constants, **self.parameters, **parameters}
         placed = {place: tensors[name] for place, name in self._places.items()}
-        with _differentiable_attention():
-            return functional_call(self._module, placed, *_arguments(inputs), tie_weights=False)
+        with differentiable_attention():
+            return functional_call(self._module, placed, *arguments(inputs), tie_weights=False)
 
     def outputs_of(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """What another model says in eval mode, by its own forward pass and not by the problem's.
@@ -232,10 +229,10 @@ class UnlearningProblem:
         Returns:
             Outputs of shape (b, ...), without gradients. Cost: a copy of the model and a forward pass.
         """
-        positional, named = _arguments(inputs)
-        with preserved_rng(), torch.no_grad(), _differentiable_attention():
+        positional, named = arguments(inputs)
+        with preserved_rng(), torch.no_grad(), differentiable_attention():
             copied = plain_copy(model).to(self.device, self.dtype).eval()
-            return _output_tensor(copied(*positional, **named))
+            return output_tensor(copied(*positional, **named))
 
     def flatten(self, parameters: Parameters) -> Tensor:
         """One vector from parameters by name, in the model's own order.
@@ -565,7 +562,7 @@ class UnlearningProblem:
             raise kind(
                 f"`model` of `UnlearningProblem` must take the inputs of `{name}`; got {said}, for {shapes}. {remedy}"
             ) from error
-        return _output_tensor(raw)
+        return output_tensor(raw)
 
     def _takes_floats(self, inputs: Inputs) -> bool:
         """Whether the same numbers in floating point are what the model wants."""
@@ -573,162 +570,3 @@ class UnlearningProblem:
             self._call(self.parameters, map_tensors(lambda t: t.to(self.dtype), inputs))
             return True
         return False
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without torch.compile, DataParallel and DistributedDataParallel around it.
-
-    Args:
-        model: A module.
-
-    Returns:
-        The innermost one, itself and not a copy.
-    """
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
-            model = inner
-        else:
-            return model
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy without wrappers at any depth, as derivatives need it: compiled code has first ones alone.
-
-    Args:
-        model: A module.
-
-    Returns:
-        The copy; parameters are in the model's own order.
-
-    Raises:
-        RuntimeError: If memory runs out.
-        TypeError: If the model cannot be copied.
-    """
-    try:
-        copied = copy.deepcopy(unwrapped(model))
-    except (RuntimeError, TypeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise TypeError(
-            f"`model` must be one that copy.deepcopy can copy; got {type(unwrapped(model)).__name__}, on which it fails "
-            f"({type(error).__name__}: {error}). Delete what forward passes left in its attributes, and open files."
-        ) from error
-    for module in list(copied.modules()):
-        for name, child in module._modules.items():
-            module._modules[name] = None if child is None else unwrapped(child)
-    return copied
-
-
-def _check_layers(model: nn.Module) -> None:
-    """Refuse what cannot be read as a function of its parameters, sample by sample."""
-    for name, module in model.named_modules():
-        where = f"layer {name!r}" if name else "the model itself"
-        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
-            raise ValueError(
-                f"`model` of `UnlearningProblem` must hold its weights; got {where} of type {type(module).__name__} before "
-                "its first pass. Call the model on a batch, then train it."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"`model` of `UnlearningProblem` must be a Python module; got {where} of type {type(module).__name__}, made "
-                "by torch.jit. Pass the module it was made from, with its state_dict loaded."
-            )
-        for hook in module._forward_pre_hooks.values():
-            for kind, remedy in RECOMPUTING.items():
-                if isinstance(hook, kind):
-                    raise TypeError(
-                        "`model` of `UnlearningProblem` must hold its weights as parameters; got "
-                        f"{type(hook).__name__} on {where}, a hook that computes one anew in every pass. {remedy}"
-                    )
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise ValueError(
-                f"BatchNorm layers of `model` must have running statistics; got track_running_stats=False in {where}, which "
-                "then normalises by each batch, so that no sample has outputs of its own. Train with running statistics, "
-                "or use GroupNorm."
-            )
-
-
-def _checked_device(device: torch.device | str) -> torch.device:
-    """The device, if it is there."""
-    remedy = "Use None for where the model is, or 'cpu'."
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"`device` of `UnlearningProblem` must name a device; got {device!r}. {remedy}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"`device` of `UnlearningProblem` must be available; got {device!r} where there is no CUDA. {remedy}"
-        )
-    try:
-        if found.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"`device` of `UnlearningProblem` must be one to compute on; got {device!r} ({error}). {remedy}"
-        ) from error
-    return found
-
-
-@contextlib.contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Attention by the kernels that have second and forward-mode derivatives; PyTorch's choices as they were afterwards."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    return (inputs,), {}
-
-
-def _output_tensor(raw: Any) -> Tensor:
-    if isinstance(raw, Tensor):
-        return raw
-    logits = raw.get("logits") if isinstance(raw, dict) else getattr(raw, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise TypeError(
-        f"`model` must return a tensor or an object with `.logits`; got {type(raw).__name__}. Wrap it in a module that "
-        "returns its predictions alone."
-    )
-
-
-def _warn_train_mode(model: nn.Module, *, frozen: bool) -> None:
-    """Say what is done with BatchNorm layers, if frozen, and Dropout layers that are in train mode."""
-    normalised = [
-        name for name, module in model.named_modules() if frozen and module.training and isinstance(module, _BatchNorm)
-    ]
-    dropped = [
-        name
-        for name, module in model.named_modules()
-        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    ]
-    if normalised:
-        warnings.warn(
-            f"BatchNorm layer {normalised[0]!r}"
-            + (f" and {len(normalised) - 1} more are" if normalised[1:] else " is")
-            + " in train mode. With batchnorm='frozen' predictions and runs use the running statistics and leave them "
-            "unchanged; a training loop that keeps train mode is what batchnorm='batch' predicts. Call model.eval() to "
-            "agree.",
-            TrainModeWarning,
-            stacklevel=caller_level(),
-        )
-    if dropped:
-        warnings.warn(
-            f"Dropout layer {dropped[0]!r}"
-            + (f" and {len(dropped) - 1} more are" if dropped[1:] else " is")
-            + " in train mode. Predictions and runs switch dropout off. Call model.eval() to agree.",
-            TrainModeWarning,
-            stacklevel=caller_level(),
-        )

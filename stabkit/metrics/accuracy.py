@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.losses import IGNORE_INDEX, CrossEntropy
-from stabkit.problem import Parameters, UnlearningProblem, plain_copy
+from stabkit.network import plain_copy
+from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Samples
 
 

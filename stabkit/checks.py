@@ -1,0 +1,145 @@
+"""How far a report can be trusted: checks of the linearisation and of the spectrum, each with a bound and a remedy."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+from stabkit._errors import LowConfidenceWarning, caller_level
+from stabkit.curvature import LinearisedNetwork
+from stabkit.measure import Measurement
+from stabkit.report import Check
+from stabkit.rollout import Rollout, rollout
+from stabkit.staged import MAX_AWAKENED
+
+MAX_LINEARISATION_ERROR = 1.0
+MIN_CAPTURED_COUPLED = (
+    0.2  # of coupled batches, whose statistics add directions that matter little: benchmarks/batchnorm.py
+)
+MIN_CAPTURED = 0.5
+MAX_TF32_ERROR = 1e-2
+MAX_CHANGE = 0.5  # of P(diverge), with half the rank or half the samples
+CAPTURED = "captured output sensitivity"
+
+
+def trust_checks(measurement: Measurement, error: float, awake: float) -> tuple[Check, ...]:
+    """Whether the linearised network is the real one's likeness, and the spectrum exact.
+
+    Args:
+        measurement: What was measured.
+        error: Relative error of the linearised outputs at the predicted parameters.
+        awake: Share of the sensitivity there that is to tensors dormant at θ*.
+
+    Returns:
+        The checks that concern the measurement's mode.
+    """
+    network, pairs = measurement.network, measurement.spectrum.pairs
+    scale = max(abs(pairs.smallest), abs(pairs.largest))
+    residual = float(pairs.residuals.max()) / scale if scale > 0 else 0.0
+    least = MIN_CAPTURED_COUPLED if measurement.problem.batchnorm == "batch" else MIN_CAPTURED
+    rough = measurement.spectrum.tf32_error
+    tf32 = Check(
+        name="error of TF32",
+        value=rough,
+        threshold=MAX_TF32_ERROR,
+        passed=rough is None or rough <= MAX_TF32_ERROR,
+        meaning="How far a curvature product in TF32 is from one in float32, relative to it.",
+        remedy="Predict with precision='float32'.",
+    )
+    linearised = Check(
+        name="linearisation error",
+        value=error,
+        threshold=MAX_LINEARISATION_ERROR,
+        passed=error <= MAX_LINEARISATION_ERROR,
+        meaning="How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
+        "those moved; for a diverging run, where its loss meets the divergence level.",
+        remedy="mode='thorough' leaves the linearised network where it is wrong; otherwise leave a margin and check with "
+        "verify().",
+    )
+    dormant = Check(
+        name="sensitivity to dormant parameters",
+        value=awake,
+        threshold=MAX_AWAKENED,
+        passed=awake <= MAX_AWAKENED,
+        meaning="Share of the outputs' sensitivity, at the predicted parameters, that is to tensors on which they do not "
+        "depend before the run, as adapters that begin at 0 hold; the linearised network never moves them.",
+        remedy="mode='thorough' goes on with real steps there.",
+    )
+    return (
+        *([] if rough is None else [tf32]),
+        *([] if measurement.settings.staged else [linearised]),
+        *([] if measurement.settings.staged or not network.dormant else [dormant]),
+        Check(
+            name=CAPTURED,
+            value=network.captured,
+            threshold=least,
+            passed=network.captured >= least,
+            meaning="Share of the outputs' sensitivity to the parameters that the compressed directions hold.",
+            remedy="Raise `rank`.",
+        ),
+        Check(
+            name="relative eigen-residual",
+            value=residual,
+            threshold=1e-2,
+            passed=residual <= 1e-2,
+            meaning="How exact the extreme eigenvalues of the mixed curvature are.",
+            remedy="Compute in float64 with `dtype`.",
+        ),
+    )
+
+
+def change_checks(measurement: Measurement, rolled: Rollout, seeds: Sequence[int]) -> tuple[Check, ...]:
+    """Whether P(diverge) of one linearisation is another at half its size.
+
+    Args:
+        measurement: What was measured.
+        rolled: The rollout in full.
+        seeds: Its seeds.
+
+    Returns:
+        Two checks. Cost: two rollouts of one setting.
+    """
+    network, algorithm = measurement.network, measurement.algorithm
+    batch_sizes = algorithm.batch_sizes(measurement.problem)
+
+    def again(other: LinearisedNetwork) -> Rollout:
+        return rollout(other, algorithm, lr=[algorithm.lr], mix=[algorithm.mix], batch_sizes=batch_sizes, seeds=seeds)
+
+    others = (
+        ("half the rank", again(network.thinned(rank=math.ceil(network.rank / 2))), "Raise `rank`."),
+        (
+            "half the samples",
+            again(network.thinned(samples=0.5)),
+            "Raise `retain_samples` and `forget_samples`.",
+        ),
+    )
+    said = float(rolled.probability[0])
+    changes = [abs(float(other.probability[0]) - said) for _, other, _ in others]
+    return tuple(
+        Check(
+            name=f"change with {name}",
+            value=change,
+            threshold=MAX_CHANGE,
+            passed=change <= MAX_CHANGE,
+            meaning=f"How far P(diverge) of one linearisation is from that with {name}.",
+            remedy=remedy,
+        )
+        for (name, _, remedy), change in zip(others, changes, strict=True)
+    )
+
+
+def warn_if_unsure(checks: Sequence[Check]) -> None:
+    """Say once, at the caller's line, why a report's confidence is low.
+
+    Args:
+        checks: The report's.
+    """
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        reasons = "; ".join(
+            f"{check.name} {'unknown' if check.value is None else f'{check.value:.3g}'} where "
+            f"{'at least' if check.name == CAPTURED else 'at most'} {check.threshold:.3g} is wanted ({check.remedy})"
+            for check in failed
+        )
+        warnings.warn(f"the prediction has low confidence: {reasons}", LowConfidenceWarning, stacklevel=caller_level())

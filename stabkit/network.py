@@ -1,0 +1,232 @@
+"""A PyTorch module as the problem takes it: copied without wrappers, checked, called and asked for its outputs."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from stabkit._errors import TrainModeWarning, caller_level
+from stabkit._memory import is_out_of_memory
+from stabkit.samples import Inputs
+
+# Forward pre-hooks that compute a weight anew in every pass and leave it behind, where no copy can be made of it.
+RECOMPUTING: dict[type, str] = {
+    WeightNorm: "Use torch.nn.utils.parametrizations.weight_norm instead, after torch.nn.utils.remove_weight_norm.",
+    SpectralNorm: "Use torch.nn.utils.parametrizations.spectral_norm instead, after torch.nn.utils.remove_spectral_norm.",
+    BasePruningMethod: "Make the pruning permanent with torch.nn.utils.prune.remove.",
+}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without torch.compile, DataParallel and DistributedDataParallel around it.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The innermost one, itself and not a copy.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            model = inner
+        else:
+            return model
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy without wrappers at any depth, as derivatives need it: compiled code has first ones alone.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The copy; parameters are in the model's own order.
+
+    Raises:
+        RuntimeError: If memory runs out.
+        TypeError: If the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(unwrapped(model))
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise TypeError(
+            f"`model` must be one that copy.deepcopy can copy; got {type(unwrapped(model)).__name__}, on which it fails "
+            f"({type(error).__name__}: {error}). Delete what forward passes left in its attributes, and open files."
+        ) from error
+    for module in list(copied.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = None if child is None else unwrapped(child)
+    return copied
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse what cannot be read as a function of its parameters, sample by sample.
+
+    Args:
+        model: A module.
+
+    Raises:
+        TypeError: If a layer is scripted, or its weight is computed anew by a hook.
+        ValueError: If a layer has no weights yet, or normalises by the batch in eval mode too.
+    """
+    for name, module in model.named_modules():
+        where = f"layer {name!r}" if name else "the model itself"
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise ValueError(
+                f"`model` of `UnlearningProblem` must hold its weights; got {where} of type {type(module).__name__} before "
+                "its first pass. Call the model on a batch, then train it."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"`model` of `UnlearningProblem` must be a Python module; got {where} of type {type(module).__name__}, made "
+                "by torch.jit. Pass the module it was made from, with its state_dict loaded."
+            )
+        for hook in module._forward_pre_hooks.values():
+            for kind, remedy in RECOMPUTING.items():
+                if isinstance(hook, kind):
+                    raise TypeError(
+                        "`model` of `UnlearningProblem` must hold its weights as parameters; got "
+                        f"{type(hook).__name__} on {where}, a hook that computes one anew in every pass. {remedy}"
+                    )
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"BatchNorm layers of `model` must have running statistics; got track_running_stats=False in {where}, which "
+                "then normalises by each batch, so that no sample has outputs of its own. Train with running statistics, "
+                "or use GroupNorm."
+            )
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device, if one can compute on it.
+
+    Args:
+        device: A device or its name.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If it is none, not there, or holds no numbers.
+    """
+    remedy = "Use None for where the model is, or 'cpu'."
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` of `UnlearningProblem` must name a device; got {device!r}. {remedy}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"`device` of `UnlearningProblem` must be available; got {device!r} where there is no CUDA. {remedy}"
+        )
+    try:
+        if found.type == "meta":
+            raise NotImplementedError("it holds no numbers")
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"`device` of `UnlearningProblem` must be one to compute on; got {device!r} ({error}). {remedy}"
+        ) from error
+    return found
+
+
+@contextlib.contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Attention by the kernels that have second and forward-mode derivatives; PyTorch's choices as they were afterwards.
+
+    Yields:
+        Nothing.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a module is called with inputs.
+
+    Args:
+        inputs: A tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Returns:
+        Positional and keyword arguments.
+    """
+    if isinstance(inputs, dict):
+        return (), inputs
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    return (inputs,), {}
+
+
+def output_tensor(raw: Any) -> Tensor:
+    """The predictions in what a module returns.
+
+    Args:
+        raw: A tensor, or a dict or object with `logits`.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    if isinstance(raw, Tensor):
+        return raw
+    logits = raw.get("logits") if isinstance(raw, dict) else getattr(raw, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(
+        f"`model` must return a tensor or an object with `.logits`; got {type(raw).__name__}. Wrap it in a module that "
+        "returns its predictions alone."
+    )
+
+
+def warn_train_mode(model: nn.Module, *, frozen: bool) -> None:
+    """Say what is done with BatchNorm layers, if frozen, and Dropout layers that are in train mode.
+
+    Args:
+        model: A module.
+        frozen: Whether BatchNorm layers use their running statistics.
+    """
+    normalised = [
+        name for name, module in model.named_modules() if frozen and module.training and isinstance(module, _BatchNorm)
+    ]
+    dropped = [
+        name
+        for name, module in model.named_modules()
+        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    ]
+    if normalised:
+        warnings.warn(
+            f"BatchNorm layer {normalised[0]!r}"
+            + (f" and {len(normalised) - 1} more are" if normalised[1:] else " is")
+            + " in train mode. With batchnorm='frozen' predictions and runs use the running statistics and leave them "
+            "unchanged; a training loop that keeps train mode is what batchnorm='batch' predicts. Call model.eval() to "
+            "agree.",
+            TrainModeWarning,
+            stacklevel=caller_level(),
+        )
+    if dropped:
+        warnings.warn(
+            f"Dropout layer {dropped[0]!r}"
+            + (f" and {len(dropped) - 1} more are" if dropped[1:] else " is")
+            + " in train mode. Predictions and runs switch dropout off. Call model.eval() to agree.",
+            TrainModeWarning,
+            stacklevel=caller_level(),
+        )
