@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stabkit._validate import check_real
 from stabkit.algorithms.base import Algorithm
 
 
@@ -22,6 +21,8 @@ class FineTune(Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_real(
-            self.mix, name="mix", owner=type(self).__name__, low=0, high=0, remedy="Use GradDiff for a mix above 0."
-        )
+        if self.mix != 0:
+            raise ValueError(
+                f"`mix` of `{type(self).__name__}` must be 0, as it takes no forget gradient; got {self.mix!r}. Use GradDiff "
+                "for a mix above 0."
+            )
