@@ -153,9 +153,9 @@ def test_stop_settings_must_not_be_negative(kind, setting):
 
 
 def test_fixed_mixes_are_fixed():
-    with pytest.raises(ValueError, match=r"`mix` of `FineTune` .*\[0, 0\]; got 0\.5\. Use GradDiff"):
+    with pytest.raises(ValueError, match=r"`mix` of `FineTune` must be 0, .*; got 0\.5\. Use GradDiff"):
         FineTune(mix=0.5)
-    with pytest.raises(ValueError, match=r"`mix` of `L1Sparse` .*\[0, 0\]; got 0\.5\. Use GradDiff"):
+    with pytest.raises(ValueError, match=r"`mix` of `L1Sparse` must be 0, .*; got 0\.5\. Use GradDiff"):
         L1Sparse(mix=0.5)
     with pytest.raises(ValueError, match=r"`mix` of `GradientAscent` must be 1, .*; got 0\.5\. .*algorithm='graddiff'"):
         GradientAscent(mix=0.5)

@@ -23,6 +23,6 @@ class FineTune(Algorithm):
         super().__post_init__()
         if self.mix != 0:
             raise ValueError(
-                f"`mix` of `{type(self).__name__}` must be 0, as it takes no forget gradient; got {self.mix!r}. Use GradDiff "
-                "for a mix above 0."
+                f"`mix` of `{type(self).__name__}` must be 0, as it takes no forget gradient; got {self.mix!r}. Use "
+                "GradDiff for a mix above 0."
             )
