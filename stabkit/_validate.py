@@ -102,7 +102,8 @@ def check_seed(value: object, *, name: str = "seed", owner: str) -> int:
         TypeError: If the value is not a whole number.
         ValueError: If it is below 0 or too large.
     """
-    return check_int(value, name=name, owner=owner, low=0, high=LARGEST_SEED)
+    number = check_int(value, name=name, owner=owner, low=0)
+    return check_int(number, name=name, owner=owner, low=0, high=LARGEST_SEED)
 
 
 def check_choice(value: object, *, name: str, owner: str, choices: Iterable[str]) -> str:

@@ -65,6 +65,6 @@ def test_wrong_usage_has_its_own_exit_status(arguments, message, capfd):
     assert shown.out == ""
 
 
-def test_a_bad_seed_is_an_error_with_a_remedy(tmp_path):
-    with pytest.raises(ValueError, match="`seed` of `run_demo` must be a whole number >= 0; got -1"):
-        main(["demo", "--seed", "-1", "--output", str(tmp_path)])
+def test_a_bad_seed_is_wrong_usage(tmp_path, capsys):
+    assert main(["demo", "--seed", "-1", "--output", str(tmp_path)]) == 2
+    assert "`seed` of `run_demo` must be a whole number >= 0; got -1" in capsys.readouterr().err

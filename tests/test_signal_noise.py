@@ -198,8 +198,10 @@ def test_the_library_finds_the_same_curvature(problem):
         torch.testing.assert_close(
             torch.linalg.eigvalsh(a.mean())[-1], torch.linalg.eigvalsh(b.mean())[-1], rtol=1e-7, atol=small
         )
+        # Nearly orthogonal gradients' product is exact to that of their norms, and a saturated one to the rounding of 1 - p.
+        largest = max(scale, float(a.gradients.square().sum(1).max()))
         torch.testing.assert_close(
-            a.gradients @ a.gradients.T, b.gradients @ b.gradients.T, rtol=1e-7, atol=1e-7 * scale
+            a.gradients @ a.gradients.T, b.gradients @ b.gradients.T, rtol=1e-7, atol=1e-7 * largest
         )
     rows = torch.cat([part.factors.flatten(0, 1) for part in ours])
     gram = curvature_gram(problem, (problem.forget, problem.retain))

@@ -226,7 +226,7 @@ def of_probabilities(f, y):
             r"`sampling` of `GradDiff` must give batches of one size",
         ),
         (normalised, {"batchnorm": "batch", "batch_size": 1}, ValueError, r"batches of `GradDiff` must hold at least two"),
-        (plain, {"seed": 2**63}, ValueError, r"`seed` of `predict` must be a whole number in \[0, "),
+        (plain, {"seed": 2**63}, ValueError, r"`seed` of `predict` must be a whole number in \[0, 4611686018427387904\]"),
         (plain, {"device": "meta"}, ValueError, r"`device` of `UnlearningProblem` must be one to compute on; got 'meta'"),
         (lambda: nn.LazyLinear(3), {}, ValueError, r"`model` .* must hold its weights; got the model itself .* LazyLinear"),
     ],
