@@ -66,7 +66,7 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
 
 
 def linearisation_errors(
-    problem: UnlearningProblem, network: LinearisedNetwork, rolled: Rollout
+    problem: UnlearningProblem, network: LinearisedNetwork, rolled: Rollout, *, staged: bool = False
 ) -> tuple[float, float]:
     """How wrong the linearised network is at the rolled-out displacement δ of the first seed (theory §6).
 
@@ -77,6 +77,7 @@ def linearisation_errors(
         problem: The unlearning problem.
         network: The compressed network.
         rolled: Rollout of the one setting that is asked about.
+        staged: Whether a staged rollout looks after dormant tensors itself; their share is then left at 0.
 
     Returns:
         ‖f(θ* + δ) - f(θ*) - Φc‖ / ‖Φc‖ over the linearised samples of both sets, infinity where outputs are not finite, and
@@ -92,7 +93,7 @@ def linearisation_errors(
         ScaledJacobian(there, samples, part.indices, network.preconditioner, coupled=part.coupled).outputs()
         for samples, part in ((problem.retain, network.retain), (problem.forget, network.forget))
     ]
-    return network.output_error(c, outputs), awakened(problem, network, there.parameters)
+    return network.output_error(c, outputs), 0.0 if staged else awakened(problem, network, there.parameters)
 
 
 def _share_to_level(network: LinearisedNetwork, c: Tensor, level: float) -> float:

@@ -117,7 +117,7 @@ def subclass(
             f"`clusters` of `subclass` must be at most the number of different rows of class {label}, {different}; got "
             f"{clusters}. Ask for fewer."
         )
-    member = torch.from_numpy(KMeans(clusters, n_init=RESTARTS, random_state=seed).fit_predict(points)).long()
+    member = torch.from_numpy(KMeans(clusters, n_init=RESTARTS, random_state=seed % 2**32).fit_predict(points)).long()
     chosen = member.bincount(minlength=clusters).argsort(descending=True, stable=True)[cluster]
     return _deletion(f"subclass {cluster} of class {label}", rows[member == chosen], len(labels), seed)
 

@@ -27,6 +27,7 @@ from stabkit.boundary import (
 from stabkit.calibration import calibration
 from stabkit.cause import find_cause, linearisation_errors
 from stabkit.checks import change_checks, trust_checks, warn_if_unsure
+from stabkit.curvature.dormant import SAMPLES
 from stabkit.measure import Measurement
 from stabkit.precision import arithmetic
 from stabkit.problem import UnlearningProblem
@@ -95,10 +96,12 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     theory = Cost(
         stage="rollouts and theory",
         seconds=time.perf_counter() - start - spent.seconds,
-        gradient_equivalents=(network.retain.samples + network.forget.samples) / 3,
+        gradient_equivalents=(network.retain.samples + network.forget.samples) / 3
+        + (2 * SAMPLES if network.dormant and not measurement.settings.staged else 0),
     )
     verdict_by = _verdict_by(measurement, rolled, mix_detail, seeds, progress=progress)
-    mix_detail, (error, awake) = verdict_by.mix, linearisation_errors(problem, network, rolled)
+    mix_detail = verdict_by.mix
+    error, awake = linearisation_errors(problem, network, rolled, staged=measurement.settings.staged)
     probability = float(verdict_by.rollout.probability[0])
     used = calibration(verdict_by.rollout.kind)
     checks = (
@@ -312,7 +315,8 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
     algorithm, dynamics, limit = measurement.algorithm, _dynamics(measurement, batch_sizes), _step_limit(measurement)
     # Where no curvature is positive, runs diverge along the most negative one.
     smallest = _edges(measurement)[0]
-    guess = limit if math.isfinite(limit) else 2 / -smallest if smallest < 0 else algorithm.lr
+    clear = -smallest > float(measurement.spectrum.pairs.residuals.max())
+    guess = limit if math.isfinite(limit) else 2 / -smallest if clear else algorithm.lr
     lr, spent = critical_lr(measurement.network, algorithm, batch_sizes=batch_sizes, seeds=seeds, guess=guess), 0.0
     start = time.perf_counter()
     if measurement.settings.staged:

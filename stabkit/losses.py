@@ -566,7 +566,7 @@ class CustomLoss(Loss):
         """
         some = targets[: outputs.shape[0]]
         try:
-            self.function(outputs, some)
+            self._called(outputs, some)
         except Exception as error:  # whatever a caller's function may raise
             if is_out_of_memory(error):
                 raise
@@ -576,16 +576,21 @@ class CustomLoss(Loss):
                 f"{type(error).__name__}: {error}."
             ) from error
         for beyond in (-1, 1):
+            there = outputs + beyond * (1 + outputs.abs()).where(outputs.isfinite(), 0)
+            cause: Exception | None = None
+            said = "it is not a number"
             try:
-                self.function(outputs + beyond * (1 + outputs.abs()), some)
+                bad = bool(self._called(there, some).isnan().any())
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
+                bad, cause, said = True, error, str(error)
+            if bad:
                 raise ValueError(
-                    f"`loss` must be defined for all outputs, as a linearised network's may be any; {self.name!r} refuses "
-                    f"some beyond those of the model ({error}). Let the model return raw outputs, and use a loss of "
-                    "logits: binary_cross_entropy_with_logits in place of binary_cross_entropy."
-                ) from error
+                    f"`loss` must be defined for all outputs, as a linearised network's may be any; {self.name!r} is not "
+                    f"for some beyond those of the model ({said}). Let the model return raw outputs, and use a loss of "
+                    "logits or of logarithms: binary_cross_entropy_with_logits in place of binary_cross_entropy."
+                ) from cause
 
     def constant_level(self, outputs: Tensor, targets: Tensor) -> float:
         """Mean loss of the best constant output, found by Newton's method.
@@ -621,8 +626,8 @@ class CustomLoss(Loss):
         """The caller's function, in single precision where double does not go with tensors of its own."""
         try:
             return self.function(outputs, targets)
-        except RuntimeError:
-            if outputs.dtype != torch.float64:
+        except RuntimeError as error:
+            if outputs.dtype != torch.float64 or is_out_of_memory(error):
                 raise
             plain = targets.float() if targets.is_floating_point() else targets
             return self.function(outputs.float(), plain).double()

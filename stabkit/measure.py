@@ -171,11 +171,13 @@ def measure(
         ValueError: If the model or the loss is not differentiable twice.
     """
     with arithmetic(settings.precision):
-        read = problem.reading(distribution=algorithm.reads_distribution)
+        read = problem.reading(algorithm.reads)
         reuse = reuse if reuse and reuse.problem is read else None
         try:
             return _measured(read, algorithm, settings, reuse, progress=progress)
         except NotImplementedError as error:
+            if "derivative" not in str(error) and "Sparse" not in str(error):
+                raise
             raise ValueError(
                 f"`model` and `loss` of `predict` must be differentiable twice; got {problem.model_name} with loss "
                 f"{problem.loss.name!r}, of which a layer is not ({error}). Replace it, as nn.EmbeddingBag by nn.Embedding "
@@ -197,7 +199,7 @@ def _measured(
 
     next(stages)
     start = time.perf_counter()
-    preconditioner = reuse.preconditioner if reuse else algorithm.step_preconditioner(problem)
+    preconditioner = reuse.preconditioner if reuse else algorithm.step_preconditioner(problem.whole)
     costs.append(
         Cost(
             stage="preconditioner",
@@ -205,6 +207,10 @@ def _measured(
             gradient_equivalents=0.0 if reuse else algorithm.preconditioner_cost(problem),
         )
     )
+
+    if problem.reading_gradients:
+        spent = 0.0 if reuse else problem.reading_gradients
+        costs.append(Cost(stage="reading", seconds=0.0, gradient_equivalents=spent))
 
     next(stages)
     start = time.perf_counter()
@@ -239,7 +245,7 @@ def _measured(
 
     next(stages)
     start = time.perf_counter()
-    layers = reuse.layers if reuse else _layers(problem, algorithm)
+    layers = reuse.layers if reuse else _layers(problem.whole, algorithm)
     costs.append(Cost(stage="layer exponents", seconds=time.perf_counter() - start, gradient_equivalents=0.0))
     next(stages, None)
     return Measurement(

@@ -18,7 +18,7 @@ from stabkit.report import Cost
 
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 27  # that the two extreme eigenpairs take, with the two quotients; typical, not a bound
-# Of the run's gradients, what a staged rollout takes on average over the benchmark's grids (benchmarks/verify.md).
+# Of the run's gradients, what a staged rollout of one seed takes on average over the benchmark's grids (verify.md there).
 TYPICAL_SHARE = 0.3
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
 TIMED_BATCH = 64
@@ -132,9 +132,10 @@ def estimate_cost(
         seconds_per_gradient: Seconds of one per-sample gradient; timed on one batch when None.
 
     Returns:
-        The estimate. Cost: a forward pass of one sample, and three passes over 64 where the gradient is timed.
+        The estimate. Cost: a forward pass of one sample, three passes over 64 where the gradient is timed, and what
+        `UnlearningProblem.reading` takes.
     """
-    read = problem.reading(distribution=algorithm.reads_distribution)
+    read = problem.reading(algorithm.reads)
     inputs, _ = read.retain.batch(torch.zeros(1, dtype=torch.int64))
     with torch.no_grad():
         outputs = read.outputs(read.parameters, inputs).numel()
@@ -156,6 +157,8 @@ def estimate_cost(
         "linearisation": linearisation_cost(sum(held), outputs, rank, coupled=coupled),
         "rollouts and theory": sum(held) / 3,
     }
+    if read.reading_gradients:
+        gradients["reading"] = read.reading_gradients
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
     if settings.staged:
         # With coupled batches the running statistics are followed along the linearised steps.

@@ -29,7 +29,7 @@ from stabkit.network import (
     unwrapped,
     warn_train_mode,
 )
-from stabkit.reading import Reading, labelled_positions, largest_logits, logits_to_read
+from stabkit.reading import READS, Reading, labelled_positions, largest_logits, logits_to_read
 from stabkit.samples import EXTRA_PARTS, Data, Inputs, Samples, as_samples, map_tensors, tensors_of
 
 Parameters = dict[str, Tensor]
@@ -60,6 +60,7 @@ class UnlearningProblem:
         forget_loss: Mean forget loss at θ*.
         divergence_level: Mean retain loss of the best constant predictor (theory §7); a run that reaches it diverges.
         widest_output: Numbers that the network itself gives for a sample, which a pass holds whatever is read of them.
+        reading_gradients: What `reading` spent to make this problem; a forward pass counts as a third of a gradient.
     """
 
     def __init__(
@@ -125,12 +126,15 @@ class UnlearningProblem:
         with preserved_rng():
             self._module = plain_copy(model).to(self.device, self.dtype)
         self._training = {name: module.training for name, module in self._module.named_modules()}
+        self._sparse = [
+            name for name, module in self._module.named_modules() if getattr(module, "sparse", False) is True
+        ]
         self._module.eval()
         for parameter in self._module.parameters():
             parameter.grad = None
         for module in self._module.modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                module.sparse = False  # sparse gradients have no derivatives of their own
+                module.sparse = False  # sparse gradients have no derivatives of their own; `new_model` has them again
         for module in self._module.modules():  # they watch or edit .backward(), and torch.func cannot pass through them
             module._backward_hooks.clear()
             module._backward_pre_hooks.clear()
@@ -162,7 +166,9 @@ class UnlearningProblem:
         self.forget = as_samples(forget, name="forget", device=self.device, dtype=self.dtype)
         self.retain = as_samples(retain, name="retain", device=self.device, dtype=self.dtype)
         self._class_axis = -1
-        self._readings: dict[bool, UnlearningProblem] = {}  # by whether the whole distribution is needed
+        self._readings: dict[str, UnlearningProblem] = {}
+        self.reading_gradients = 0.0
+        self.widest_output = 1
         self._whole: UnlearningProblem | None = None  # what this one reads parts of
         with preserved_rng(), torch.no_grad():
             self._check()
@@ -286,9 +292,15 @@ class UnlearningProblem:
         moved = copy.copy(self)
         moved.parameters = self.unflatten(vector.detach().to(self.device, self.dtype))
         moved._readings = {}
+        moved._whole = self._whole and self._whole.at(vector)
         return moved
 
-    def reading(self, *, distribution: bool = False) -> "UnlearningProblem":
+    @property
+    def whole(self) -> "UnlearningProblem":
+        """The problem that this one reads parts of the outputs of; itself where it reads them all."""
+        return self._whole or self
+
+    def reading(self, reads: str = "loss") -> "UnlearningProblem":
         """The same problem with outputs that hold what a cross-entropy reads and no more, so that they can be linearised.
 
         Positions without a label are left out, and where a sample's outputs stay more than 1,000 numbers, all but the
@@ -296,22 +308,23 @@ class UnlearningProblem:
         of the problem itself, at every θ.
 
         Args:
-            distribution: Whether the whole distribution is needed, as by algorithms that do not only read the loss: then no
-                logits are merged.
+            reads: "loss"; "labelled": the whole distribution at labelled positions, so that no logits are merged; "all":
+                everything, so that nothing is left out.
 
         Returns:
-            The problem, made once; itself where there is nothing to leave out, as for one label and few classes, and for
-            other losses. Cost: a forward pass of every sample if logits are merged.
+            The problem, made once; the whole one where there is nothing to leave out, as for one label and few classes, and
+            for other losses. Cost: a forward pass of every sample if logits are merged, as `reading_gradients` says.
         """
-        whole = self._whole or self
-        if type(whole.loss) is not CrossEntropy:
-            return self
-        if distribution not in whole._readings:
+        check_choice(reads, name="reads", owner="UnlearningProblem.reading", choices=READS)
+        whole = self.whole
+        if type(whole.loss) is not CrossEntropy or reads == "all":
+            return whole
+        if reads not in whole._readings:
             with preserved_rng(), torch.no_grad():
-                whole._readings[distribution] = whole._reading(whole.loss, distribution=distribution)
-        return whole._readings[distribution]
+                whole._readings[reads] = whole._reading(whole.loss, merge=reads == "loss")
+        return whole._readings[reads]
 
-    def _reading(self, loss: CrossEntropy, *, distribution: bool) -> "UnlearningProblem":
+    def _reading(self, loss: CrossEntropy, *, merge: bool) -> "UnlearningProblem":
         first = torch.zeros(1, dtype=torch.int64)
         outputs = self.outputs(self.parameters, self.retain.batch(first)[0])
         sets = self.retain, self.forget
@@ -320,12 +333,13 @@ class UnlearningProblem:
         one = self.retain.targets()[:1]
         _, positions, classes = loss.aligned(outputs, one)[0].shape
         axis = loss.class_axis(outputs, one)
-        count = 0 if distribution else logits_to_read(most, classes)
+        count = logits_to_read(most, classes) if merge else 0
         if count == 0 and most == positions:
             return self
         read = copy.copy(self)
         read._whole = self
         read._class_axis = axis
+        read.reading_gradients = (self.retain.size + self.forget.size) / 3 if count else 0.0
         read.loss = CrossEntropy(name=loss.name)
         read.retain, read.forget = (
             self._picked(samples, found, labelled_positions(found, most), count, axis)
@@ -339,7 +353,7 @@ class UnlearningProblem:
         labels = labels.gather(1, positions)
         if count:
             parts = []
-            for chunk in torch.arange(samples.size).split(self._evaluation_batch):
+            for chunk in torch.arange(samples.size).split(self.evaluation_batch):
                 here = positions[chunk.to(positions.device)]
                 read = Reading(samples.batch(chunk)[0], here, here.new_empty(*here.shape, 0))
                 rows = read.pick(self.outputs(self.parameters, read.inputs), axis)
@@ -390,7 +404,7 @@ class UnlearningProblem:
         parameters = self.parameters if parameters is None else parameters
         outputs, targets = [], []
         with torch.no_grad():
-            for inputs, batch_targets in samples.batches(self._evaluation_batch, indices):
+            for inputs, batch_targets in samples.batches(self.evaluation_batch, indices):
                 outputs.append(self.outputs(parameters, inputs))
                 targets.append(batch_targets)
             f, y = torch.cat(outputs), torch.cat(targets)
@@ -411,12 +425,12 @@ class UnlearningProblem:
         with torch.no_grad():
             return torch.cat([
                 self.loss.per_sample(self.outputs(parameters, inputs), targets)
-                for inputs, targets in samples.batches(self._evaluation_batch, indices)
+                for inputs, targets in samples.batches(self.evaluation_batch, indices)
             ])
 
     @property
-    def _evaluation_batch(self) -> int:
-        """Samples whose outputs are few enough."""
+    def evaluation_batch(self) -> int:
+        """Samples to pass at once, so that their outputs stay few."""
         return max(1, min(EVALUATION_BATCH, EVALUATION_BYTES // (self.widest_output * self.dtype.itemsize)))
 
     def new_model(self, parameters: Parameters | None = None) -> nn.Module:
@@ -436,6 +450,8 @@ class UnlearningProblem:
                 own[name].copy_(value)
         for name, module in model.named_modules():
             module.training = self._training[name]
+            if name in self._sparse and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.sparse = True
         return model
 
     def layer_of(self) -> dict[str, str]:
@@ -499,7 +515,7 @@ class UnlearningProblem:
         """A few samples through the model: output type, determinism, one loss a sample, finite losses, no coupling."""
         inputs, targets = samples.batch(torch.arange(min(3, samples.size)))
         outputs = self._first_outputs(inputs, samples.name)
-        self.widest_output = max(1, outputs[0].numel()) if outputs.dim() else 1
+        self.widest_output = max(self.widest_output, outputs[0].numel() if outputs.dim() else 1)
         again = self.outputs(self.parameters, inputs)
         if outputs.shape[:1] != targets.shape[:1]:
             raise ValueError(
@@ -511,12 +527,12 @@ class UnlearningProblem:
                 "`model` must be deterministic in eval mode; two passes over the same batch differ by "
                 f"{float((outputs - again).abs().max()):.3g}. Remove random layers that ignore eval()."
             )
-        self.loss.check_targets(outputs, samples.targets(), name=samples.name)
         if outputs.dim() < 2:
             raise ValueError(
                 f"`model` must return a row of outputs per sample; got shape {tuple(outputs.shape)} for "
                 f"{outputs.shape[0]} samples of `{samples.name}`. Return shape (m, 1), for instance without the squeeze."
             )
+        self.loss.check_targets(outputs, samples.targets(), name=samples.name)
         losses = self.loss.per_sample(outputs, targets)
         if not bool(torch.isfinite(losses).all()):
             raise ValueError(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from stabkit.losses import IGNORE_INDEX
 
+# What an algorithm may read of the outputs: losses alone, the distributions at labelled positions, everything.
+READS = ("loss", "labelled", "all")
 MANY_OUTPUTS = 1000  # numbers a sample; where more would be read, logits are merged
 FEWEST_LOGITS = 8  # of a position, the merged one not counted
 
@@ -59,12 +61,10 @@ def logits_to_read(positions: int, classes: int) -> int:
         classes: Number C of logits.
 
     Returns:
-        As many as give `MANY_OUTPUTS` numbers a sample, at least 8; 0 where all are read.
+        As many as give `MANY_OUTPUTS` numbers a sample, at least 8; 0 where all are read, as merging would not halve them.
     """
-    if positions * classes <= MANY_OUTPUTS:
-        return 0
     count = max(FEWEST_LOGITS, MANY_OUTPUTS // positions - 1)
-    return count if count + 1 < classes else 0
+    return count if 2 * (count + 1) <= classes else 0
 
 
 def labelled_positions(labels: Tensor, count: int) -> Tensor:
@@ -93,4 +93,4 @@ def largest_logits(rows: Tensor, labels: Tensor, count: int) -> Tensor:
     """
     label = torch.where(labels == IGNORE_INDEX, rows.argmax(-1), labels).unsqueeze(-1)
     others = rows.scatter(-1, label, -math.inf).topk(count - 1, dim=-1).indices
-    return torch.cat([label, others], -1)
+    return torch.cat([label, others], -1).int()  # held for every sample

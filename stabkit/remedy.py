@@ -214,7 +214,7 @@ class _Search:
         settings = self._measurement.settings
         return linearise(
             self._problem,
-            algorithm.step_preconditioner(self._problem),
+            algorithm.step_preconditioner(self._problem.whole),
             rank=settings.rank,
             retain_samples=settings.retain_samples,
             forget_samples=settings.forget_samples,

@@ -20,6 +20,7 @@ from stabkit._validate import check_choice, check_int, check_seed
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
 from stabkit.preconditioner import Identity, Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
+from stabkit.reading import Reading
 from stabkit.samples import Inputs, Samples, map_tensors, tensors_of
 from stabkit.sampling import batch_streams
 
@@ -647,7 +648,8 @@ class _Part:
 
 def _same_layout(left: Inputs, right: Inputs) -> bool:
     """Whether two batches can be joined tensor by tensor: the same keys in the same order, shapes and dtypes."""
-    keys = [list(inputs) if isinstance(inputs, dict) else None for inputs in (left, right)]
+    plain = [inputs.inputs if isinstance(inputs, Reading) else inputs for inputs in (left, right)]
+    keys = [list(inputs) if isinstance(inputs, dict) else None for inputs in plain]
     shapes = [[(t.shape[1:], t.dtype) for t in tensors_of(inputs)] for inputs in (left, right)]
     return keys[0] == keys[1] and shapes[0] == shapes[1]
 

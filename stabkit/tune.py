@@ -76,7 +76,7 @@ def tune(
     found = report.recommend(risk=risk)
     wanted = report.run.divergence_level if target is None else target
     point = found.reaching(wanted)
-    if point.forget_loss < wanted:
+    if target is not None and point.forget_loss < wanted:
         warnings.warn(
             f"no setting that is predicted to hold brings the forget loss to {wanted:.4g}; the one chosen brings it to "
             f"{point.forget_loss:.4g}. Raise `risk` or `steps`, or lower the target.",

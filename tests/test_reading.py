@@ -10,11 +10,13 @@ from torch import nn
 
 import stabkit
 from stabkit._errors import UntrainedModelWarning
-from stabkit.algorithms import AGU, GradDiff, resolve_algorithm
+from stabkit.algorithms import AGU, NPO, GradDiff, RandomLabels, RemainNewton, resolve_algorithm
+from stabkit.measure import MeasureSettings, measure
 from stabkit.models import CausalLM
 from stabkit.problem import UnlearningProblem
 from stabkit.reading import FEWEST_LOGITS, MANY_OUTPUTS, Reading, logits_to_read
 from stabkit.runner import run
+from stabkit.staged import staged_rollout
 from stabkit.training import train
 
 
@@ -60,7 +62,7 @@ def losses(problem, theta):
 
 @pytest.mark.parametrize(
     ("kind", "classes", "merged"),
-    [("sequence", 11, False), ("map", 5, False), ("sequence", 300, True), ("map", 400, True), ("plain", 1200, True)],
+    [("sequence", 11, False), ("map", 5, False), ("sequence", 600, True), ("map", 700, True), ("plain", 2500, True)],
 )
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 99), size=st.floats(0.01, 3))
@@ -106,30 +108,85 @@ def test_nothing_is_left_out_where_everything_is_read():
     exact.load_state_dict({"weight": torch.eye(3), "bias": torch.zeros(3)})
     regression = UnlearningProblem(exact, (x[:3], x[:3]), (x[3:], x[3:]), loss="mse")
     assert regression.reading() is regression
-    assert logits_to_read(1, MANY_OUTPUTS) == 0
-    assert logits_to_read(1, MANY_OUTPUTS + 1) + 1 == MANY_OUTPUTS
+    assert logits_to_read(1, 2 * MANY_OUTPUTS - 1) == 0  # merging would not halve them
+    assert logits_to_read(1, 2 * MANY_OUTPUTS) + 1 == MANY_OUTPUTS
     assert logits_to_read(MANY_OUTPUTS, 50_000) == FEWEST_LOGITS
 
 
-def test_the_whole_distribution_is_kept_for_those_who_read_it():
-    """Random labels, distillation and a leakage bound depend on every logit; the loss's weights do not."""
-    wants = {name: resolve_algorithm(name).reads_distribution for name in ("ga", "graddiff", "npo", "sfr_on", "agu")}
-    assert not any(wants.values())
-    assert all(resolve_algorithm(name).reads_distribution for name in ("random_labels", "salun", "scrub"))
-    assert AGU(leakage_bound=0.1).reads_distribution
+class Masked(GradDiff):
+    """A residual of one's own, which counts positions from the end."""
 
-    class Own(GradDiff):
-        name = "own"
+    name = "masked"
 
-        def forget_residual(self, loss, batch):
-            return loss.residual(batch.outputs, batch.targets)
+    def forget_residual(self, loss, batch):
+        residual = loss.residual(batch.outputs, batch.targets)
+        residual[:, -3] = 0
+        return residual
 
-    assert Own().reads_distribution
-    problem = problem_of("sequence", 300, 0)
-    whole = problem.reading(distribution=True)
-    assert whole.outputs(whole.parameters, whole.retain.batch(torch.arange(1))[0]).shape == (1, 4, 300)
-    assert problem.reading().reading(distribution=True) is whole
-    assert whole.reading() is problem.reading()
+
+class Steeper(NPO):
+    """One's own on top of the library's."""
+
+    name = "steeper"
+
+    def forget_residual(self, loss, batch):
+        return 2 * super().forget_residual(loss, batch)
+
+
+class Quiet(Masked):
+    """The same, and says what it reads."""
+
+    name = "quiet"
+    residual_reads = "labelled"
+
+
+def test_who_reads_more_than_the_loss_keeps_more():
+    """Distillation and a leakage bound depend on every logit, random labels on positions, one's own residuals on all."""
+    reads = {name: resolve_algorithm(name).reads for name in stabkit.algorithms.ALGORITHMS}
+    more = {"scrub": "labelled", "random_labels": "all", "salun": "all"}
+    assert reads == {name: more.get(name, "loss") for name in reads}
+    assert AGU(leakage_bound=0.1).reads == "labelled"
+    assert (Masked().reads, Steeper().reads, Quiet().reads) == ("all", "all", "labelled")
+    problem = problem_of("sequence", 600, 0)
+    labelled = problem.reading("labelled")
+    assert labelled.outputs(labelled.parameters, labelled.retain.batch(torch.arange(1))[0]).shape == (1, 4, 600)
+    assert problem.reading().reading("labelled") is labelled
+    assert labelled.reading() is problem.reading()
+    assert labelled.reading("all") is problem is labelled.whole
+    theta = problem.vector() + 0.1
+    moved = problem.reading().at(theta)
+    torch.testing.assert_close(moved.losses(moved.retain), problem.at(theta).losses(problem.retain))
+    assert torch.equal(moved.whole.vector(), theta)
+
+
+@pytest.mark.filterwarnings("ignore:the prediction has low confidence")
+@pytest.mark.parametrize("algorithm", [Masked(), RemainNewton(rank=4), RandomLabels()], ids=lambda a: a.name)
+def test_the_prediction_has_the_runs_preconditioner_and_residuals(algorithm):
+    """A thorough prediction that believes nothing is the run itself, with whatever the algorithm reads."""
+    x = torch.randint(0, 600, (9, 6), generator=torch.Generator().manual_seed(0))
+    y = x.clone()
+    y[:, :2] = -100
+    model = train(CausalLM(600, context=6, width=8, depth=1, seed=0), x, y, epochs=80, lr=1e-2, loss="causal_lm")
+    problem = UnlearningProblem(model, (x[:3], y[:3]), (x[3:], y[3:]), loss="causal_lm", dtype=torch.float64)
+    chosen = algorithm.replace(lr=1e-3, mix=0.4, steps=4, batch_size=3)
+    sizes = {"retain_samples": None, "forget_samples": None, "spectrum_samples": 4}
+    settings = MeasureSettings(curvature="hessian", rank=20, seed=0, **sizes)
+    measured = measure(problem, chosen, settings)
+    vector = torch.randn(problem.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(measured.preconditioner.apply(vector), chosen.step_preconditioner(problem).apply(vector))
+    found = staged_rollout(
+        measured.problem,
+        measured.network,
+        chosen,
+        batch_sizes=chosen.batch_sizes(problem),
+        seeds=[3],
+        max_loss_error=1e-15,
+        max_output_error=1e-15,
+    )
+    assert found.real_steps == 4
+    real = run(problem, chosen, seed=3, monitor_samples=None, stop_on_divergence=False)
+    assert float(found.rollout.retain_loss[0, 0, -1]) == pytest.approx(real.trajectory[-1].retain_loss, rel=1e-6)
+    assert float(found.rollout.forget_loss[0, 0, -1]) == pytest.approx(real.trajectory[-1].forget_loss, rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,8 @@ def test_class_weights_of_single_precision(points):
     report = stabkit.predict(model, *halves(points), loss=loss, steps=20, lr=0.01)
     same = nn.CrossEntropyLoss(weight=loss.weight.double(), reduction="none")
     exact = UnlearningProblem(model, *halves(points), loss=same, dtype=torch.float64)
+    mixed = UnlearningProblem(model, *halves(points), loss=loss, dtype=torch.float64)
+    assert mixed.retain_loss == pytest.approx(exact.retain_loss, rel=1e-5)
     assert report.run.divergence_level == pytest.approx(exact.divergence_level, rel=1e-5)
     assert report.at(lr=report.critical_lr * 10).verdict == "diverges"
 
@@ -167,6 +169,7 @@ def test_sparse_gradients_of_embeddings():
     sets, asked = ((x[:10], y[:10]), (x[10:], y[10:])), {"steps": 10, "batch_size": 16}
     assert stabkit.predict(sparse, *sets, **asked).critical_lr == stabkit.predict(model, *sets, **asked).critical_lr
     assert sparse.words.sparse
+    assert UnlearningProblem(sparse, *sets).new_model().words.sparse
 
 
 def test_where_no_curvature_is_positive_the_critical_step_does_not_hang_on_the_one_asked_about(points):
@@ -217,7 +220,18 @@ def of_probabilities(f, y):
             ValueError,
             r"`loss` must be defined for all outputs.*'of_probabilities'.*binary_cross_entropy_with_logits",
         ),
-        (plain, {"loss": nn.CrossEntropyLoss}, TypeError, r"`loss` must .* the class CrossEntropyLoss\. Pass an instance"),
+        (
+            lambda: nn.Sequential(plain(), nn.Softmax(1)),
+            {"loss": lambda p, y: -p.gather(1, y[:, None])[:, 0].log()},
+            ValueError,
+            r"`loss` must be defined for all outputs.*it is not a number.*of logarithms",
+        ),
+        (
+            plain,
+            {"loss": nn.CrossEntropyLoss},
+            TypeError,
+            r"`loss` must .* the class CrossEntropyLoss\. Pass an instance",
+        ),
         (plain, {"loss": lambda f: f}, TypeError, r"`loss` must take \(outputs, targets\).*'<lambda>' fails"),
         (
             normalised,
@@ -225,10 +239,30 @@ def of_probabilities(f, y):
             ValueError,
             r"`sampling` of `GradDiff` must give batches of one size",
         ),
-        (normalised, {"batchnorm": "batch", "batch_size": 1}, ValueError, r"batches of `GradDiff` must hold at least two"),
-        (plain, {"seed": 2**63}, ValueError, r"`seed` of `predict` must be a whole number in \[0, 4611686018427387904\]"),
-        (plain, {"device": "meta"}, ValueError, r"`device` of `UnlearningProblem` must be one to compute on; got 'meta'"),
-        (lambda: nn.LazyLinear(3), {}, ValueError, r"`model` .* must hold its weights; got the model itself .* LazyLinear"),
+        (
+            normalised,
+            {"batchnorm": "batch", "batch_size": 1},
+            ValueError,
+            r"batches of `GradDiff` must hold at least two",
+        ),
+        (
+            plain,
+            {"seed": 2**63},
+            ValueError,
+            r"`seed` of `predict` must be a whole number in \[0, 4611686018427387904\]",
+        ),
+        (
+            plain,
+            {"device": "meta"},
+            ValueError,
+            r"`device` of `UnlearningProblem` must be one to compute on; got 'meta'",
+        ),
+        (
+            lambda: nn.LazyLinear(3),
+            {},
+            ValueError,
+            r"`model` .* must hold its weights; got the model itself .* LazyLinear",
+        ),
     ],
 )
 def test_what_cannot_be_predicted_is_refused_by_name(points, model, options, error, message):

@@ -23,6 +23,7 @@ from stabkit._validate import check_choice, check_int, check_real
 from stabkit.losses import Loss
 from stabkit.preconditioner import Diagonal, Identity, Preconditioner
 from stabkit.problem import UnlearningProblem
+from stabkit.reading import READS
 from stabkit.sampling import SAMPLINGS
 
 SCHEDULES = ("cosine", "warmup")
@@ -159,6 +160,8 @@ class Algorithm(abc.ABC):
     name: ClassVar[str]
     # Whether `retain_residual` or `forget_residual` read the outputs at θ*, which cost a run a forward pass.
     needs_original: ClassVar[bool] = False
+    # What the residuals read of the outputs, one of `READS`; a subclass with residuals of its own says so itself.
+    residual_reads: ClassVar[str] = "loss"
     # Whether the algorithm has but one mix, as gradient ascent has 1 and fine-tuning 0.
     fixed_mix: ClassVar[bool] = False
     # Settings among those below that a subclass's preconditioner reads: a prediction for another value measures anew.
@@ -347,16 +350,26 @@ class Algorithm(abc.ABC):
         return loss.residual(batch.outputs, batch.targets)
 
     @property
-    def reads_distribution(self) -> bool:
-        """Whether a run depends on more of the outputs than the loss and its derivative.
+    def reads(self) -> str:
+        """What a run depends on of the outputs, one of `READS`.
 
         Returns:
-            True where residuals are a subclass's own, which says so itself if they are functions of the loss, and where a
-            leakage bound is set.
+            The widest of what the residuals read, which is everything where a subclass has its own and does not say, and the
+            labelled positions' distributions where a leakage bound is set.
         """
-        mine = type(self).retain_residual, type(self).forget_residual
-        own = mine != (Algorithm.retain_residual, Algorithm.forget_residual)
-        return own or self.stop_rule().leakage_bound is not None
+        kinds = [self._residual_reads(name) for name in ("retain_residual", "forget_residual")]
+        if self.stop_rule().leakage_bound is not None:
+            kinds.append("labelled")
+        return max(kinds, key=READS.index)
+
+    def _residual_reads(self, name: str) -> str:
+        """What the class that defines a residual, or one made of it, says."""
+        for kind in type(self).__mro__:
+            if "residual_reads" in kind.__dict__:
+                return str(kind.__dict__["residual_reads"])
+            if name in kind.__dict__:
+                return "all"
+        raise AssertionError
 
     def check_problem(self, problem: UnlearningProblem) -> None:  # noqa: B027
         """Raise if the algorithm cannot be run on a problem.

@@ -38,6 +38,7 @@ class NPO(Algorithm):
     """
 
     name: ClassVar[str] = "npo"
+    residual_reads: ClassVar[str] = "loss"
     needs_original: ClassVar[bool] = True
 
     beta: float = 0.1
@@ -46,15 +47,6 @@ class NPO(Algorithm):
         super().__post_init__()
         beta = check_real(self.beta, name="beta", owner=type(self).__name__, low=0, low_open=True)
         object.__setattr__(self, "beta", beta)
-
-    @property
-    def reads_distribution(self) -> bool:
-        """Never: the weights are functions of the losses.
-
-        Returns:
-            False.
-        """
-        return False
 
     def forget_residual(self, loss: Loss, batch: Batch) -> Tensor:
         """The loss's derivative, each sample's times W_i n_i: minus that of the NPO loss.

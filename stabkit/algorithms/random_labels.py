@@ -30,6 +30,7 @@ class RandomLabels(Algorithm):
     """
 
     name: ClassVar[str] = "random_labels"
+    residual_reads: ClassVar[str] = "all"
 
     def check_problem(self, problem: UnlearningProblem) -> None:
         """There must be labels to draw.

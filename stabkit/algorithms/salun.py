@@ -37,6 +37,7 @@ class SalUn(Algorithm):
     """
 
     name: ClassVar[str] = "salun"
+    residual_reads: ClassVar[str] = "all"
 
     share: float = 0.5
     forgetting: str = "random_labels"
@@ -85,15 +86,6 @@ class SalUn(Algorithm):
             n_f.
         """
         return float(problem.forget.size)
-
-    @property
-    def reads_distribution(self) -> bool:
-        """Random labels are drawn from all classes.
-
-        Returns:
-            False for ascent.
-        """
-        return self.forgetting != "ascent"
 
     def forget_residual(self, loss: Loss, batch: Batch) -> Tensor:
         """What forget steps climb: minus the cross-entropy to random labels, or the loss.

@@ -35,6 +35,7 @@ class SCRUB(Algorithm):
     """
 
     name: ClassVar[str] = "scrub"
+    residual_reads: ClassVar[str] = "labelled"
     needs_original: ClassVar[bool] = True
 
     lr: float = 8e-5

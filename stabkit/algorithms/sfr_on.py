@@ -51,6 +51,7 @@ class SFROn(Algorithm):
     """
 
     name: ClassVar[str] = "sfr_on"
+    residual_reads: ClassVar[str] = "loss"
 
     steps: int = 1800
     batch_size: int = 128
@@ -123,15 +124,6 @@ class SFROn(Algorithm):
         """
         sets = problem.forget, problem.retain
         return float(sum(s.size if self.fisher_samples is None else min(s.size, self.fisher_samples) for s in sets))
-
-    @property
-    def reads_distribution(self) -> bool:
-        """Never: the weights are functions of the losses.
-
-        Returns:
-            False.
-        """
-        return False
 
     def forget_residual(self, loss: Loss, batch: Batch) -> Tensor:
         """The loss's derivative, each sample's times b ω_i.

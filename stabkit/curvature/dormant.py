@@ -27,7 +27,7 @@ def dormant_tensors(problem: UnlearningProblem, probes: Tensor) -> tuple[str, ..
     Returns:
         Their names; tensors that nothing uses are among them.
     """
-    sensitivity = probes.double().square().mean(1)
+    sensitivity = torch.linalg.vector_norm(probes, dim=1).double().square() / probes.shape[1]
     least = DORMANT * float(sensitivity.mean())
     return tuple(name for name, part in problem.unflatten(sensitivity).items() if float(part.mean()) < least)
 
@@ -50,12 +50,19 @@ def awakened(problem: UnlearningProblem, network: LinearisedNetwork, parameters:
     leaves = {name: parameters[name].detach().requires_grad_() for name in problem.parameters}
     shares = [0.0]
     for samples, part in ((problem.retain, network.retain), (problem.forget, network.forget)):
-        inputs, _ = samples.batch(part.indices[:SAMPLES])
-        with torch.enable_grad():
-            outputs = problem.outputs({**parameters, **leaves}, inputs)
-            signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
-            pulled = torch.autograd.grad((outputs * signs).sum(), list(leaves.values()), materialize_grads=True)
-        root = network.preconditioner.sqrt(torch.cat([p.reshape(-1) for p in pulled]))
+        chosen = part.indices[torch.linspace(0, part.samples - 1, min(SAMPLES, part.samples)).round().long()]
+        pulled = torch.zeros(problem.size, dtype=problem.dtype, device=problem.device)
+        for few in chosen.split(problem.evaluation_batch):
+            inputs, targets = samples.batch(few)
+            with torch.enable_grad():
+                outputs = problem.outputs({**parameters, **leaves}, inputs)
+                signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
+                counted = network.loss.counted(outputs, targets)
+                if counted is not None:
+                    signs = signs * counted.reshape(signs.shape)
+                found = torch.autograd.grad((outputs * signs).sum(), list(leaves.values()), materialize_grads=True)
+            pulled += torch.cat([part.reshape(-1) for part in found])
+        root = network.preconditioner.sqrt(pulled)
         energies = {name: float(p.double().square().sum()) for name, p in problem.unflatten(root).items()}
         whole = sum(energies.values())
         if whole > 0:

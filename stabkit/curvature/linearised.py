@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stabkit.curvature.factors import SampleFactors
 from stabkit.losses import Loss
+from stabkit.precision import arithmetic
 from stabkit.preconditioner import Preconditioner
 
 FACTORED_AT_ONCE = 64  # samples, in float64
@@ -177,7 +178,8 @@ class LinearisedNetwork:
         wrong = moved = size = 0.0
         for part, real in zip((self.retain, self.forget), outputs, strict=True):
             before = part.eval_outputs if evaluated and part.eval_outputs is not None else part.outputs
-            change = (part.features @ coordinates.to(part.features)).double()
+            with arithmetic("float32"):  # the check is not to inherit what it checks for
+                change = (part.features @ coordinates.to(part.features)).double()
             error = real.double().flatten(1) - before.double().flatten(1) - change
             counted = self.loss.counted(part.outputs, part.targets)
             wrong += float((error if counted is None else error.masked_fill(~counted, 0.0)).square().sum())
