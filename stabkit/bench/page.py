@@ -35,14 +35,16 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
     target = Path(path)
     parts = [
         "# Predictions against real runs",
-        f"Seeds {summary['seeds']}, versions {summary['versions']}. Every prediction was made before the runs it is about.\n"
+        f"Seeds {summary['seeds']}, each of which adds as many runs to a cell as it has settings; versions "
+        f"{summary['versions']}. Every prediction was made before the runs it is about.\n"
         f"Step sizes reach from the smallest predicted boundary over {SPAN:g} to {SPAN:g} times the largest; neighbours "
         f"differ by a factor of {_number(summary['grid_factor'])} (median).\n"
         f"Where the grid brackets a boundary, its interval is halved {HALVINGS} times, by further runs for the observed "
         "one and by further predictions for the predicted one.\n"
         "P(diverge) comes from the scores recorded before the runs. Constants were chosen on the calibration cells alone; "
         "that staged rollouts go on with real steps was decided after misses on evaluation cells of seed 0 had been seen, "
-        "and so was the stretch of half-trained models' scores, which moves P but never to the other side of one half.",
+        "and so was the stretch of half-trained models' scores, which moves P but never to the other side of one half; that "
+        "a staged prediction here takes the three seeds of `predict`, not one to save time, after one's Brier score had.",
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]
     for role, found in summary["roles"].items():
