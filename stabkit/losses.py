@@ -564,9 +564,11 @@ class CustomLoss(Loss):
             TypeError: If the callable fails on the outputs.
             ValueError: If it refuses outputs a little beyond.
         """
+        if outputs.dim() < 2:
+            return  # the problem says what is wrong with that
         some = targets[: outputs.shape[0]]
         try:
-            self._called(outputs, some)
+            found = self._called(outputs, some)
         except Exception as error:  # whatever a caller's function may raise
             if is_out_of_memory(error):
                 raise
@@ -575,6 +577,8 @@ class CustomLoss(Loss):
                 f"{tuple(outputs.shape)} and targets {tuple(some.shape)} {some.dtype} of `{name}` with "
                 f"{type(error).__name__}: {error}."
             ) from error
+        if not isinstance(found, Tensor):
+            return  # `per_sample` says so
         for beyond in (-1, 1):
             there = outputs + beyond * (1 + outputs.abs()).where(outputs.isfinite(), 0)
             cause: Exception | None = None

@@ -527,12 +527,12 @@ class UnlearningProblem:
                 "`model` must be deterministic in eval mode; two passes over the same batch differ by "
                 f"{float((outputs - again).abs().max()):.3g}. Remove random layers that ignore eval()."
             )
+        self.loss.check_targets(outputs, samples.targets(), name=samples.name)
         if outputs.dim() < 2:
             raise ValueError(
                 f"`model` must return a row of outputs per sample; got shape {tuple(outputs.shape)} for "
                 f"{outputs.shape[0]} samples of `{samples.name}`. Return shape (m, 1), for instance without the squeeze."
             )
-        self.loss.check_targets(outputs, samples.targets(), name=samples.name)
         losses = self.loss.per_sample(outputs, targets)
         if not bool(torch.isfinite(losses).all()):
             raise ValueError(
