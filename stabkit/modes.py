@@ -19,7 +19,7 @@ from stabkit.report import Cost
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 27  # that the two extreme eigenpairs take, with the two quotients; typical, not a bound
 # Of the run's gradients, what a staged rollout of one seed takes on average over the benchmark's grids (verify.md there).
-TYPICAL_SHARE = 0.4
+TYPICAL_SHARE = 0.3
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
 TIMED_BATCH = 64
 
