@@ -304,8 +304,8 @@ class UnlearningProblem:
         """The same problem with outputs that hold what a cross-entropy reads and no more, so that they can be linearised.
 
         Positions without a label are left out, and where that at least halves what is left, down to some 1,000 numbers a
-        sample, all but the label's logit and the largest ones at θ* are merged into their logsumexp. Losses and their derivatives in θ are those
-        of the problem itself, at every θ.
+        sample, all but the label's logit and the largest ones at θ* are merged into their logsumexp. Losses and their
+        derivatives in θ are those of the problem itself, at every θ.
 
         Args:
             reads: "loss"; "labelled": the whole distribution at labelled positions, so that no logits are merged; "all":
