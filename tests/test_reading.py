@@ -153,6 +153,8 @@ def test_who_reads_more_than_the_loss_keeps_more():
     assert problem.reading().reading("labelled") is labelled
     assert labelled.reading() is problem.reading()
     assert labelled.reading("all") is problem is labelled.whole
+    with pytest.raises(ValueError, match=r"`residual_reads` of `Vague` must be one of .*; got 'some'"):
+        type("Vague", (GradDiff,), {"name": "vague", "residual_reads": "some"})
     theta = problem.vector() + 0.1
     moved = problem.reading().at(theta)
     torch.testing.assert_close(moved.losses(moved.retain), problem.at(theta).losses(problem.retain))

@@ -184,6 +184,7 @@ class Algorithm(abc.ABC):
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
+        check_choice(cls.residual_reads, name="residual_reads", owner=cls.__name__, choices=READS)
         if not isinstance(getattr(cls, "name", None), str):
             raise TypeError(
                 f"`name` of `{cls.__name__}` must be a string, as every Algorithm has one that reports carry; got "
