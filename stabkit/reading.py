@@ -17,7 +17,7 @@ from stabkit.losses import IGNORE_INDEX
 
 # What an algorithm may read of the outputs: losses alone, the distributions at labelled positions, everything.
 READS = ("loss", "labelled", "all")
-MANY_OUTPUTS = 1000  # numbers a sample; where more would be read, logits are merged
+MANY_OUTPUTS = 1000  # numbers a sample that merging leaves
 FEWEST_LOGITS = 8  # of a position, the merged one not counted
 
 

@@ -96,7 +96,8 @@ def staged_rollout(
 
     Returns:
         The rollout. Cost of a seed: forward passes over the linearised samples at up to log2(steps) + 2 places, and then
-        what the rest of the run costs, with such passes at each look. With batchnorm="batch" the running statistics are
+        what the rest of the run costs, with such passes at each look; gradients of up to 128 samples at each of those places
+        where the network has dormant tensors. With batchnorm="batch" the running statistics are
         known from B_R + B_F forward passes a linearised step, and as they move the outputs by themselves the loss's error
         counts alone.
 
