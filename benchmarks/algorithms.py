@@ -42,7 +42,14 @@ GRIDDED = ("agu", "sragu")
 ATTACK = "entropy/logistic"
 WATCHED = 512  # samples of each set behind the verdict on a real run
 SEEDS = (0, 1, 2)
-MEASURED = {"rank": 50, "retain_samples": 256, "forget_samples": 128, "spectrum_samples": 128, "seeds": 2}
+MEASURED = {
+    "mode": "standard",
+    "rank": 50,
+    "retain_samples": 256,
+    "forget_samples": 128,
+    "spectrum_samples": 128,
+    "seeds": 2,
+}
 CELLS = tuple(
     Cell(dataset=dataset, model=model, deletion=deletion, algorithm="", steps=STEPS)
     for dataset, model in (("mnist", "cnn"), ("mnist", "wide-mlp"), ("adult", "tabular"), ("cifar10", "cnn"))

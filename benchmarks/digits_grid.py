@@ -69,7 +69,7 @@ def settings_of(seed: int) -> list[Setting]:
         problem = UnlearningProblem(model, forget, retain)
         for algorithm, grid in GRIDS.items():
             chosen = algorithm(lr=float(grid[4]), mix=MIXES[0], steps=STEPS)
-            report = stabkit.predict(model, forget, retain, algorithm=chosen, seed=seed)
+            report = stabkit.predict(model, forget, retain, algorithm=chosen, mode="standard", seed=seed)
             front = report.frontier(lr=grid.tolist(), mix=MIXES)
             limits = [report.at(mix=mix).thresholds.step_limit for mix in MIXES]
             preconditioner = chosen.preconditioner(problem)

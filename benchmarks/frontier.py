@@ -87,7 +87,7 @@ def whole(key: str, steps: int) -> dict[str, Any]:
     forget, retain = ((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
     algorithm = GradDiff(lr=1e-3, mix=0.1, steps=steps, batch_size=64)  # holds, so that the run takes all its steps
     data = (trained.model, forget, retain)
-    _, predicting = timed(lambda: stabkit.predict(*data, algorithm=algorithm))
+    _, predicting = timed(lambda: stabkit.predict(*data, algorithm=algorithm, mode="standard"))
     report, lean = timed(lambda: stabkit.predict(*data, algorithm=algorithm, spectrum_samples=SPECTRUM_SAMPLES))
     found, mapping = timed(lambda: report.frontier())
     problem = UnlearningProblem(*data)

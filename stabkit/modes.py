@@ -21,6 +21,8 @@ SPECTRUM_PRODUCTS = 27  # that the two extreme eigenpairs take, with the two quo
 # Of the run's gradients, what a staged rollout of one seed takes on average over the benchmark's grids (verify.md there).
 TYPICAL_SHARE = 0.3
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
+# Gradients times parameters up to which "auto" is thorough without being asked: a minute or two of one core. Own choice.
+SMALL_WORK = 2e10
 TIMED_BATCH = 64
 
 
@@ -241,20 +243,22 @@ def choose_settings(
     seed: int,
     seeds: int,
 ) -> MeasureSettings:
-    """What a mode measures; for "auto" the most thorough one within a budget.
+    """What a mode measures; for "auto" the most thorough one within a budget, or that suits the network's size.
 
     Args:
         problem: The unlearning problem.
         algorithm: The algorithm.
         mode: "fast", "standard", "thorough" or "auto".
-        budget: For "auto": gradient-equivalents, or seconds as text, such as "30s"; what the run itself takes when None.
+        budget: For "auto": gradient-equivalents, or seconds as text, such as "30s". None: "thorough" where its gradients
+            times the number of parameters come to no more than 2e10, "standard" elsewhere.
         sizes: What the caller asks for beside the mode.
         curvature: "hessian" or "ggn".
         seed: Seed of everything random.
         seeds: Rollouts behind the probability.
 
     Returns:
-        The settings; those of "fast" where no mode fits. Cost: where seconds are counted, three passes over 64 samples.
+        The settings; those of "fast" where no mode fits a budget. Cost: where seconds are counted, three passes over 64
+        samples.
 
     Raises:
         ValueError: If the mode or the budget is none, or a budget is given for another mode.
@@ -267,23 +271,28 @@ def choose_settings(
                 "mode='auto'."
             )
         return sizes.settings(MODES[mode], curvature=curvature, seed=seed)
+    wanted = {name: sizes.settings(chosen, curvature=curvature, seed=seed) for name, chosen in MODES.items()}
+
+    def cost(name: str, each: float) -> CostEstimate:
+        return estimate_cost(problem, algorithm, wanted[name], seeds=seeds, seconds_per_gradient=each)
+
+    if budget is None:
+        # Counted, not timed: the same call takes the same mode on every machine.
+        work = cost("thorough", 0.0).gradient_equivalents * problem.size
+        return wanted["thorough" if work <= SMALL_WORK else "standard"]
     each, allowed = 0.0, _allowed(budget)
     if isinstance(budget, str):
         each = _seconds_per_gradient(problem)
         allowed /= each
-    for candidate in ("thorough", "standard"):
-        wanted = sizes.settings(MODES[candidate], curvature=curvature, seed=seed)
-        cost = estimate_cost(problem, algorithm, wanted, seeds=seeds, seconds_per_gradient=each)
-        if cost.gradient_equivalents <= (cost.run.gradient_equivalents if budget is None else allowed):
-            return wanted
-    return sizes.settings(MODES["fast"], curvature=curvature, seed=seed)
+    for name in ("thorough", "standard"):
+        if cost(name, each).gradient_equivalents <= allowed:
+            return wanted[name]
+    return wanted["fast"]
 
 
-def _allowed(budget: float | str | None) -> float:
+def _allowed(budget: float | str) -> float:
     """A checked budget as a number, of gradients or of seconds."""
-    remedy = "200_000 are gradient-equivalents, '30s' seconds, and None allows what the run itself takes."
-    if budget is None:
-        return 0.0
+    remedy = "200_000 are gradient-equivalents, '30s' seconds, and None goes by the network's size."
     if isinstance(budget, str):
         try:
             value: float = float(budget.strip().removesuffix("s")) if budget.strip().endswith("s") else math.nan

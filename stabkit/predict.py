@@ -42,7 +42,7 @@ def predict(
     loss: str | PerSampleLoss | Loss = "cross_entropy",
     batchnorm: str = "frozen",
     curvature: str = "hessian",
-    mode: str = "standard",
+    mode: str = "auto",
     budget: float | str | None = None,
     rank: int | str | None = None,
     retain_samples: int | str | None = None,
@@ -84,8 +84,9 @@ def predict(
         mode: "fast": a small linearisation and spectrum. "standard": larger ones. "thorough": beside those, the
             linearised network is left for real steps on a copy wherever its loss is not the real one's any more, which finds
             runs that break, or do not, because features move, and costs a few runs. "auto": the most thorough of them within
-            `budget`.
-        budget: For "auto": gradient-equivalents, or seconds as text, such as "30s"; what the run itself takes when None.
+            `budget`; without one, thorough where network and run are small and standard elsewhere.
+        budget: For "auto": gradient-equivalents, or seconds as text, such as "30s". None: gradients times parameters of a
+            thorough prediction may come to 2e10, a minute or two of one core.
         rank: Directions of the linearisation; the mode's when None, and found, so that 95 % of the outputs' sensitivity is
             captured, when "auto".
         retain_samples: Retain samples to linearise; the mode's when None, and "all" takes all.
@@ -152,7 +153,7 @@ def predict_cost(
     batch_size: int | None = None,
     loss: str | PerSampleLoss | Loss = "cross_entropy",
     batchnorm: str = "frozen",
-    mode: str = "standard",
+    mode: str = "auto",
     budget: float | str | None = None,
     rank: int | str | None = None,
     retain_samples: int | str | None = None,

@@ -50,7 +50,8 @@ def tune(
         forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss.
         risk: Largest P(diverge), in (0, 1).
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
-        **settings: Anything else that `predict` takes: mode, batch_size, steps, seed, progress.
+        **settings: Anything else that `predict` takes, as batch_size, steps, seed, progress; its mode is "standard" unless
+            given.
 
     Returns:
         The algorithm, ready for `run`. Cost: one linearisation, the eigenvalues of few samples, and rollouts of some 450
@@ -66,7 +67,7 @@ def tune(
         )
     target = None if forget_loss is None else check_real(forget_loss, name="forget_loss", owner="tune")
     chosen = resolve_algorithm(algorithm, owner="tune")
-    settings = {"spectrum_samples": SPECTRUM_SAMPLES, **settings}
+    settings = {"mode": "standard", "spectrum_samples": SPECTRUM_SAMPLES, **settings}
     report = predict(model, forget, retain, algorithm=chosen, loss=loss, **settings)
     if target is None and test is not None:
         problem = UnlearningProblem(

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from stabkit.heavy_tail import LayerExponents, fit_power_law, layer_exponents
-from stabkit.heavy_tail.layers import gram_eigenvalues, layer_seed, marchenko_pastur
+from stabkit.heavy_tail.layers import gram_eigenvalues, layer_seed, marchenko_pastur, shuffle
 from stabkit.heavy_tail.matrices import block_index
 
 
@@ -341,7 +341,7 @@ def test_seeds_repeat_and_do_not_depend_on_the_selection():
     whole = layer_exponents(model, bootstrap=20, shuffles=3, seed=1)
     assert whole == layer_exponents(model, bootstrap=20, shuffles=3, seed=1)
     assert layer_exponents(model, layers=["2"], bootstrap=20, shuffles=3, seed=1)["2"] == whole["2"]
-    assert layer_exponents(model, layers=["2"], shuffles=3, seed=2)["2"].null_low != whole["2"].null_low
+    assert layer_exponents(model, layers=["2"], bootstrap=20, shuffles=3, seed=2)["2"].interval != whole["2"].interval
 
 
 def test_selection_by_name_module_parameter_and_pattern():
@@ -363,7 +363,40 @@ def test_shuffling_destroys_a_planted_tail():
     assert row.trusted
     assert row.reason == ""
     assert abs(row.exponent - 3) < 4 * row.standard_error
-    assert row.exponent < row.null_low <= row.null_high
+    assert row.exponent < row.null_low < row.null_high
+
+
+def test_shuffles_stop_where_they_decide_nothing_more(monkeypatch):
+    drawn = []
+
+    def counted(matrices, seed):
+        drawn.append(seed)
+        return shuffle(matrices, seed)
+
+    monkeypatch.setattr("stabkit.heavy_tail.layers.shuffle", counted)
+    short = layer_exponents(nn.Linear(300, 10, bias=False)).rows[0]  # out by its size alone
+    assert drawn == []
+    assert math.isnan(short.null_low)
+    assert "shuffled" not in short.reason
+    assert layer_exponents(planted(512, 256, 3.0, 0)).rows[0].trusted
+    assert len(drawn) == 9
+    stopped = 0
+    for seed in range(20):
+        drawn.clear()
+        noise = nn.Linear(256, 256, bias=False)
+        with torch.no_grad():
+            # Heavy-tailed entries without order: a tail to fit, and the same one after a shuffle.
+            normal = torch.randn(256, 256, 2, generator=torch.Generator().manual_seed(seed)).unbind(-1)
+            noise.weight.copy_(normal[0] * (1.5 * normal[1]).exp())
+        row = layer_exponents(noise, seed=seed).rows[0]
+        if drawn and not row.trusted:
+            stopped += len(drawn) < 9
+            # All copies but the last have larger exponents, and the last one's says why it is not trusted.
+            fits = [fit_power_law(gram_eigenvalues(shuffle(noise.weight[None], s))).exponent for s in drawn]
+            assert all(value > row.exponent for value in fits[:-1])
+            assert fits[-1] == row.null_low <= row.exponent
+            assert f"not below the exponent of shuffled entries, {row.null_low:.2f}" in row.reason
+    assert stopped > 0
 
 
 def test_noise_is_hardly_ever_believed():

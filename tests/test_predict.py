@@ -122,6 +122,7 @@ def test_costs_are_stated_stage_by_stage(digits_mlp, class_deletion):
         "coherence",
         "layer exponents",
         "rollouts and theory",
+        "staged rollouts",
     ]
     assert costs["preconditioner"] == len(class_deletion[0][1])
     assert costs["linearisation"] == pytest.approx(2 * 10 * (96 + 48), rel=0.6)

@@ -457,7 +457,9 @@ def published(store: Store, task: Task, setting: Published, job: str) -> dict[st
 
     def make() -> dict[str, Any]:
         report, seconds = timed(
-            lambda: stabkit.predict(model, sets.forget, sets.retain, algorithm=algorithm, loss=task.loss, **sizes),
+            lambda: stabkit.predict(
+                model, sets.forget, sets.retain, algorithm=algorithm, loss=task.loss, mode="standard", **sizes
+            ),
             store.device,
         )
         return {

@@ -86,7 +86,7 @@ class SRAGU(AGU):
             problem: The unlearning problem.
 
         Returns:
-            The table. Cost: 1 + `shuffles` eigenvalue problems a layer.
+            The table. Cost: an eigenvalue problem a layer, and up to `shuffles` more.
         """
         return layer_exponents(problem.new_model(), shuffles=self.shuffles, seed=self.seed)
 

@@ -62,13 +62,14 @@ def layer_exponents(
         method: As in `fit_power_law`.
         bootstrap: Resamples for each interval; 0 for none.
         p_value_draws: Synthetic samples for each goodness-of-fit p-value; 0 for none, "mle" only.
-        shuffles: Shuffled copies of each layer; 0 leaves that test out, and then no exponent is trusted.
+        shuffles: Shuffled copies of each layer, at most: none where other evidence rules the exponent out, and no more once
+            one copy's is as small. 0 leaves that test out, and then no exponent is trusted.
         seed: Seed of shuffles and bootstrap; a layer's draws do not depend on which others are fitted.
         device: Where to find eigenvalues; where each weight is when None (the CPU if that has no float64).
 
     Returns:
-        The table. Cost per a x b matrix, a <= b: (1 + shuffles) times a²b for the Gram matrix and O(a³) for its
-        eigenvalues, in float64.
+        The table. Cost per a x b matrix, a <= b: a²b for the Gram matrix and O(a³) for its eigenvalues, in float64, and as
+        much again for every shuffled copy.
 
     Raises:
         TypeError: If the model is not a module, or `layers` is one string.
@@ -173,16 +174,20 @@ def _row(
         p_value_draws=p_value_draws,
         seed=layer_seed(seed, entry.name, 0),
     )
+    against = _against(fit, entry, count)
     null: list[float] = []
-    if fit.defined:
-        for draw in range(shuffles):
-            shuffled = shuffle(matrices, layer_seed(seed, entry.name, draw + 1))
-            other = fit_power_law(gram_eigenvalues(shuffled, device=device), method=method)
-            null += [other.exponent] if other.defined else []
+    # Shuffles cost most of all: none where the exponent is out already, and no more once one of them has put it out.
+    for draw in range(shuffles if not against else 0):
+        shuffled = shuffle(matrices, layer_seed(seed, entry.name, draw + 1))
+        other = fit_power_law(gram_eigenvalues(shuffled, device=device), method=method)
+        null += [other.exponent] if other.defined else []
+        if null and fit.exponent >= null[-1]:
+            break
     null_low, null_high = (min(null), max(null)) if null else (math.nan, math.nan)
+    if not against:
+        against = _against_null(fit.exponent, null)
     kept = spectrum[spectrum > EIGENVALUE_FLOOR]
     edge, spikes = marchenko_pastur(kept, min(a, b), max(a, b)) if fit.defined else (math.nan, 0)
-    flags, reason = _judge(fit, entry, count, null_low, null_high)
     return LayerExponent(
         name=entry.name,
         module=entry.module,
@@ -204,9 +209,9 @@ def _row(
         spikes=spikes,
         null_low=null_low,
         null_high=null_high,
-        flags=flags,
-        trusted=not reason,
-        reason=reason,
+        flags=(*against, *_notes(fit, count)),
+        trusted=not against,
+        reason="; ".join(against),
         axis=entry.axis,
         part=entry.part,
         heads=entry.heads,
@@ -300,15 +305,11 @@ def marchenko_pastur(values: Array, small: int, large: int) -> tuple[float, int]
     return edge * float(values.mean()), len(scaled) - inside
 
 
-def _judge(
-    fit: PowerLawFit, entry: WeightMatrix, count: int, null_low: float, null_high: float
-) -> tuple[tuple[str, ...], str]:
-    """All flags, and those among them that forbid acting on the exponent."""
+def _against(fit: PowerLawFit, entry: WeightMatrix, count: int) -> list[str]:
+    """What forbids acting on the exponent, but for the comparison with shuffled entries."""
     if not fit.defined:
-        reason = f"undefined: {fit.reason}"
-        return (*entry.flags, reason), reason
+        return [*entry.flags, f"undefined: {fit.reason}"]
     against = list(entry.flags)
-    notes: list[str] = []
     if count < FEW_EIGENVALUES:
         against.append(f"{count} eigenvalues, fewer than {FEW_EIGENVALUES}")
     if fit.n_tail < SHORT_TAIL:
@@ -319,15 +320,25 @@ def _judge(
         crossed = [f"{end:g}" for end in WINDOW if fit.interval[0] < end < fit.interval[1]]
         if crossed:
             against.append(f"interval [{fit.interval[0]:.2f}, {fit.interval[1]:.2f}] crosses {' and '.join(crossed)}")
-    if math.isnan(null_low):
-        against.append("not compared with shuffled entries")
-    elif fit.exponent >= null_low:
-        where = "inside" if fit.exponent <= null_high else "above"
-        against.append(f"{where} the range of shuffled entries [{null_low:.2f}, {null_high:.2f}]")
     if fit.ties:
         against.append("equal eigenvalues in the tail")
     if fit.near_minima:
         against.append("other tails fit nearly as well and give other exponents")
+    return against
+
+
+def _against_null(exponent: float, null: Sequence[float]) -> list[str]:
+    """What the comparison with shuffled entries says against an exponent."""
+    if not null:
+        return ["not compared with shuffled entries"]
+    return [] if exponent < min(null) else [f"not below the exponent of shuffled entries, {min(null):.2f}"]
+
+
+def _notes(fit: PowerLawFit, count: int) -> list[str]:
+    """What is unusual without forbidding anything."""
+    if not fit.defined:
+        return []
+    notes: list[str] = []
     if fit.exponent < WINDOW[0]:
         notes.append(f"over-trained by weightwatcher's rule: exponent below {WINDOW[0]:g}")
     elif fit.exponent > WINDOW[1]:
@@ -336,4 +347,4 @@ def _judge(
         notes.append(f"power law rejected: p = {fit.p_value:.2g}")
     if fit.n < count:
         notes.append(f"rank deficient: {count - fit.n} of {count} eigenvalues are numerically zero")
-    return (*against, *notes), "; ".join(against)
+    return notes

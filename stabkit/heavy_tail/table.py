@@ -34,8 +34,8 @@ class LayerExponent:
         stable_rank: Σλ / λ_max.
         mp_edge: Upper edge of the Marchenko-Pastur bulk, in units of λ.
         spikes: Eigenvalues beyond that edge and its fluctuations.
-        null_low: Smallest exponent of the same entries in random order; NaN if not measured.
-        null_high: Largest such exponent; NaN if not measured.
+        null_low: Smallest exponent of the same entries in random order, of the copies that were compared; NaN if none was.
+        null_high: Largest such exponent; NaN if none was compared.
         flags: Everything unusual, in plain words.
         trusted: Whether the exponent may be acted on.
         reason: Why it is not trusted; empty if it is.
@@ -89,7 +89,7 @@ class LayerExponents:
         skipped: (parameter name, why) for everything else.
         method: Estimator used.
         conv: How convolutions were read.
-        shuffles: Shuffled copies of each layer the null range comes from.
+        shuffles: Shuffled copies that each layer is compared with at most.
         seed: Seed of shuffles and bootstrap.
     """
 
