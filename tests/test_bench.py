@@ -178,6 +178,34 @@ def test_what_was_calibrated_on_is_never_pooled():
     ]
 
 
+def test_misses_are_counted_by_kind_side_and_distance():
+    records = [
+        record(0.5, 0.2, 0.9, False, staged=0.1),  # one: called diverging, held, half the observed step
+        record(0.9, 0.2, 0.9, False, staged=0.8, again=True),  # both, and the other batches diverged
+        record(4.1, 0.2, 0.3, True, staged=0.7),  # one: called stable, beyond twice the observed step
+        record(1.0, 0.6, 0.2, True, staged=0.2),  # both; no boundary observed at this mix
+        record(9.0, 0.6, 0.9, True, staged=0.9, again=False),
+    ]
+    found = result(records, boundaries=[(0.2, 1.0, 1.0, 1.0)])
+    other = result(records[-2:], name="digits-cnn-class-agu")
+    assert bench.misses([found, other], "one") == bench.Misses(
+        runs=5, called_stable=3, by_batches=1, near=2, cells={"digits-cnn-class-graddiff": 4, "digits-cnn-class-agu": 1}
+    )
+    staged = bench.misses([found, other], "staged")
+    assert (staged.runs, staged.called_stable, staged.by_batches, staged.near) == (3, 2, 1, 1)
+    summary = verification.summarise([found, other])
+    assert summary["roles"]["evaluation"]["misses"]["one"]["runs"] == 5
+    panels = summary["roles"]["evaluation"]["worst"]
+    assert [panel["cell"] for panel in panels] == ["digits-cnn-class-graddiff", "digits-cnn-class-agu"]
+    assert panels[0]["settings"][1] == [0.9, 0.2, False, 0.8]
+    assert panels[0]["boundaries"] == [[0.2, 1.0, 1.0, 1.0]]
+    # The worst of a cell's seeds alone is drawn, and no more cells than there are panels.
+    better = replace(result([record(1.0, 0.2, 0.9, True), record(0.1, 0.2, 0.1, False)]), seed=1)
+    assert [panel["seed"] for panel in verification.summarise([better, found])["roles"]["evaluation"]["worst"]] == [0]
+    many = [replace(found, cell=cell) for cell in bench.CELLS if cell.role == "evaluation"]
+    assert len(verification.summarise(many)["roles"]["evaluation"]["worst"]) == 6
+
+
 def test_a_cut_off_benchmark_goes_on(tmp_path, monkeypatch, quick):
     made = []
 
@@ -223,7 +251,10 @@ def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch, quick):
     assert "## Calibration" in page
     assert f"| {NAME} | 8 |" in page
     assert "Not run: digits-mlp-random10-graddiff, " in page
-    assert (tmp_path / "deep" / "bench" / "figures" / "verify_calibration.png").stat().st_size > 5_000
+    for name in ("verify_calibration.png", "verify_calibration_worst.png"):
+        assert (tmp_path / "deep" / "bench" / "figures" / name).stat().st_size > 5_000
+    assert "Where predictions were wrong:" in page
+    assert "(figures/verify_calibration_worst.png)" in page
     other = tmp_path / "page.md"
     elsewhere = ["--page", str(other), "--json"]
     assert main(["bench", "verify", "--folder", folder, "--cells", NAME, "--seeds", "0", "--quick", *elsewhere]) == 0

@@ -43,7 +43,9 @@ def test_the_copy_drawn_is_the_one_compared_with():
     layer = nn.Linear(256, 512, bias=False)
     with torch.no_grad():  # orthogonal, but for singular values with a Pareto tail
         spread = (1 - (torch.arange(256) + 0.5) / 256) ** -0.25
-        layer.weight.copy_(torch.linalg.qr(torch.randn(512, 256, generator=torch.Generator().manual_seed(0))).Q * spread)
+        layer.weight.copy_(
+            torch.linalg.qr(torch.randn(512, 256, generator=torch.Generator().manual_seed(0))).Q * spread
+        )
     row = layer_exponents(layer, shuffles=1, seed=4).rows[0]
     found = layer_spectrum(layer, row.name, seed=4)
     assert fit_power_law(found.shuffled).exponent == row.null_low

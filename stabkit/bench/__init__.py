@@ -2,6 +2,7 @@
 
 from stabkit.bench.cells import CELLS, Cell, cells_named
 from stabkit.bench.fitting import fit_calibration, reliability
+from stabkit.bench.misses import Misses, misses
 from stabkit.bench.page import write_page
 from stabkit.bench.records import Boundary, CellResult, Prediction, Record, record_cell
 from stabkit.bench.scores import Quality, Scores, boundary_ratios, pooled, scores
@@ -12,6 +13,7 @@ __all__ = [
     "Boundary",
     "Cell",
     "CellResult",
+    "Misses",
     "Prediction",
     "Quality",
     "Record",
@@ -20,6 +22,7 @@ __all__ = [
     "calibrate",
     "cells_named",
     "fit_calibration",
+    "misses",
     "pooled",
     "record_cell",
     "reliability",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stabkit._serialise import write_atomically
+from stabkit.bench.misses import NEAR, draw_worst
 from stabkit.bench.records import HALVINGS, ROLLOUT_SEEDS, SPAN
 
 PREDICTORS = (
@@ -18,12 +19,13 @@ PREDICTORS = (
     ("coherence rule", "coherence_rule"),
     ("a real run with other batches", "again"),
 )
+MOST = 4  # cells that are named beside the misses
 COLOURS = {"one": "#0072b2", "staged": "#d55e00"}
 NAMES = {"one": "one linearisation", "staged": "staged", "again": "real runs with other batches"}
 
 
 def write_page(summary: dict[str, Any], path: str | Path) -> Path:
-    """Write a summary as Markdown with two figures beside it.
+    """Write a summary as Markdown with its figures beside it.
 
     Args:
         summary: What `verify_cells` gave.
@@ -50,11 +52,13 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
     for role, found in summary["roles"].items():
         figure = target.parent / "figures" / f"verify_{role}.png"
         _draw(found, figure)
-        parts += _section(role, found, f"figures/{figure.name}")
+        worst = figure.with_name(f"verify_{role}_worst.png")
+        draw_worst(found["worst"], worst)
+        parts += _section(role, found, f"figures/{figure.name}", f"figures/{worst.name}")
     return write_atomically(target, "\n\n".join(parts) + "\n")
 
 
-def _section(role: str, found: dict[str, Any], figure: str) -> list[str]:
+def _section(role: str, found: dict[str, Any], figure: str, worst: str) -> list[str]:
     """Paragraphs of one role."""
     pool, boundary, cost = found["pooled"], found["boundary"], found["cost"]
     return [
@@ -87,6 +91,22 @@ def _section(role: str, found: dict[str, Any], figure: str) -> list[str]:
             ],
         ),
         f"![reliability and boundary ratios]({figure})",
+        "Where predictions were wrong:",
+        _table(
+            (
+                "predictor",
+                "missed runs",
+                "called stable, diverged",
+                "called diverging, held",
+                "real run with other batches also wrong",
+                f"within {NEAR:g} times the observed critical step",
+                "most of them in",
+            ),
+            [_missed(NAMES[kind], m) for kind, m in found["misses"].items()],
+        ),
+        "The cells that staged rollouts are least right about, each with its worst seed: filled runs diverged, circled ones "
+        "were called the other way by the staged rollout; balanced accuracy of staged rollout / one linearisation.",
+        f"![worst cells]({worst})",
         "In every cell the staged rollout's figure comes first and the one linearisation's after it.",
         _table(
             ("cell", "runs", "diverged", "balanced accuracy", "AUC", "Brier", "boundaries", "within 1.5", "within 2"),
@@ -103,6 +123,20 @@ def _section(role: str, found: dict[str, Any], figure: str) -> list[str]:
             ],
         ),
     ]
+
+
+def _missed(name: str, found: dict[str, Any]) -> tuple[object, ...]:
+    """One kind's row of the table of misses."""
+    most = ", ".join(f"{key} ({count})" for key, count in list(found["cells"].items())[:MOST])
+    return (
+        name,
+        found["runs"],
+        found["called_stable"],
+        found["runs"] - found["called_stable"],
+        found["by_batches"],
+        found["near"],
+        most or "–",
+    )
 
 
 def _both(found: dict[str, Any], of: str) -> str:

@@ -19,6 +19,7 @@ from stabkit._validate import check_int, check_seed
 from stabkit._version import __version__
 from stabkit.bench.cells import CELLS, Cell, cells_named
 from stabkit.bench.fitting import fit_calibration, reliability
+from stabkit.bench.misses import misses, worst
 from stabkit.bench.records import HALVINGS, CellResult, Prediction, record_cell
 from stabkit.bench.scores import BOUNDARIES, KINDS, boundary_ratios, pooled, scores
 from stabkit.calibration import Calibration, calibration
@@ -135,6 +136,8 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
                 "staged_over_run": float(np.median([r.staged_seconds / r.run_seconds for r in mine])),
                 "staged_over_run_gradients": float(np.median([r.staged_gradients / r.run_gradients for r in mine])),
             },
+            "misses": {kind: asdict(misses(mine, kind)) for kind in KINDS},
+            "worst": worst(mine),
             "cells": {
                 key: {
                     "scores": asdict(scores([x for r in mine if r.cell.key == key for x in r.records])),

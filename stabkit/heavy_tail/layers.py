@@ -6,11 +6,13 @@ import difflib
 import fnmatch
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
-from scipy.linalg.blas import dsyrk
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from stabkit._validate import check_choice, check_int, check_seed
@@ -87,23 +89,22 @@ def layer_exponents(
         raise TypeError(
             f"`layers` of `{OWNER}` must be a sequence of names; got the string {layers!r}. Use [{layers!r}]."
         )
-    rows: list[LayerExponent] = []
+    chosen: list[WeightMatrix] = []
     skipped: list[tuple[str, str]] = []
     unmatched = set(layers or ())
     known: list[str] = []
-    with torch.no_grad():
-        for entry in weight_matrices(model, conv=conv):
-            if not isinstance(entry, WeightMatrix):
-                skipped.append(entry)
+    for entry in weight_matrices(model, conv=conv):
+        if not isinstance(entry, WeightMatrix):
+            skipped.append(entry)
+            continue
+        known.append(entry.name)
+        if layers is not None:
+            hits = {p for p in layers if _matches(entry, p)}
+            unmatched -= hits
+            if not hits:
+                skipped.append((entry.name, "not asked for by `layers`"))
                 continue
-            known.append(entry.name)
-            if layers is not None:
-                hits = {p for p in layers if _matches(entry, p)}
-                unmatched -= hits
-                if not hits:
-                    skipped.append((entry.name, "not asked for by `layers`"))
-                    continue
-            rows.append(_row(entry, method, bootstrap, p_value_draws, shuffles, seed, device))
+        chosen.append(entry)
     if unmatched:
         missing = min(unmatched)
         near = difflib.get_close_matches(missing, known, n=1, cutoff=0.0)
@@ -111,9 +112,36 @@ def layer_exponents(
             f"`layers` of `{OWNER}` must match at least one layer each; got {missing!r}, which matches none of "
             f"{len(known)}." + (f" Did you mean {near[0]!r}?" if near else "")
         )
-    return LayerExponents(
-        rows=tuple(rows), skipped=tuple(skipped), method=method, conv=conv, shuffles=shuffles, seed=seed
+    measured = partial(
+        _row,
+        method=method,
+        bootstrap=bootstrap,
+        p_value_draws=p_value_draws,
+        shuffles=shuffles,
+        seed=seed,
+        device=device,
     )
+    return LayerExponents(
+        rows=_in_threads(measured, chosen, device),
+        skipped=tuple(skipped),
+        method=method,
+        conv=conv,
+        shuffles=shuffles,
+        seed=seed,
+    )
+
+
+def _in_threads(
+    measured: Callable[[WeightMatrix], LayerExponent],
+    entries: Sequence[WeightMatrix],
+    device: torch.device | str | None,
+) -> tuple[LayerExponent, ...]:
+    """The rows; on the CPU several at once, as LAPACK's own threads gain little on matrices of this size."""
+    on_cpu = all((entry.weight.device if device is None else torch.device(device)).type == "cpu" for entry in entries)
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads, len(entries))) if on_cpu else 1
+    with threadpool_limits(max(1, threads // workers)), ThreadPoolExecutor(workers) as pool:
+        return tuple(pool.map(measured, entries))
 
 
 def _matches(entry: WeightMatrix, pattern: str) -> bool:
@@ -145,8 +173,7 @@ def gram_eigenvalues(matrices: Tensor, *, device: torch.device | str | None = No
             gram.baddbmm_(piece, piece.mT)
             continue
         for total, part in zip(gram.numpy(), piece.contiguous().numpy(), strict=True):
-            # Half the products, into one triangle: BLAS reads the transposes, which are in its own order.
-            dsyrk(1.0, part.T, beta=1.0, c=total.T, trans=1, overwrite_c=1)
+            total += part @ part.T  # NumPy sees the one matrix and makes half of the products
     # NumPy's LAPACK is up to 1.8 times faster than PyTorch's here; both read the lower triangle.
     values = torch.from_numpy(np.linalg.eigvalsh(gram.numpy())) if target.type == "cpu" else torch.linalg.eigvalsh(gram)
     return values.clamp(min=0).flatten().sort().values.cpu()
@@ -154,6 +181,7 @@ def gram_eigenvalues(matrices: Tensor, *, device: torch.device | str | None = No
 
 def _row(
     entry: WeightMatrix,
+    *,
     method: str,
     bootstrap: int,
     p_value_draws: int,
@@ -162,7 +190,7 @@ def _row(
     device: torch.device | str | None,
 ) -> LayerExponent:
     """One layer's fit, null range and metrics."""
-    matrices = entry.matrices()
+    matrices = entry.matrices().detach()
     s, a, b = entry.stack
     count = s * min(a, b)
     shape = tuple(entry.weight.shape) if entry.part is not None or entry.kernel is not None else _shape(entry)
