@@ -4,9 +4,10 @@
     STABKIT_DATA=... python benchmarks/algorithms.py --quick    # one cell, one seed, to try it out
 
 Parts of MNIST, Adult and CIFAR-10. Writes one file for each cell and seed into benchmarks/results/algorithms, and sums up in
-benchmarks/results/algorithms.json; what is there is not made again. Every algorithm runs 60 steps at the same mix and half
-the step size that `predict` finds safe, chosen before any run. AGU and SRAGU also run over a grid of step sizes from a
-tenth to ten times AGU's critical one: how many of them survive, and how near the best of them comes to the gold.
+benchmarks/results/algorithms.json; what is there is not made again, and algorithms that a file lacks are added to it, if the
+original and the gold that are trained for them anew are those of the file. Every algorithm runs 60 steps at the same mix
+and half the step size that `predict` finds safe, chosen before any run. AGU and SRAGU also run over a grid of step sizes
+from a tenth to ten times AGU's critical one: how many of them survive, and how near the best of them comes to the gold.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ GRIDDED = ("agu", "sragu")
 ATTACK = "entropy/logistic"
 WATCHED = 512  # samples of each set behind the verdict on a real run
 SEEDS = (0, 1, 2)
+SAME = 1e-3  # difference in accuracy up to which a network that is trained anew is the stored one
 MEASURED = {
     "mode": "standard",
     "rank": 50,
@@ -96,8 +98,8 @@ def safe_step(report: Report) -> float:
     return 0.5 * min([*limits, report.thresholds.step_limit, detail.scanned[1]])
 
 
-def one(cell: Cell, seed: int, names: Sequence[str]) -> dict[str, Any]:
-    """Some algorithms in one cell, AGU among them."""
+def one(cell: Cell, seed: int, names: Sequence[str], *, gridded: Sequence[str] = GRIDDED) -> dict[str, Any]:
+    """Some algorithms in one cell, AGU among them where there are grids, which lie around its critical step size."""
     trained, deletion = prepared(cell, seed)
     split = trained.split
     x, y = split.x_train, split.y_train
@@ -123,7 +125,7 @@ def one(cell: Cell, seed: int, names: Sequence[str]) -> dict[str, Any]:
         rows[name] = {"lr": chosen.lr, "probability": probability, "diverged": real.diverged}
         if name == "agu":
             centre = report.critical_lr if math.isfinite(report.critical_lr) else report.thresholds.step_limit
-    for name in GRIDDED:
+    for name in gridded:
         grids[name] = []
         preconditioner = settings_of(name, problem).preconditioner(problem)
         for place, factor in enumerate(GRID.tolist()):
@@ -148,6 +150,19 @@ def one(cell: Cell, seed: int, names: Sequence[str]) -> dict[str, Any]:
         "grids": grids,
         "gates": {key: float(value) for key, value in stabkit.SRAGU().gates(problem).gates.items()},
     }
+
+
+def added(stored: dict[str, Any], cell: Cell, seed: int, names: Sequence[str]) -> dict[str, Any]:
+    """A stored cell with further algorithms, against the same original and gold."""
+    fresh = one(cell, seed, names, gridded=())
+    for model in ("original", "gold"):
+        for measure in ("forget_accuracy", "retain_accuracy", "test_accuracy"):
+            if not math.isclose(stored[model][measure]["value"], fresh[model][measure]["value"], abs_tol=SAME):
+                raise RuntimeError(
+                    f"the {model} of {cell.key}, seed {seed}, is not the stored one: {measure} "
+                    f"{fresh[model][measure]['value']:.4f}, stored {stored[model][measure]['value']:.4f}. Delete the file."
+                )
+    return {**stored, "algorithms": {**stored["algorithms"], **fresh["algorithms"]}}
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -223,8 +238,14 @@ def main() -> None:
     work = [(c, s) for c in chosen for s in options.seeds][: 1 if options.quick else None]
     for cell, seed in work:
         path = options.folder / f"{cell.key.rstrip('-')}-s{seed}.json"
-        if not path.exists():
-            write_atomically(path, dumps(to_plain(one(cell, seed, options.algorithms))) + "\n")
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            lacking = [name for name in options.algorithms if name not in stored["algorithms"]]
+            content = added(stored, cell, seed, lacking) if lacking else None
+        else:
+            content = one(cell, seed, options.algorithms)
+        if content is not None:
+            write_atomically(path, dumps(to_plain(content)) + "\n")
             print(path.name, flush=True)
     found = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(options.folder.glob("*-s*.json"))}
     result = {
