@@ -5,8 +5,9 @@
 
 The second takes the same way on one core. Works through jobs in order of importance and stops beginning them when the
 minutes are used up; called again with the same folder it goes on where it was. Each job leaves one file. What they
-left is gathered in OUT/results.json, OUT/predictions.json and, as a page, OUT/page.md. Estimates are of an H200;
-where the jobs so far took longer, the others are expected to.
+left is gathered in OUT/results.json, OUT/predictions.json and, as a page, OUT/page.md. Of a folder these two files
+alone need to be kept: called on a folder that holds no more, it goes on after what they tell, and trains anew the
+networks that further jobs need. Estimates are of an H200; where the jobs so far took longer, the others are expected to.
 
 Every real run is preceded by predictions of it that are on disk, with time and SHA-256. BatchNorm is frozen, the
 library's default, in runs and predictions alike, but for one cell. Networks are of seed 0, retrained ones of seed
@@ -20,7 +21,7 @@ import argparse
 import gc
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from benchmarks.gpu import speed, tables
 from benchmarks.gpu.scale import SCALES, Scale
 from benchmarks.gpu.store import Store, now
 from benchmarks.gpu.tasks import GOLD_SEED, Task
-from benchmarks.gpu.unlearning import PUBLISHED, Cell, audited, cell, published, quiet
+from benchmarks.gpu.unlearning import GOLDS, PUBLISHED, Cell, cell, published, quiet
 
 ALGORITHMS = ("graddiff", "salun", "sfr_on", "scrub", "ga", "agu", "sragu")
 # Minutes that a cell is expected to take at the full scale, and what its algorithm makes of that on ResNet-18.
@@ -49,9 +50,8 @@ class Job:
         key: Name, and that of its file.
         task: The task it is about.
         minutes: How long it is expected to take at the full scale on an H200; estimated, not measured.
-        needs: Jobs whose results it needs.
+        needs: Jobs whose results, and networks if they train any, it needs.
         make: Does it.
-        after: Jobs that it waits for, but can do without where they failed.
     """
 
     key: str
@@ -59,41 +59,37 @@ class Job:
     minutes: float
     needs: tuple[str, ...]
     make: Callable[[Store, Task], dict[str, Any]]
-    after: tuple[str, ...] = ()
 
 
 def jobs() -> list[Job]:
-    """All jobs, the most important first."""
+    """All jobs, the most important first: a little of everything, then the rest of each."""
     return [
         _train("resnet18", 0.8),
         _gold("resnet18", "random10", 0.8),
         _cell("resnet18", "random10", "graddiff"),
+        *map(_speed, ("predictions", "exponents")),
         *map(_published, ("neggrad-torchunlearn", "scrub-torchunlearn", "sfr_on-paper")),
-        *(_cell("resnet18", "random10", name) for name in ("salun", "sfr_on", "scrub")),
-        *map(_speed, ("products", "predictions", "precision")),
         _train("lm", 0.5),
-        *(_cell("lm", "people", name) for name in ("graddiff", "npo")),
+        _cell("lm", "people", "graddiff"),
+        *map(_published, ("ga-open-unlearning", "graddiff-open-unlearning")),
         _train("vit", 1.2),
-        *(_cell("vit", deletion, "graddiff") for deletion in ("random10", "class")),
+        _cell("vit", "random10", "graddiff"),
+        *(_cell("resnet18", "random10", name) for name in ("salun", "sfr_on", "scrub", "ga")),
+        *map(_published, ("salun-torchunlearn", "ga-sfr_on-paper")),
+        *map(_speed, ("products", "precision", "spectrum")),
+        *(_cell("lm", "people", name) for name in ("npo", "ga")),
+        _cell("vit", "class", "graddiff"),
         _train("lm-gpt2", 1.0),
         _cell("lm-gpt2", "people", "graddiff"),
-        _cell("resnet18", "random10", "ga"),
-        *map(_published, ("salun-torchunlearn", "ga-sfr_on-paper")),
-        _audit("resnet18", "random10", ("graddiff", "salun", "sfr_on", "scrub", "ga"), 1.0),
         *(_cell("resnet18", "random10", name) for name in ("agu", "sragu")),
-        *map(_speed, ("spectrum", "exponents")),
-        _cell("lm", "people", "ga"),
-        *map(_published, ("ga-open-unlearning", "graddiff-open-unlearning")),
         _cell("lm", "people", "graddiff", mode="thorough", minutes=2.5),
         _cell("resnet18", "random10", "graddiff", batchnorm="batch", minutes=2.5),
         _gold("resnet18", "class", 0.8),
         *(_cell("resnet18", "class", name) for name in ALGORITHMS),
-        _audit("resnet18", "class", ALGORITHMS, 1.0),
         _cell("vit", "class", "graddiff", mode="thorough", minutes=3.0),
         *(_cell("lm-gpt2", "people", name) for name in ("npo", "ga")),
         _gold("resnet18", "random50", 0.6),
         *(_cell("resnet18", "random50", name) for name in ALGORITHMS),
-        _audit("resnet18", "random50", ALGORITHMS, 1.0),
         *(_cell("vit", "random10", name) for name in ALGORITHMS[1:]),
         _cell("resnet18", "class", "graddiff", mode="thorough", minutes=7.0),
     ]
@@ -115,7 +111,7 @@ def _trained(store: Store, task: Task, *, deletion: str | None) -> dict[str, Any
     """Train and keep the weights."""
     started = time.perf_counter()
     model, found = task.trained(0 if deletion is None else GOLD_SEED, deletion)
-    store.save_weights(f"original-{task.name}" if deletion is None else f"gold-{task.name}-{deletion}", model)
+    store.save_weights(f"train-{task.name}" if deletion is None else f"gold-{task.name}-{deletion}", model)
     how = task.scale.training[task.name]
     return {
         "kind": "training",
@@ -147,24 +143,19 @@ def _cell(
         share = 2.0 if deletion == "random50" and algorithm in {"salun", "agu", "sragu"} else 1.0
         expected = CELL_MINUTES[task] * (ALGORITHM_COST[algorithm] if task == "resnet18" else 1.0) * share
     make = partial(cell, spec=spec, job=key)
-    return Job(key=key, task=task, minutes=expected, needs=(f"train-{task}",), make=make)
+    return Job(key=key, task=task, minutes=expected, needs=_networks(task, deletion), make=make)
+
+
+def _networks(task: str, deletion: str) -> tuple[str, ...]:
+    """Jobs that train what a deletion's runs start from and are held against."""
+    return (f"train-{task}", *([f"gold-{task}-{deletion}"] if (task, deletion) in GOLDS else []))
 
 
 def _published(name: str) -> Job:
     setting = next(p for p in PUBLISHED if p.name == name)
     key, minutes = f"published-{name}", 1.5 if setting.task == "resnet18" else 0.7
     make = partial(published, setting=setting, job=key)
-    return Job(key=key, task=setting.task, minutes=minutes, needs=(f"train-{setting.task}",), make=make)
-
-
-def _audit(task: str, deletion: str, algorithms: Sequence[str], minutes: float) -> Job:
-    needs = (f"train-{task}", f"gold-{task}-{deletion}")
-    cells = [f"cell-{Cell(task=task, deletion=deletion, algorithm=a).key}" for a in algorithms]
-    settings = [f"published-{p.name}" for p in PUBLISHED if (p.task, p.deletion) == (task, deletion)]
-    make = partial(audited, deletion=deletion)
-    return Job(
-        key=f"audit-{task}-{deletion}", task=task, minutes=minutes, needs=needs, make=make, after=(*cells, *settings)
-    )
+    return Job(key=key, task=setting.task, minutes=minutes, needs=_networks(setting.task, setting.deletion), make=make)
 
 
 def _speed(part: str) -> Job:
@@ -198,12 +189,12 @@ def work(
     tasks: dict[str, Task] = {}
     finished = []
     for job in wanted:
-        if store.done(job.key):
+        asked_for = any(job.key in other.needs and not store.done(other.key) for other in wanted)
+        if store.ready(job.key) if asked_for else store.done(job.key):
             continue
         expected = (job.minutes if scale.name == "full" else SMALL_MINUTES) * store.pace()
         left = minutes - (time.perf_counter() - begun) / 60
-        missing = [need for need in job.needs if not store.done(need)]
-        missing += [other for other in job.after if not (store.done(other) or store.failed(other))]
+        missing = [need for need in job.needs if not store.ready(need)]
         reason = ""
         if store.failed(job.key) and not retry:
             reason = "failed before"
@@ -253,6 +244,7 @@ def main() -> None:
         return
     quiet()
     store = Store(options.folder, options.scale, torch.device(options.device))
+    store.unpack()
     work(
         store,
         SCALES[options.scale],

@@ -48,7 +48,7 @@ def median(function: Callable[[], Any], device: torch.device, repeats: int) -> f
 
 def subject(store: Store, task: Task, *, dtype: torch.dtype | None = None) -> UnlearningProblem:
     """The trained network, asked to forget a random tenth."""
-    model = store.load_weights(f"original-{task.name}", task.build(0))
+    model = store.load_weights(f"train-{task.name}", task.build(0))
     sets = task.sets("random10")
     if dtype is None:
         return problem_of(model, task, sets)
@@ -197,7 +197,7 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
 
 def exponents(store: Store, task: Task) -> dict[str, Any]:
     """Heavy-tailed exponents of every layer on the device, on the CPU, and by weightwatcher."""
-    model = store.load_weights(f"original-{task.name}", task.build(0))
+    model = store.load_weights(f"train-{task.name}", task.build(0))
     device, host = store.device, torch.device("cpu")
     repeats = min(3, task.scale.repeats)
     rows: dict[str, Any] = {"kind": "exponents"}

@@ -54,6 +54,10 @@ class Store:
         """Whether a job has left its result."""
         return self._job(job).exists()
 
+    def ready(self, job: str) -> bool:
+        """Whether it has left its result and, if it trains a network, that one is still there."""
+        return self.done(job) and (self.result(job)["result"]["kind"] != "training" or self._weights(job).exists())
+
     def failed(self, job: str) -> bool:
         """Whether it has left an error instead."""
         return self._failure(job).exists()
@@ -105,6 +109,17 @@ class Store:
             else:
                 path.unlink(missing_ok=True)
 
+    def unpack(self) -> None:
+        """Take up what `pack` gathered where the files it was gathered from are gone."""
+        for kind, name in (("jobs", "results"), ("predictions", "predictions")):
+            path = self.folder / f"{name}.json"
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            for key, value in found.items():
+                place = self.folder / kind / f"{key}.json"
+                if not place.exists():
+                    # Predictions in the very text that was hashed.
+                    write_atomically(place, canonical(value) if kind == "predictions" else dumps(value) + "\n")
+
     # ------------------------------------------------------------------ predictions
 
     def predicted(self, job: str, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -128,10 +143,6 @@ class Store:
 
     # ------------------------------------------------------------------ weights
 
-    def has_weights(self, name: str) -> bool:
-        """Whether a model is there."""
-        return self._weights(name).exists()
-
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Keep a model's parameters and buffers as plain arrays."""
         arrays = {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
@@ -153,10 +164,6 @@ class Store:
         with np.load(self._weights(name), allow_pickle=False) as arrays:
             model.load_state_dict({key: torch.from_numpy(arrays[key]) for key in arrays.files})
         return model.to(self.device).eval()
-
-    def weights(self, beginning: str) -> list[str]:
-        """Names of the models that begin so."""
-        return sorted(path.stem for path in (self.folder / "weights").glob(f"{beginning}*.npz"))
 
     # ------------------------------------------------------------------
 

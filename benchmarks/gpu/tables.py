@@ -77,7 +77,7 @@ def write(folder: str | Path, page: str | Path) -> Path:
         _quality(cells, predictions, names),
         _cells(cells, predictions),
         _published(kinds.get("published", {})),
-        *(_audit(entry["result"], names) for entry in kinds.get("audit", {}).values()),
+        *_audits({**cells, **{key: entry["result"] for key, entry in kinds.get("published", {}).items()}}, names),
         _cost(cells, kinds.get("published", {}), kinds.get("predictions", {})),
         _speed(kinds),
         _order(results, predictions),
@@ -237,6 +237,23 @@ def _published(entries: dict[str, Any]) -> str:
         notes.append(f"- {r['name']}: {r['source']}. {r['differs']}.")
     columns = ("setting", "step size", "steps", "predicted", "critical step size", "published", "here")
     return "\n\n".join(["## Published settings", _table(columns, rows), "\n".join(notes)])
+
+
+def _audits(found: dict[str, dict[str, Any]], names: dict[str, str]) -> Iterator[str]:
+    """A table for each deletion with a retrained network."""
+    by_deletion: dict[tuple[str, ...], dict[str, Any]] = {}
+    for key, result in found.items():
+        if not result.get("audit"):
+            continue
+        place = tuple(result.get("cell", result)[name] for name in ("task", "deletion"))
+        audit = result["audit"]
+        told = by_deletion.setdefault(place, {**audit, "models": {}})
+        # Every audit has the original and the retrained network of its own call, which are the same up to rounding.
+        told["models"] |= {name: entry for name, entry in audit["models"].items() if name != "unlearned"}
+        name = key.removeprefix(f"cell-{place[0]}-{place[1]}-")
+        told["models"][name] = audit["models"]["unlearned"]
+    for (task, deletion), told in by_deletion.items():
+        yield _audit({**told, "task": task, "deletion": deletion}, names)
 
 
 def _audit(found: dict[str, Any], names: dict[str, str]) -> str:

@@ -37,6 +37,11 @@ EPOCH = (
 FORGET_EPOCH = -(-CIFAR_FORGET // PUBLISHED_BATCH)
 ADAM_LR = 1e-5  # open-unlearning's AdamW
 ADAM_EPOCHS, ADAM_BATCH = 10, 32
+GOLDS = (
+    ("resnet18", "random10"),
+    ("resnet18", "class"),
+    ("resnet18", "random50"),
+)  # deletions with a retrained network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +110,11 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
         job: Name of the job, under which the predictions are kept.
 
     Returns:
-        Every run beside what was said of it, the boundaries, and the run at the advised step size, whose weights are kept.
+        Every run beside what was said of it, the boundaries, and the run at the advised step size, with its audit where
+        there is a retrained network.
     """
     scale = task.scale
-    model = store.load_weights(f"original-{spec.task}", task.build(0))
+    model = store.load_weights(f"train-{spec.task}", task.build(0))
     sets = task.sets(spec.deletion)
     algorithm = _algorithm(spec, scale)
     said, mark = store.predicted(job, lambda: _predict_cell(model, task, sets, spec, algorithm))
@@ -135,8 +141,6 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
         })
     advised = algorithm.replace(lr=said["advised_lr"])
     safe, result = bench.kept(advised, scale.seeds[0])
-    if not result.diverged:
-        store.save_weights(f"unlearned-{spec.key}", result.model)
     return {
         "kind": "cell",
         "cell": asdict(spec),
@@ -145,6 +149,7 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
         "settings": settings,
         "boundaries": boundaries,
         "advised": {"lr": advised.lr, "mix": advised.mix, **safe},
+        "audit": _audited(store, task, spec.deletion, problem, result),
         "steps": algorithm.steps,
         "seeds": list(scale.seeds),
         "seconds": {
@@ -449,7 +454,7 @@ def published(store: Store, task: Task, setting: Published, job: str) -> dict[st
         What was said, what was published and what happened.
     """
     scale = task.scale
-    model = store.load_weights(f"original-{setting.task}", task.build(0))
+    model = store.load_weights(f"train-{setting.task}", task.build(0))
     sets = task.sets(setting.deletion)
     problem = problem_of(model, task, sets)
     algorithm = _shortened(setting.make(problem), problem, scale)
@@ -480,11 +485,11 @@ def published(store: Store, task: Task, setting: Published, job: str) -> dict[st
     said, mark = store.predicted(job, make)
     bench = _Runs(store, problem, algorithm.step_preconditioner(problem), scale.watched)
     done, result = bench.kept(algorithm, 0)
-    if not result.diverged:
-        store.save_weights(f"unlearned-{setting.task}-{setting.deletion}-published-{setting.name}", result.model)
     return {
         "kind": "published",
         "name": setting.name,
+        "task": setting.task,
+        "deletion": setting.deletion,
         "algorithm": algorithm.name,
         "settings": algorithm.settings(),
         "outcome": setting.outcome,
@@ -494,6 +499,7 @@ def published(store: Store, task: Task, setting: Published, job: str) -> dict[st
         "first_run": bench.first,
         "said": {key: said[key] for key in ("verdict", "probability", "divergence_step", "critical_lr", "mechanism")},
         "run": done,
+        "audit": _audited(store, task, setting.deletion, problem, result),
         "seconds": {"predict": said["seconds"]["predict"], "run": done["seconds"]},
         "gradients": {"predict": said["gradients"], "run": result.gradient_equivalents},
     }
@@ -511,29 +517,18 @@ def _shortened(algorithm: Algorithm, problem: UnlearningProblem, scale: Scale) -
 # ---------------------------------------------------------------------- audits
 
 
-def audited(store: Store, task: Task, deletion: str) -> dict[str, Any]:
-    """Every model that a deletion's jobs left beside the original and the retrained one, from one pass of each.
+def _audited(
+    store: Store, task: Task, deletion: str, problem: UnlearningProblem, result: RunResult
+) -> dict[str, Any] | None:
+    """FA, RA, TA, MIA, average gap and KL of what a run left, beside the original and the retrained network.
 
-    Args:
-        store: Where the models lie.
-        task: Their task.
-        deletion: The deletion.
-
-    Returns:
-        FA, RA, TA, MIA, average gap and KL of each, by name.
+    None where there is no retrained network or the run diverged.
     """
-    model = store.load_weights(f"original-{task.name}", task.build(0))
-    problem = problem_of(model, task, task.sets(deletion))
-    beginning = f"unlearned-{task.name}-{deletion}-"
-    models = {
-        name.removeprefix(beginning): store.load_weights(name, task.build(0)) for name in store.weights(beginning)
-    }
+    if (task.name, deletion) not in GOLDS or result.diverged:
+        return None
     gold = store.load_weights(f"gold-{task.name}-{deletion}", task.build(0))
-    found = audit(problem, models, gold=gold, attacks=[ATTACK], replicates=task.scale.replicates)
+    found = audit(problem, {"unlearned": result.model}, gold=gold, attacks=[ATTACK], replicates=task.scale.replicates)
     return {
-        "kind": "audit",
-        "task": task.name,
-        "deletion": deletion,
         "sizes": list(found.sizes),
         "attack": ATTACK,
         "models": {entry.name: measured(entry) for entry in found.models},
