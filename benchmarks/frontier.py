@@ -88,8 +88,12 @@ def whole(key: str, steps: int) -> dict[str, Any]:
     algorithm = GradDiff(lr=1e-3, mix=0.1, steps=steps, batch_size=64)  # holds, so that the run takes all its steps
     data = (trained.model, forget, retain)
     _, predicting = timed(lambda: stabkit.predict(*data, algorithm=algorithm, mode="standard"))
-    report, lean = timed(lambda: stabkit.predict(*data, algorithm=algorithm, spectrum_samples=SPECTRUM_SAMPLES))
+    report, lean = timed(
+        lambda: stabkit.predict(*data, algorithm=algorithm, mode="standard", spectrum_samples=SPECTRUM_SAMPLES)
+    )
     found, mapping = timed(lambda: report.frontier())
+    fast, fast_predicting = timed(lambda: stabkit.predict(*data, algorithm=algorithm, mode="fast"))
+    _, fast_mapping = timed(lambda: fast.frontier())
     problem = UnlearningProblem(*data)
     _, linearising = timed(lambda: linearise(problem, Identity()))  # as `predict` does
     ran, real = timed(lambda: stabkit.run(problem, algorithm, seed=0))
@@ -105,6 +109,8 @@ def whole(key: str, steps: int) -> dict[str, Any]:
         "lean_predict_seconds": lean,
         "linearisation_seconds": linearising,
         "map_seconds": mapping,
+        "fast_predict_seconds": fast_predicting,
+        "fast_map_seconds": fast_mapping,
         "run_seconds": real,
     }
 

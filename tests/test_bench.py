@@ -111,6 +111,19 @@ def test_a_cell_is_predicted_and_run_at_every_setting(quick):
     assert again.records == quick.records
 
 
+def test_an_algorithm_with_a_mix_of_its_own_is_run_at_that(monkeypatch):
+    from stabkit.bench import records
+
+    monkeypatch.setattr(records, "HALVINGS", 1)
+    (cell,) = (c for c in bench.CELLS if c.key == "adult-tabular-random10-ga")
+    found = bench.record_cell(replace(cell, dataset="digits", model="mlp", steps=20), 0)
+    assert [r.mix for r in found.records] == [1.0] * records.POINTS
+    assert len({r.lr for r in found.records}) == records.POINTS
+    assert [b.mix for b in found.boundaries] == [1.0]
+    assert {r.diverged for r in found.records} == {True, False}
+    assert 0.3 < bench.boundary_ratios(found, "staged")[0] < 3
+
+
 def test_scores_are_those_of_the_definitions():
     records = [
         record(0.1, 0.5, 0.1, False, growth=1.0, again=True),

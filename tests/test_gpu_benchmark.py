@@ -166,7 +166,9 @@ def test_what_was_gathered_is_gone_on_from_and_lost_networks_are_trained_anew(fo
     store, said = Store(tmp_path, "small", CPU), []
     store.unpack()
     key = "cell-resnet18-random10-ga"
-    assert (tmp_path / "predictions" / f"{key}.json").read_text() == (folder / "predictions" / f"{key}.json").read_text()
+    assert (tmp_path / "predictions" / f"{key}.json").read_text() == (
+        folder / "predictions" / f"{key}.json"
+    ).read_text()
     assert store.result(key) == Store(folder, "small", CPU).result(key)
     networks = ["train-resnet18", "gold-resnet18-random10"]
     kept = chosen(*networks, key)

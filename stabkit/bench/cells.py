@@ -162,6 +162,7 @@ CELLS: tuple[Cell, ...] = (
         for deletion in ("random10", "class")
         for algorithm in ("agu", "sragu", "salun", "sfr_on")
     ),
+    *(Cell(dataset="digits", model="cnn", deletion=deletion, algorithm="ga") for deletion in ("random10", "class")),
     Cell(dataset="digits", model="resnet", deletion="random10", algorithm="graddiff"),
     *(
         Cell(dataset="digits", model="vit", deletion=deletion, algorithm="graddiff")
@@ -172,6 +173,7 @@ CELLS: tuple[Cell, ...] = (
         for deletion in ("random10", "influence")
         for algorithm in ("graddiff", "agu")
     ),
+    Cell(dataset="adult", model="tabular", deletion="random10", algorithm="ga"),
     Cell(dataset="adult", model="tabular", deletion="mislabelled", algorithm="graddiff"),
     *(
         Cell(dataset="mnist", model="cnn", deletion=deletion, algorithm="graddiff")

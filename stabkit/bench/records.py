@@ -144,13 +144,12 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
     Args:
         cell: The cell.
         seed: Seed of everything.
-        quick: Whether to take four step sizes, two mixes and no halving.
+        quick: Whether to take four step sizes, two mixes and no halving. An algorithm whose mix is its own has that alone.
 
     Returns:
         The records. Cost: training, staged rollouts of every seed at each setting, 50, and 15 more at the boundaries, and
         two real runs at as many; 8 settings and none more if quick.
     """
-    mixes = MIXES[1:4:2] if quick else MIXES
     with preserved_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", StabkitWarning)
         trained, deletion = prepared(cell, seed)
@@ -158,6 +157,7 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         forget, retain = ((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
         problem = UnlearningProblem(trained.model, forget, retain, loss=trained.loss)
         at = _Bench(problem, _algorithm(cell, problem), seed)
+        mixes = (at.algorithm.mix,) if at.algorithm.fixed_mix else MIXES[1:4:2] if quick else MIXES
         lrs = _grid(at.measurement, at.batch_sizes, mixes, 4 if quick else POINTS)
         settings = [(i, j) for i in range(len(lrs)) for j in range(len(mixes))]
         start = time.process_time()
@@ -248,7 +248,7 @@ class _Bench:
         found = staged_rollout(
             self.measurement.problem,
             self.measurement.network,
-            self.algorithm.replace(lr=lr, mix=mix),
+            _set(self.algorithm, mix).replace(lr=lr),
             batch_sizes=self.batch_sizes,
             seeds=ROLLOUT_SEEDS,
         )
@@ -267,7 +267,7 @@ class _Bench:
 
     def _run(self, lr: float, mix: float, first_seed: int) -> RunResult:
         start = time.process_time()
-        changed = self.algorithm.replace(lr=lr, mix=mix)
+        changed = _set(self.algorithm, mix).replace(lr=lr)
         result = run(
             self.problem,
             changed,
@@ -313,9 +313,13 @@ def _said(rolled: Rollout) -> list[Prediction]:
 def _algorithm(cell: Cell, problem: UnlearningProblem) -> Algorithm:
     """The cell's algorithm, its batches no larger than the sets."""
     batch = min(BATCH, problem.retain.size)
-    return resolve_algorithm(
-        cell.algorithm, mix=MIXES[1], steps=cell.steps, batch_size=batch, momentum=cell.momentum or None
-    )
+    plain = resolve_algorithm(cell.algorithm, steps=cell.steps, batch_size=batch, momentum=cell.momentum or None)
+    return _set(plain, MIXES[1])
+
+
+def _set(algorithm: Algorithm, mix: float) -> Algorithm:
+    """The algorithm at a mix, where that is one's to choose."""
+    return algorithm if algorithm.fixed_mix else algorithm.replace(mix=mix)
 
 
 def _grid(measurement: Measurement, batch_sizes: tuple[int, int], mixes: tuple[float, ...], points: int) -> list[float]:
@@ -325,7 +329,7 @@ def _grid(measurement: Measurement, batch_sizes: tuple[int, int], mixes: tuple[f
     edges = [
         critical_lr(
             measurement.network,
-            algorithm.replace(mix=mix),
+            _set(algorithm, mix),
             batch_sizes=batch_sizes,
             seeds=ROLLOUT_SEEDS[:1],
             guess=guess,
