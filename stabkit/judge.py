@@ -170,10 +170,11 @@ def _verdict_by(
         return _VerdictBy(rollout=rolled, mix=mix)
     batch_sizes = algorithm.batch_sizes(problem)
     found = staged_rollout(problem, network, algorithm, batch_sizes=batch_sizes, seeds=seeds, progress=progress)
-    guess = min(mix.value, 1.0)
-    staged_mix, spent = staged_critical_mix(
-        problem, network, algorithm, batch_sizes=batch_sizes, seed=seeds[0], guess=guess
-    )
+    staged_mix, spent = mix, 0.0
+    if not algorithm.fixed_mix:
+        staged_mix, spent = staged_critical_mix(
+            problem, network, algorithm, batch_sizes=batch_sizes, seed=seeds[0], guess=min(mix.value, 1.0)
+        )
     return _VerdictBy(
         rollout=found.rollout,
         mix=staged_mix,

@@ -299,7 +299,7 @@ def test_a_prediction_in_too_few_directions_says_so(digits_mlp, class_deletion):
 
 def test_a_prediction_that_depends_on_its_size_says_so(digits_mlp, random_deletion):
     """Near the boundary a few samples of each set say another thing than more of them; all of them leave nothing to ask."""
-    settings = {**QUICK, "rank": 40, "lr": 0.45, "mix": 0.3}
+    settings = {**QUICK, "rank": 40, "lr": 0.45, "mix": 0.3, "mode": "standard"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stabkit.StabkitWarning)
         few = stabkit.predict(digits_mlp, *random_deletion, **{**settings, "retain_samples": 40, "forget_samples": 20})

@@ -80,7 +80,7 @@ def test_an_adapter_that_begins_at_zero_is_not_trusted_to_one_linearisation(adap
         assert real == [diverges, diverges]
         thorough = stabkit.predict(adapted, forget, retain, lr=lr, mode="thorough", **asked)
         assert (thorough.verdict == "diverges") == diverges
-        reports[lr] = stabkit.predict(adapted, forget, retain, lr=lr, **asked)
+        reports[lr] = stabkit.predict(adapted, forget, retain, lr=lr, mode="standard", **asked)
         assert reports[lr].verdict == "stable"  # one linearisation does not see it
     assert dormant_check(reports[0.3]).passed
     assert not dormant_check(reports[4.0]).passed
@@ -99,7 +99,7 @@ def test_tensors_that_stay_dormant_are_nobodys_concern(points):
         def forward(self, x):
             return self.layer(x)
 
-    report = stabkit.predict(fitted(Spare(), points), *halves(points), lr=0.01, steps=10)
+    report = stabkit.predict(fitted(Spare(), points), *halves(points), lr=0.01, steps=10, mode="standard")
     assert dormant_check(report).value == 0
 
 
