@@ -19,6 +19,14 @@ class UntrainedModelWarning(StabkitWarning):
     """The model already does no better than a constant on the retain set."""
 
 
+class OverlapWarning(StabkitWarning):
+    """Most forget samples seem to be in the retain set too."""
+
+
+class ProbabilityWarning(StabkitWarning):
+    """The model seems to return probabilities where the loss takes logits."""
+
+
 class LowConfidenceWarning(StabkitWarning):
     """A number was computed but should not be trusted far; the message says why."""
 

@@ -197,8 +197,13 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        IsADirectoryError: If the path is a folder.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"`path` must name a file; got the folder {os.fspath(path)!r}. Add a file name.")
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:

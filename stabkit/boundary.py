@@ -37,7 +37,8 @@ STAGED_HALVINGS = 3
 class CriticalValue:
     """First value of one setting at which a run is predicted to diverge, the others held fixed.
 
-    Found by a scan and refinement, not by bisection: nothing says that divergence is monotone in a setting.
+    Of one linearisation it is found by a scan and refinement, as nothing says that divergence is monotone in a setting; by
+    staged rollouts of one seed, by halving between two settings, and then `low` and `high` are these and no spread of seeds.
 
     Attributes:
         value: Where P(diverge) first passes one half; the upper end of the scan (`found` false) if it never does.
@@ -45,7 +46,7 @@ class CriticalValue:
             scan's lower end where a seed crosses even there, and its upper end where none crosses.
         high: First crossing of the latest seed: the upper end of the seeds' spread, and of the scan if one never crosses.
         found: Whether P(diverge) passed one half anywhere in the scan.
-        scanned: Lower and upper end of the scan.
+        scanned: Lower and upper end of the scan; both the algorithm's own value where it cannot be chosen.
     """
 
     value: float

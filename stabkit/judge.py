@@ -27,8 +27,9 @@ from stabkit.boundary import (
 from stabkit.calibration import calibration
 from stabkit.cause import find_cause, linearisation_errors
 from stabkit.checks import change_checks, trust_checks, warn_if_unsure
+from stabkit.curvature import SampleFactors
 from stabkit.curvature.dormant import SAMPLES
-from stabkit.measure import Measurement
+from stabkit.measure import FEWEST_SAMPLES, THEORY_ROWS, Measurement
 from stabkit.precision import arithmetic
 from stabkit.problem import UnlearningProblem
 from stabkit.recommendations import Recommendations
@@ -92,7 +93,17 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         limits = _limits(measurement, batch_sizes, seeds)
         spent = limits.staged
     lr_detail, thresholds = limits.lr, _thresholds(measurement, batch_sizes, limits)
-    mix_detail = critical_mix(network, algorithm, batch_sizes=batch_sizes, seeds=seeds)
+    mix_detail = (
+        CriticalValue(
+            value=algorithm.mix,
+            low=algorithm.mix,
+            high=algorithm.mix,
+            found=False,
+            scanned=(algorithm.mix, algorithm.mix),
+        )
+        if algorithm.fixed_mix
+        else critical_mix(network, algorithm, batch_sizes=batch_sizes, seeds=seeds)
+    )
     theory = Cost(
         stage="rollouts and theory",
         seconds=time.perf_counter() - start - spent.seconds,
@@ -287,8 +298,8 @@ def _run(measurement: Measurement, batch_sizes: tuple[int, int], seed: int) -> R
 
 def _dynamics(measurement: Measurement, batch_sizes: tuple[int, int]) -> stability.LinearDynamics:
     return stability.LinearDynamics(
-        retain=measurement.retain,
-        forget=measurement.forget,
+        retain=_light(measurement.retain),
+        forget=_light(measurement.forget),
         mix=measurement.algorithm.mix,
         batch_sizes=batch_sizes,
         sampling=measurement.algorithm.sampling,
@@ -296,6 +307,11 @@ def _dynamics(measurement: Measurement, batch_sizes: tuple[int, int]) -> stabili
         metric=measurement.network.metric.cpu(),
         anchor=measurement.network.anchor.cpu(),
     )
+
+
+def _light(part: SampleFactors) -> SampleFactors:
+    """Fewer samples where each has much curvature, as texts have: what the theory's maps cost grows with both."""
+    return part.thin(max(FEWEST_SAMPLES, THEORY_ROWS // part.factors.shape[1]))
 
 
 def _step_limit(measurement: Measurement) -> float:

@@ -350,9 +350,14 @@ class CrossEntropy(Loss):
         low, high = int(used.min()), int(used.max())
         if low < 0 or high >= classes:
             bad = low if low < 0 else high
+            remedy = f"Relabel the classes, or use {IGNORE_INDEX} for positions to ignore."
+            if classes == 1:
+                remedy = (
+                    "One output is no choice of classes: give the model two, or float targets and a loss such as "
+                    "torch.nn.BCEWithLogitsLoss(reduction='none')."
+                )
             raise ValueError(
-                f"targets of `{name}` must be in [0, {classes - 1}], as the model has {classes} outputs; got {bad}. "
-                f"Relabel the classes, or use {IGNORE_INDEX} for positions to ignore."
+                f"targets of `{name}` must be in [0, {classes - 1}], as the model has {classes} outputs; got {bad}. {remedy}"
             )
 
     def _positions(self, outputs: Tensor, targets: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -607,7 +612,8 @@ class CustomLoss(Loss):
             The smallest mean loss reached.
 
         Raises:
-            ValueError: If the search leaves the numbers, or falls without end.
+            RuntimeError: If the loss fails on a constant output.
+            ValueError: If the search leaves the numbers or falls without end, or the loss has no second derivative.
         """
         data = targets.double() if targets.is_floating_point() else targets
         shape = outputs.shape[1:]
@@ -617,7 +623,15 @@ class CustomLoss(Loss):
 
         first = outputs.detach().double().mean(0).reshape(-1)
         start = float(mean_loss(first))
-        level = _minimum(mean_loss, first)
+        try:
+            level = _minimum(mean_loss, first)
+        except RuntimeError as error:  # a NotImplementedError is one
+            if "derivative for" not in str(error):
+                raise
+            raise ValueError(
+                f"`loss` must be differentiable twice; got {self.name!r}, of which PyTorch has no second derivative "
+                f"({error}). Write it with operations that have one."
+            ) from error
         if not math.isfinite(level) or level < start - UNBOUNDED * (1 + abs(start)):
             raise ValueError(
                 f"`loss` must have a smallest mean over constant outputs, as divergence is measured against it; that of "

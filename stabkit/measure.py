@@ -28,7 +28,9 @@ from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost, LayerGate
 from stabkit.spectrum import Eigenpairs, extreme_eigenpairs
 
-COHERENCE_SAMPLES = 256  # of each set
+COHERENCE_SAMPLES = 256  # of each set, and fewer where their factors have more rows in all than the next number
+COHERENCE_ROWS, THEORY_ROWS, FEWEST_SAMPLES = 2**12, 2**14, 16
+MOST_DIRECTIONS = 400  # of a rank that is found: what the theory's maps cost grows with its square
 # Settings that no measurement depends on.
 FREE_SETTINGS = frozenset({
     "lr",
@@ -168,6 +170,7 @@ def measure(
         the linearised ones, and what the preconditioner takes.
 
     Raises:
+        RuntimeError: If the model fails otherwise.
         ValueError: If the model or the loss is not differentiable twice.
     """
     with arithmetic(settings.precision):
@@ -175,8 +178,8 @@ def measure(
         reuse = reuse if reuse and reuse.problem is read else None
         try:
             return _measured(read, algorithm, settings, reuse, progress=progress)
-        except NotImplementedError as error:
-            if "derivative" not in str(error) and "Sparse" not in str(error):
+        except RuntimeError as error:  # a NotImplementedError is one
+            if "derivative for" not in str(error) and "Sparse" not in str(error):
                 raise
             raise ValueError(
                 f"`model` and `loss` of `predict` must be differentiable twice; got {problem.model_name} with loss "
@@ -226,6 +229,7 @@ def _measured(
             problem,
             preconditioner,
             rank=settings.rank,
+            max_rank=MOST_DIRECTIONS,
             retain_samples=settings.retain_samples,
             forget_samples=settings.forget_samples,
             batch_sizes=algorithm.batch_sizes(problem) if problem.batchnorm == "batch" else None,
@@ -238,9 +242,8 @@ def _measured(
     next(stages)
     start = time.perf_counter()
     retain, forget = network.retain.factors(network.loss), network.forget.factors(network.loss)
-    alignment = coherence(
-        retain.thin(COHERENCE_SAMPLES), forget.thin(COHERENCE_SAMPLES), mix=algorithm.mix, seed=settings.seed
-    )
+    few = min(COHERENCE_SAMPLES, max(FEWEST_SAMPLES, COHERENCE_ROWS // retain.factors.shape[1]))
+    alignment = coherence(retain.thin(few), forget.thin(few), mix=algorithm.mix, seed=settings.seed)
     costs.append(Cost(stage="coherence", seconds=time.perf_counter() - start, gradient_equivalents=0.0))
 
     next(stages)

@@ -12,14 +12,24 @@ from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import Algorithm
 from stabkit.curvature import linearisation_cost
-from stabkit.measure import MeasureSettings
+from stabkit.measure import (
+    COHERENCE_ROWS,
+    COHERENCE_SAMPLES,
+    FEWEST_SAMPLES,
+    MOST_DIRECTIONS,
+    THEORY_ROWS,
+    MeasureSettings,
+)
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost
+from stabkit.runner import CHECK_EVERY, check_steps
 
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 27  # that the two extreme eigenpairs take, with the two quotients; typical, not a bound
 # Of the run's gradients, what a staged rollout of one seed takes on average over the benchmark's grids (verify.md there).
 TYPICAL_SHARE = 0.3
+# Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
+ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 3e10
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
 # Gradients times parameters up to which "auto" is thorough without being asked: a minute or two of one core. Own choice.
 SMALL_WORK = 2e10
@@ -71,8 +81,9 @@ class CostEstimate(Shown):
 
     Attributes:
         mode: The mode.
-        stages: Gradient-equivalents and seconds of every stage. Spectrum and staged rollouts are typical figures: how many
-            products and stages they take is known only afterwards.
+        stages: Gradient-equivalents and seconds of every stage. Typical figures: how many products, stages and settings
+            they take is known only afterwards. Seconds of the work that no gradient is in, on what has been linearised, are
+            of one CPU core.
         run: The same for the run that the prediction is about.
         memory_bytes: What the linearisation holds: its basis, features and one batch of parameter-sized vectors.
     """
@@ -152,12 +163,24 @@ def estimate_cost(
         size if settings.spectrum_samples is None else min(settings.spectrum_samples, size)
         for size in (problem.retain.size, problem.forget.size)
     )
-    rank, coupled = settings.rank or 100, problem.batchnorm == "batch"
+    rank, coupled = settings.rank or MOST_DIRECTIONS, problem.batchnorm == "batch"
     gradients = {
         "preconditioner": algorithm.preconditioner_cost(problem),
         "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
         "linearisation": linearisation_cost(sum(held), outputs, rank, coupled=coupled),
+        "coherence": 0.0,
         "rollouts and theory": sum(held) / 3,
+    }
+    # Work of these two that is none of the network's.
+    curvature_rows = min(outputs, rank)  # of a sample's factor
+    compared = min(COHERENCE_SAMPLES, max(FEWEST_SAMPLES, COHERENCE_ROWS // curvature_rows))
+    kept = sum(min(size, max(FEWEST_SAMPLES, THEORY_ROWS // curvature_rows)) for size in held)
+    rolled = algorithm.steps * 4 * sum(algorithm.batch_sizes(problem))
+    rolled += len(check_steps(algorithm.steps, CHECK_EVERY)) * 2 * sum(held)
+    operations = {
+        "coherence": 2 * rank * (sum(min(size, compared) for size in held) * curvature_rows) ** 2,
+        "rollouts and theory": THEORY_PRODUCTS * 6 * kept * curvature_rows * rank**2
+        + ROLLED_SETTINGS * seeds * outputs * rank * rolled,
     }
     if read.reading_gradients:
         gradients["reading"] = read.reading_gradients
@@ -170,7 +193,11 @@ def estimate_cost(
     return CostEstimate(
         mode=settings.mode,
         stages=tuple(
-            Cost(stage=name, seconds=count * each, gradient_equivalents=float(count))
+            Cost(
+                stage=name,
+                seconds=count * each + operations.get(name, 0.0) / OPERATIONS_A_SECOND,
+                gradient_equivalents=float(count),
+            )
             for name, count in gradients.items()
         ),
         run=Cost(stage=f"the run, {algorithm.steps} steps", seconds=run * each, gradient_equivalents=run),
@@ -280,12 +307,11 @@ def choose_settings(
         # Counted, not timed: the same call takes the same mode on every machine.
         work = cost("thorough", 0.0).gradient_equivalents * problem.size
         return wanted["thorough" if work <= SMALL_WORK else "standard"]
-    each, allowed = 0.0, _allowed(budget)
-    if isinstance(budget, str):
-        each = _seconds_per_gradient(problem)
-        allowed /= each
+    allowed, timed = _allowed(budget), isinstance(budget, str)
+    each = _seconds_per_gradient(problem) if timed else 0.0
     for name in ("thorough", "standard"):
-        if cost(name, each).gradient_equivalents <= allowed:
+        estimate = cost(name, each)
+        if (estimate.seconds if timed else estimate.gradient_equivalents) <= allowed:
             return wanted[name]
     return wanted["fast"]
 

@@ -77,7 +77,9 @@ def predict(
         weight_decay: γ >= 0, as in torch.optim.SGD.
         max_gradient_norm: Largest norm of a step's preconditioned gradient, which is scaled down to it.
         lr_schedule: "cosine", "warmup", or a factor for each step.
-        loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
+        loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses. A batch's loss is their plain mean:
+            a training loop that divides by something else, as class weights' sum or the labelled tokens of the batch, takes
+            steps of another length, to which `lr` must be scaled.
         batchnorm: "frozen": running statistics, in the prediction and in the run it is about. "batch": every batch by its
             own statistics, as in train mode, the running ones drifting along.
         curvature: Whose extreme eigenvalues to report, "hessian" or "ggn".

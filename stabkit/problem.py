@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stabkit._errors import UntrainedModelWarning, caller_level
+from stabkit._errors import OverlapWarning, ProbabilityWarning, UntrainedModelWarning, caller_level
 from stabkit._memory import is_out_of_memory
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice
@@ -36,6 +36,9 @@ Parameters = dict[str, Tensor]
 EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
+PROBES = 16  # samples that a check looks at
+MOVED, RECOMPUTED = 0.3, 1e-3  # how far parameters are moved for a check of gradients, and how far these may be off
+PROBABILITIES = 1e-4  # how far from 1 the sum of outputs may be that are probabilities
 COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
 
 
@@ -93,8 +96,8 @@ class UnlearningProblem:
             TypeError: If the model is not a module or cannot be copied, or data or targets have a wrong type.
             RuntimeError: If it is made under torch.inference_mode().
             ValueError: If data are empty, overlapping, not finite or out of range, the model is not deterministic, couples
-                samples in eval mode or has no trainable parameter, a set has one sample where batches need two, or device or
-                dtype cannot be used.
+                samples in eval mode, computes again in its backward pass or has no trainable parameter, a set has one sample
+                where batches need two, or device or dtype cannot be used.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` of `UnlearningProblem` must be a torch.nn.Module; got {type(model).__name__}.")
@@ -485,6 +488,16 @@ class UnlearningProblem:
                 )
             self._check_finite(samples)
             self._check_outputs(samples)
+        self._check_backward()
+        twins = self.forget.twins(self.retain, PROBES)
+        if 2 * twins > min(PROBES, self.forget.size):
+            warnings.warn(
+                f"`forget` and `retain` should not overlap; of {min(PROBES, self.forget.size)} forget samples looked at, "
+                f"{twins} are in the retain set too, with the same target. Remove them there, unless they are meant as "
+                "duplicates: what is kept cannot be forgotten.",
+                OverlapWarning,
+                stacklevel=caller_level(),
+            )
         losses = self.losses(self.retain)
         outputs = self.outputs(self.parameters, self.retain.batch(torch.zeros(1, dtype=torch.int64))[0])
         self.divergence_level = self.loss.constant_level(outputs, self.retain.targets())
@@ -533,6 +546,15 @@ class UnlearningProblem:
                 f"`model` must return a row of outputs per sample; got shape {tuple(outputs.shape)} for "
                 f"{outputs.shape[0]} samples of `{samples.name}`. Return shape (m, 1), for instance without the squeeze."
             )
+        if type(self.loss) is CrossEntropy and samples is self.retain:
+            sums = outputs.sum(1)
+            if bool((outputs >= 0).all()) and bool(((sums - 1).abs() < PROBABILITIES).all()) and outputs.shape[1] > 1:
+                warnings.warn(
+                    "`model` seems to return probabilities, as its outputs are none below 0 and sum to 1, and cross-entropy "
+                    "takes the softmax of them once more. Return logits, unless it was trained this way.",
+                    ProbabilityWarning,
+                    stacklevel=caller_level(),
+                )
         losses = self.loss.per_sample(outputs, targets)
         if not bool(torch.isfinite(losses).all()):
             raise ValueError(
@@ -552,6 +574,60 @@ class UnlearningProblem:
                 f"`{samples.name}` alone differ by {float((alone - outputs[:1]).abs().max()):.3g}. Remove layers that mix "
                 "samples, such as normalisation by the batch's own mean."
             )
+
+    def _check_backward(self) -> None:
+        """Gradients at other parameters than θ*, which a module that computes again in its backward pass has wrong.
+
+        Such a module, as activation checkpointing makes one, finds θ* in its place by then: `functional_call` is over.
+
+        Raises:
+            RuntimeError: If memory runs out.
+            ValueError: If the model is one.
+        """
+        try:
+            ours, theirs = self._moved_gradients()
+        except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            return  # what cannot be computed there, or not differentiated at all, is said where it is needed
+        apart, size = ((part.square().sum().sqrt()) for part in (ours - theirs, theirs))
+        if float(apart) > RECOMPUTED * float(size):
+            raise ValueError(
+                "`model` must not compute again in its backward pass, as activation checkpointing does: gradients at other "
+                f"parameters than its own are off by {float(apart / size):.2g} of their size. Switch it off, as "
+                "`model.gradient_checkpointing_disable()` does on Hugging Face's models."
+            )
+
+    def _moved_gradients(self) -> tuple[Tensor, Tensor]:
+        """Loss gradients of a few samples away from θ*: through `outputs`, and of a copy that has its parameters there."""
+        inputs, targets = self.retain.batch(torch.arange(min(PROBES, self.retain.size)))
+        generator = torch.Generator().manual_seed(0)
+        moved = {
+            name: p + MOVED * (p.abs().mean() + 0.1 * MOVED) * torch.randn(p.shape, generator=generator).to(p)
+            for name, p in self.parameters.items()
+        }
+        copied = plain_copy(self._module).eval()
+        named = dict(copied.named_parameters())
+        for name, value in moved.items():
+            named[name].copy_(value)
+        positional, keywords = arguments(inputs)
+        with torch.enable_grad(), differentiable_attention():
+            leaves = {name: value.requires_grad_() for name, value in moved.items()}
+            calls = (
+                (self.outputs(leaves, inputs), leaves),
+                (output_tensor(copied(*positional, **keywords)), {name: named[name] for name in leaves}),
+            )
+            ours, theirs = (
+                torch.autograd.grad(
+                    self.loss.per_sample(outputs, targets).sum(),
+                    list(at.values()),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for outputs, at in calls
+            )
+        flat = [torch.cat([part.reshape(-1) for part in parts]) for parts in (ours, theirs)]
+        return flat[0], flat[1]
 
     def _first_outputs(self, inputs: Inputs, name: str) -> Tensor:
         """Outputs of a few samples; if the model cannot take them, an error that names the set and what to do."""

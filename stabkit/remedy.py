@@ -15,7 +15,7 @@ from stabkit.boundary import critical_lr
 from stabkit.calibration import calibration
 from stabkit.cause import layer_shares
 from stabkit.curvature import LinearisedNetwork, linearise
-from stabkit.measure import Measurement
+from stabkit.measure import MOST_DIRECTIONS, Measurement
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.recommendations import ParetoPoint, Recommendation, Recommendations
 from stabkit.rollout import Rollout, loss_scale, rollout
@@ -230,6 +230,7 @@ class _Search:
             self._problem,
             algorithm.step_preconditioner(self._problem.whole),
             rank=settings.rank,
+            max_rank=MOST_DIRECTIONS,
             retain_samples=settings.retain_samples,
             forget_samples=settings.forget_samples,
             batch_sizes=algorithm.batch_sizes(self._problem) if self._problem.batchnorm == "batch" else None,

@@ -121,7 +121,9 @@ def _limits(report: Report) -> Section:
     spread = "halved down to" if report.calibration.kind == "staged" else "seeds:"
     interval = f"; nine in ten: {number(report.critical_lr_interval[0])} to {number(report.critical_lr_interval[1])}"
     lr_note = f"{spread} {number(lr.low)} to {number(lr.high)}" if lr.found else f"none up to {number(lr.scanned[1])}"
-    mix_note = f"{spread} {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
+    mix_note = f"at this step size; {spread} {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
+    if mix.scanned[0] == mix.scanned[1]:  # one value is no scan
+        mix_note = f"{report.run.algorithm} has a mix of its own, {number(mix.value)}"
     return Section(
         title="Limits",
         rows=(
@@ -130,7 +132,7 @@ def _limits(report: Report) -> Section:
                 value=number(report.critical_lr),
                 note=f"at this mix; {lr_note}{interval if lr.found else ''}",
             ),
-            Row(label="critical mix", value=number(report.critical_mix), note=f"at this step size; {mix_note}"),
+            Row(label="critical mix", value=number(report.critical_mix), note=mix_note),
             Row(
                 label="divergence step",
                 value=number(report.divergence_step),

@@ -196,11 +196,45 @@ class Samples:
         common = self._identity.keys() & other._identity.keys()
         return sum(int(np.intersect1d(self._identity[key], other._identity[key]).size) for key in common)
 
+    def twins(self, other: Samples, count: int) -> int:
+        """How many of some samples the other set holds too, by value: all inputs and the target are the same numbers.
+
+        Args:
+            other: The other set.
+            count: Samples of this one to look for, spread evenly; all where there are fewer.
+
+        Returns:
+            How many of them were found. Cost: reading the other set once.
+        """
+        rows = torch.linspace(0, self.size - 1, min(count, self.size)).long()
+        wanted = _flat(*self.batch(rows))
+        found = torch.zeros(len(rows), dtype=torch.bool)
+        for inputs, targets in other.batches(4096):
+            held = _flat(inputs, targets)
+            if [part.shape[1:] for part in held] != [part.shape[1:] for part in wanted]:
+                return 0
+            for place, one in enumerate(zip(*wanted, strict=True)):
+                same = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+                for part, row in zip(held, one, strict=True):
+                    # Few rows agree in one number, and those alone are compared in full.
+                    middle = part.shape[1] // 2
+                    same &= part[:, middle] == row[middle]
+                    chosen = same.nonzero().flatten()
+                    same[chosen] = (part[chosen] == row).all(1)
+                found[place] |= bool(same.any())
+        return int(found.sum())
+
     def _place(self, tensor: Tensor) -> Tensor:
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
         if dtype in {torch.int32, torch.int16, torch.int8, torch.uint8} and tensor.dtype == dtype:
             dtype = torch.int64
         return tensor.to(self.device, dtype)
+
+
+def _flat(inputs: Inputs, targets: Tensor) -> list[Tensor]:
+    """Inputs and targets with one row of numbers a sample, (b, k) each; parts without numbers are left out."""
+    parts = [part.reshape(part.shape[0], -1) for part in (*tensors_of(inputs), targets)]
+    return [part for part in parts if part.shape[1]]
 
 
 def as_samples(data: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
@@ -257,6 +291,8 @@ def _is_pair(data: Any) -> bool:
     if not isinstance(data, tuple) or len(data) != 2:
         return False
     inputs, targets = data
+    if isinstance(inputs, list) and _is_array(targets) and not any(_is_array(part) for part in inputs[:1]):
+        return True  # rows of numbers
     return _is_array(inputs) or (isinstance(inputs, tuple | Mapping) and _is_array(targets))
 
 
@@ -302,6 +338,8 @@ def _split(batch: Any, name: str) -> tuple[Any, Tensor]:
         first = leading[0] if len(leading) == 1 else tuple(leading)
         if isinstance(first, Mapping):
             return {key: _tensor(value, f"column {key!r} of `{name}`") for key, value in first.items()}, targets
+        if isinstance(first, list) and first and not any(_is_array(part) for part in first):
+            return _tensor(first, inputs_of), targets
         if isinstance(first, tuple | list):
             return tuple(_tensor(value, inputs_of) for value in first), targets
         return _tensor(first, inputs_of), targets

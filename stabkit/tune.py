@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from typing import Any
@@ -58,12 +59,19 @@ def tune(
         settings; in mode="thorough" also staged rollouts of the chosen setting, whose step size is lowered until they hold.
 
     Raises:
-        ValueError: If both `test` and `forget_loss` are given, or no setting holds.
+        TypeError: If an argument is none of `predict`'s.
+        ValueError: If both `test` and `forget_loss` are given, the risk is out of its domain, or no setting holds.
     """
     if test is not None and forget_loss is not None:
         raise ValueError(
             f"`forget_loss` of `tune` must be left out where `test` is given; got {forget_loss!r}. The target is one or the "
             "other."
+        )
+    check_real(risk, name="risk", owner="tune", low=0, high=1, low_open=True, high_open=True)
+    unknown = sorted(settings.keys() - inspect.signature(predict).parameters.keys())
+    if unknown:
+        raise TypeError(
+            f"`tune` must be given what it or `predict` takes; got {unknown[0]!r}. `help(stabkit.predict)` lists it."
         )
     target = None if forget_loss is None else check_real(forget_loss, name="forget_loss", owner="tune")
     chosen = resolve_algorithm(algorithm, owner="tune")

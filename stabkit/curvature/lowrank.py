@@ -64,6 +64,7 @@ def linearise(
     *,
     rank: int | None = 100,
     tolerance: float = 0.05,
+    max_rank: int | None = None,
     retain_samples: int | None = 512,
     forget_samples: int | None = 256,
     batch_sizes: tuple[int, int] | None = None,
@@ -86,6 +87,7 @@ def linearise(
             all but `tolerance` is captured; what was computed is kept, and without power iterations the directions are to
             rounding those of asking for that rank.
         tolerance: Share of ‖J P^{1/2}‖_F² that may be missing where the rank is None.
+        max_rank: Largest rank that is found where the rank is None; no bound when None.
         retain_samples: Retain examples to sample; all when None.
         forget_samples: Forget examples to sample; all when None.
         batch_sizes: B_R and B_F of the run, which matter with batchnorm="batch" alone: the samples, rounded to whole
@@ -116,6 +118,8 @@ def linearise(
     if rank is not None:
         check_int(rank, name="rank", owner=OWNER, low=1, remedy="None finds one.")
     check_real(tolerance, name="tolerance", owner=OWNER, low=0, high=1)
+    if max_rank is not None:
+        check_int(max_rank, name="max_rank", owner=OWNER, low=1, remedy="None sets no bound.")
     for name, count in (("retain_samples", retain_samples), ("forget_samples", forget_samples)):
         if count is not None:
             check_int(count, name=name, owner=OWNER, low=1, remedy="None takes all of them.")
@@ -149,7 +153,8 @@ def linearise(
         for samples, chosen, size in zip(both, indices, coupled, strict=True)
     ]
     room = _Room(problem, sum(len(j) * j.outputs_per_sample for j in jacobians), budget)
-    asked = rank or FIRST_RANK
+    most = max_rank or problem.size
+    asked = rank or min(FIRST_RANK, most)
     room.check(asked, memory)
     evaluated = [problem.evaluate(samples, indices=chosen)[:2] for samples, chosen in zip(both, indices, strict=True)]
     for jacobian, seen in zip(jacobians, evaluated, strict=True):
@@ -184,18 +189,19 @@ def linearise(
         for _ in progress_bar(steps, label, progress, total=sketch.samples_to_walk(width)):
             pass
         energies, rotation, captured = _leading(sketch, asked)
-        if rank is not None or captured >= 1 - tolerance or energies.numel() < asked:  # there are no more
-            break
-        if not room.holds(2 * asked):
+        if rank is not None or captured >= 1 - tolerance or energies.numel() < asked or asked >= most:
+            break  # enough, or there are no more
+        further = min(2 * asked, most)
+        if not room.holds(further):
             warnings.warn(
                 f"`linearise` stops at rank {asked}, which captures {captured:.1%} of the outputs' sensitivity and not "
-                f"{1 - tolerance:.1%}: there is no memory for rank {2 * asked}. Raise `memory` or `tolerance`, or lower "
+                f"{1 - tolerance:.1%}: there is no memory for rank {further}. Raise `memory` or `tolerance`, or lower "
                 "`retain_samples` and `forget_samples`.",
                 MemoryWarning,
                 stacklevel=2,
             )
             break
-        asked *= 2
+        asked = further
 
     basis = _rotated(sketch.basis, rotation)
     root = preconditioner.sqrt(basis)

@@ -1,0 +1,172 @@
+"""Mistakes that would give a wrong answer without a word: a model that computes again, sets that overlap by value, softmax twice."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import stabkit
+from stabkit.algorithms import ALGORITHMS
+from stabkit.curvature import linearise
+from stabkit.preconditioner import Identity
+from stabkit.problem import UnlearningProblem
+from stabkit.samples import as_samples
+from stabkit.training import train
+
+CPU = torch.device("cpu")
+G = torch.Generator().manual_seed(0)
+X = torch.randn(200, 6, generator=G)
+Y = (X[:, 0] > 0).long() + (X[:, 1] > 0.5)
+FORGET, RETAIN = (X[:40], Y[:40]), (X[40:], Y[40:])
+SMALL = {"batch_size": 8, "steps": 20, "lr": 0.05, "seeds": 1, "mode": "fast"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return train(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), X, Y, epochs=20, lr=0.02)
+
+
+class Recomputing(nn.Module):
+    """Activation checkpointing around the first layers."""
+
+    def __init__(self, inner, on=True):
+        super().__init__()
+        self.inner, self.on = copy.deepcopy(inner), on
+
+    def forward(self, x):
+        hidden = checkpoint(self.inner[:2], x, use_reentrant=False) if self.on else self.inner[:2](x)
+        return self.inner[2](hidden)
+
+
+def test_a_model_that_computes_again_in_its_backward_pass_is_refused(model):
+    with pytest.raises(
+        ValueError, match=r"`model` must not compute again in its backward pass.*off by 0\.\d+ of their"
+    ):
+        UnlearningProblem(Recomputing(model).eval(), FORGET, RETAIN)
+    assert UnlearningProblem(Recomputing(model, on=False).eval(), FORGET, RETAIN).size == 163
+
+
+def test_a_model_that_cannot_be_called_elsewhere_is_left_to_its_run(model):
+    class Guarded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = copy.deepcopy(model), nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            if float(self.scale.detach()) != 1.0:
+                raise ValueError("only as it was trained")
+            return self.inner(x) * self.scale
+
+    assert UnlearningProblem(Guarded().eval(), FORGET, RETAIN).size == 164
+
+
+def test_forget_samples_that_are_retained_too_are_noticed_by_value(model):
+    chosen = torch.arange(0, 200, 5)  # fancy indexing copies, so that nothing else tells
+    with pytest.warns(
+        stabkit.OverlapWarning, match="of 16 forget samples looked at, 16 are in the retain set too"
+    ) as w:
+        UnlearningProblem(model, (X[chosen], Y[chosen]), (X, Y))
+    assert w[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        UnlearningProblem(model, FORGET, RETAIN)
+        UnlearningProblem(model, (X[chosen], (Y[chosen] + 1) % 3), (X, Y))  # relabelled: not the same samples
+
+
+def test_twins_are_rows_that_agree_in_everything():
+    def samples(inputs, targets, name="forget"):
+        return as_samples((inputs, targets), name=name, device=CPU, dtype=torch.float32)
+
+    x, y = X[:10].clone(), torch.arange(10)
+    other = x.clone()
+    other[3, 0] += 1  # apart in one number that is not the middle one
+    labels = y.clone()
+    labels[4] = 0
+    assert samples(x, y).twins(samples(x.clone(), y), 10) == 10
+    assert samples(x, y).twins(samples(other, y), 10) == 9
+    assert samples(x, y).twins(samples(other, labels), 10) == 8
+    assert samples(x, y).twins(samples(x[:, :4], y), 10) == 0
+    assert samples(x, y).twins(samples(x[:2], y[:2]), 4) == 1  # of rows 0, 3, 6 and 9
+    both = {"inputs": x, "mask": torch.ones(10, 2)}
+    masked = {"inputs": x, "mask": torch.zeros(10, 2)}
+    assert samples(both, y).twins(samples(both, y), 10) == 10
+    assert samples(both, y).twins(samples(masked, y), 10) == 0
+
+
+def test_probabilities_are_not_taken_for_logits(model):
+    softened = nn.Sequential(*copy.deepcopy(list(model)), nn.Softmax(1)).eval()
+    with pytest.warns(stabkit.ProbabilityWarning, match="seems to return probabilities"):
+        UnlearningProblem(softened, FORGET, RETAIN)
+    logarithms = nn.Sequential(*copy.deepcopy(list(model)), nn.LogSoftmax(1)).eval()
+    plain = UnlearningProblem(model, FORGET, RETAIN)  # no warning is an error here
+    assert UnlearningProblem(logarithms, FORGET, RETAIN).retain_loss == pytest.approx(plain.retain_loss, rel=1e-5)
+
+
+def test_one_output_is_no_choice_of_classes():
+    one = nn.Sequential(nn.Linear(6, 1))
+    with pytest.raises(ValueError, match=r"as the model has 1 outputs; got [12]\. One output is no choice of classes"):
+        UnlearningProblem(one, FORGET, RETAIN)
+
+
+def test_rows_of_numbers_are_inputs(model):
+    listed = UnlearningProblem(model, (X[:40].tolist(), Y[:40]), RETAIN)
+    assert listed.forget_loss == UnlearningProblem(model, FORGET, RETAIN).forget_loss
+
+
+def test_a_loss_without_a_second_derivative_is_named(model):
+    with pytest.raises(ValueError, match=r"`loss` must be differentiable twice; got 'MultiMarginLoss'"):
+        UnlearningProblem(model, FORGET, RETAIN, loss=nn.MultiMarginLoss(reduction="none"))
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+@pytest.mark.parametrize("mode", ["standard", "thorough"])
+@pytest.mark.parametrize("name", [name for name, kind in ALGORITHMS.items() if kind.fixed_mix])
+def test_algorithms_with_a_mix_of_their_own_have_no_critical_one(model, name, mode):
+    report = stabkit.predict(model, FORGET, RETAIN, algorithm=name, **{**SMALL, "mode": mode, "lr": 2.0})
+    detail = report.critical_mix_detail
+    assert not detail.found
+    assert detail.scanned == (detail.value, detail.value)
+    assert f"{name} has a mix of its own, {detail.value:g}" in report.summary()
+    assert not any("lower the mix" in line for line in report.advice)
+
+
+def test_a_rank_that_is_found_has_a_bound(model):
+    problem = UnlearningProblem(model, FORGET, RETAIN)
+    whole = linearise(problem, Identity(), rank=None, tolerance=0.0)
+    assert whole.rank > 60
+    assert linearise(problem, Identity(), rank=None, tolerance=0.0, max_rank=60).rank == 60
+    assert linearise(problem, Identity(), rank=None, tolerance=0.0, max_rank=10).rank == 10
+    assert linearise(problem, Identity(), rank=20, max_rank=10).rank == 20
+    with pytest.raises(ValueError, match=r"`max_rank` of `linearise` .*got 0"):
+        linearise(problem, Identity(), rank=None, max_rank=0)
+
+
+def test_what_tune_is_given_is_checked_before_anything_is_measured(model):
+    with pytest.raises(ValueError, match=r"`risk` of `tune` .*got 0"):
+        stabkit.tune(model, FORGET, RETAIN, risk=0)
+    with pytest.raises(TypeError, match=r"`tune` must be given what it or `predict` takes; got 'stepss'"):
+        stabkit.tune(model, FORGET, RETAIN, stepss=3)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_a_folder_is_no_file(model, tmp_path):
+    report = stabkit.predict(model, FORGET, RETAIN, **SMALL)
+    with pytest.raises(IsADirectoryError, match=f"`path` must name a file; got the folder '{tmp_path}'"):
+        report.to_json(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_seconds_of_what_no_gradient_is_in_are_told_before(model):
+    few, many = (
+        stabkit.predict_cost(model, FORGET, RETAIN, rank=rank, mode="standard", steps=20, batch_size=8)
+        for rank in (20, 160)
+    )
+    theory = [next(s for s in cost.stages if s.stage == "rollouts and theory").seconds for cost in (few, many)]
+    assert theory[1] > 20 * theory[0]
+    assert few.gradient_equivalents == many.gradient_equivalents
