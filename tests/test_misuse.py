@@ -1,4 +1,4 @@
-"""Mistakes that would give a wrong answer without a word: a model that computes again, sets that overlap by value, softmax twice."""
+"""Mistakes that would give a wrong answer without a word: models that compute again, sets that overlap, softmax twice."""
 
 from __future__ import annotations
 
