@@ -258,6 +258,32 @@ def frontier(found: dict[str, Any]) -> str:
     ])
 
 
+def confidence(found: dict[str, Any]) -> str:
+    """Wrong verdicts of one linearisation, by how wrong its outputs are."""
+    verdicts, used = found["verdicts"], found["used"]
+    places = [(name, where) for name in verdicts for where in ("within", "beyond")]
+
+    def told(side: dict[str, Any]) -> str:
+        share = "–" if side["share"] is None else f"{side['share']:.3f}"
+        return f"{side['wrong']} of {side['settings']} ({share})"
+
+    rows = [
+        (f"{bound['bound']:g}", *(told(verdicts[name]["bounds"][k][where]) for name, where in places))
+        for k, bound in enumerate(verdicts["stable"]["bounds"])
+    ]
+    return "\n".join([
+        "## How wrong a linearisation may be",
+        "",
+        f"`python benchmarks/confidence.py`: the {len(found['cells'])} calibration cells, verdicts of one linearisation "
+        "against",
+        "the recorded runs. The error is that of the linearised outputs at the predicted parameters, relative to how far",
+        "they moved; each entry says how many of the verdicts were wrong. A report's confidence is low beyond an error of",
+        f"{used['stable']:g} where it says stable, and of {used['diverging']:g} where it says diverging.",
+        "",
+        table(("bound", *(f"called {name}, {where} it" for name, where in places)), rows),
+    ])
+
+
 def dexter(found: dict[str, Any]) -> str:
     """Batch size against coherence, the unlearning map and the alarms on random families."""
     kinds = {"shared": "σ samples share a direction", "equiangular": "equiangular samples"}
@@ -649,6 +675,7 @@ def main() -> None:
         ("curvature_cuda.json", products),
         ("gram.json", gram),
         ("parallel.json", parallel),
+        ("confidence.json", confidence),
         ("frontier.json", frontier),
         ("dexter.json", dexter),
         ("mulayoff.json", mulayoff),

@@ -116,7 +116,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     probability = float(verdict_by.rollout.probability[0])
     used = calibration(verdict_by.rollout.kind)
     checks = (
-        *trust_checks(measurement, error, awake),
+        *trust_checks(measurement, rolled, error, awake),
         *(() if verdict_by.real_steps else change_checks(measurement, rolled, seeds)),
     )
     return Report(

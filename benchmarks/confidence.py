@@ -1,0 +1,115 @@
+"""Where one linearisation's verdict is wrong, is its network wrong too? What the bounds of a report's confidence rest on.
+
+    python benchmarks/confidence.py            # some five minutes on one core
+
+Goes over the calibration cells that `stabkit bench verify` has recorded in benchmarks/results/verify, linearises each
+network anew, rolls every recorded setting out, and evaluates the real network at the predicted parameters, as a report does.
+Writes how far the linearised outputs are from the real ones, for verdicts that were right and for those that were not, into
+benchmarks/results/confidence.json. Evaluation cells are not looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stabkit
+from stabkit._serialise import dumps, write_atomically
+from stabkit.algorithms import resolve_algorithm
+from stabkit.bench.cells import CELLS, Cell, prepared
+from stabkit.bench.records import BATCH, ROLLOUT_SEEDS
+from stabkit.bench.verification import read_cell
+from stabkit.cause import linearisation_errors
+from stabkit.checks import MAX_ERROR_OF_A_CROSSING, MAX_ERROR_OF_A_STABLE_RUN
+from stabkit.curvature import linearise
+from stabkit.problem import UnlearningProblem
+from stabkit.rollout import rollout
+
+RESULTS = Path(__file__).parent / "results"
+BOUNDS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+
+
+def settings_of(cell: Cell, seed: int) -> list[dict[str, Any]]:
+    """Verdict, outcome and error of the linearised outputs of every recorded setting of a cell."""
+    recorded = read_cell(RESULTS / "verify" / f"{cell.key}-s{seed}.json")
+    trained, deletion = prepared(cell, seed)
+    x, y = trained.split.x_train, trained.split.y_train
+    forget, retain = ((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
+    problem = UnlearningProblem(trained.model, forget, retain, loss=trained.loss)
+    batch = min(BATCH, problem.retain.size)
+    algorithm = resolve_algorithm(
+        cell.algorithm, mix=0.2, steps=cell.steps, batch_size=batch, momentum=cell.momentum or None
+    )
+    read = problem.reading(algorithm.reads)
+    network = linearise(read, algorithm.step_preconditioner(problem), seed=seed)
+    rolled = rollout(
+        network,
+        algorithm,
+        lr=[record.lr for record in recorded.records],
+        mix=[record.mix for record in recorded.records],
+        batch_sizes=algorithm.batch_sizes(problem),
+        seeds=ROLLOUT_SEEDS,
+    )
+    found = []
+    for place, record in enumerate(recorded.records):
+        one = replace(rolled, coordinates=rolled.coordinates[:, place : place + 1])
+        error, _ = linearisation_errors(read, network, one, staged=True)
+        found.append({
+            "called_diverging": bool(rolled.probability[place] >= 0.5),
+            "diverged": record.diverged,
+            "error": error if math.isfinite(error) else None,
+        })
+    return found
+
+
+def summary(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """By verdict and bound: settings beyond it and within it, and the share of wrong verdicts among each."""
+    sides = {}
+    for name, called in (("stable", False), ("diverging", True)):
+        mine = [s for s in settings if s["called_diverging"] == called]
+        rows = []
+        for bound in BOUNDS:
+            beyond = [s for s in mine if s["error"] is None or s["error"] > bound]
+            within = [s for s in mine if s["error"] is not None and s["error"] <= bound]
+            rows.append({"bound": bound, "beyond": _wrong(beyond), "within": _wrong(within)})
+        sides[name] = {"all": _wrong(mine), "bounds": rows}
+    return sides
+
+
+def _wrong(settings: list[dict[str, Any]]) -> dict[str, float | int | None]:
+    """How many settings, and how many of them were called wrongly."""
+    wrong = sum(s["called_diverging"] != s["diverged"] for s in settings)
+    return {"settings": len(settings), "wrong": wrong, "share": wrong / len(settings) if settings else None}
+
+
+def main() -> None:
+    """Look at every calibration cell and write down what is seen."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS / "confidence.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", stabkit.StabkitWarning)
+    cells = [cell for cell in CELLS if cell.role == "calibration"]
+    settings = [setting for cell in cells for setting in settings_of(cell, 0)]
+    result = {
+        "cells": [cell.key for cell in cells],
+        "seed": 0,
+        "verdicts": summary(settings),
+        "used": {"stable": MAX_ERROR_OF_A_STABLE_RUN, "diverging": MAX_ERROR_OF_A_CROSSING},
+        "device": "cpu",
+        "versions": {"stabkit": stabkit.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    write_atomically(options.output, dumps(result) + "\n")
+    print(json.dumps(result["verdicts"]))
+
+
+if __name__ == "__main__":
+    main()
