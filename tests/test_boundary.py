@@ -246,6 +246,7 @@ def test_the_critical_mix_of_full_batches_is_that_of_the_closed_form():
     assert found.value - found.low <= MIX_REFINED + 1e-12
 
 
+@pytest.mark.filterwarnings("ignore::stabkit.OverlapWarning")  # the same samples on purpose
 def test_forgetting_can_save_a_run_that_fine_tuning_breaks():
     """A step too long for the retain set's curvature; much of it taken away by the forget set's; then too much of that."""
     x, y = linear_problem().retain.batch(torch.arange(20))
