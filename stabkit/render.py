@@ -440,7 +440,10 @@ def report_page(
     """
     figures = [("Predicted run", _embedded(report.plot()[0]))]
     if frontier is not None:
-        figures.append(("Stability frontier", _embedded(frontier.plot(outcomes=outcomes)[0])))
+        title = "Stability frontier"
+        if report.calibration.kind == "staged":  # whose critical step size may be another
+            title += ", from the one linearisation alone"
+        figures.append((title, _embedded(frontier.plot(outcomes=outcomes)[0])))
     return _template("page.html").render(
         report=report,
         headline=headline(report),

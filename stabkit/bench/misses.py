@@ -125,7 +125,8 @@ def draw_worst(panels: Sequence[dict[str, Any]], path: Path) -> None:
                 )
         for column, colour, name in ((2, "#d55e00", "staged"), (3, "#0072b2", "one linearisation")):
             lrs = [math.nan if b[column] is None else b[column] for b in panel["boundaries"]]
-            axis.plot([place[b[0]] for b in panel["boundaries"]], lrs, color=colour, linewidth=1.4, label=name)
+            at = [place[b[0]] for b in panel["boundaries"]]
+            axis.plot(at, lrs, color=colour, linewidth=1.4, marker="_", markersize=12, label=name)
         axis.set(yscale="log", xlabel="mix", ylabel="step size")
         axis.set_xticks(np.arange(len(mixes)), [f"{mix:g}" for mix in mixes])
         said = panel["balanced_accuracy"]
