@@ -4,9 +4,10 @@
 
 writes benchmarks/results/exponents.json: the largest difference of exponents, and ratios of CPU seconds (weightwatcher's
 over ours, medians of `--repeats` turns) for the whole table and for its two parts: eigenvalues (squared singular values by
-SciPy, as weightwatcher finds them, against eigenvalues of the Gram matrix) and fits of the same spectra. Both sides use one
-thread and double precision; the whole is timed again by the clock with a thread for every core on both sides; ours compares with shuffled copies only where the name says so. The weights are the initial
-ones, whose entries are uniform, and the same with every entry scaled at random, which gives them heavy tails.
+SciPy, as weightwatcher finds them, against eigenvalues of the Gram matrix) and fits of the same spectra. Both sides use
+double precision, and one thread; the whole is timed again by the clock, with a thread for every core on both sides. Ours
+compares with shuffled copies only where the name says so. The weights are the initial ones, whose entries are uniform, and
+the same with every entry scaled at random, which gives them heavy tails.
 """
 
 from __future__ import annotations

@@ -469,13 +469,14 @@ def exponents(found: dict[str, Any]) -> str:
     return "\n".join([
         "## Layer exponents against weightwatcher",
         "",
-        f"`python benchmarks/exponents.py`: every layer of {found['network']}, CPU seconds on one thread but for the last column.",
+        f"`python benchmarks/exponents.py`: every layer of {found['network']}, CPU seconds on one thread but for the last",
+        "column.",
         "",
         table(columns, rows),
         "",
         "The aim of 10 is missed: what is left is the double-precision eigenvalues, which both compute. Shuffles, on by",
-        "default, test each layer against shuffled weights until that decides whether it is trusted, which weightwatcher does",
-        "not do unless asked.",
+        "default, test each layer against shuffled weights until that decides whether it is trusted, which weightwatcher",
+        "does not do unless asked.",
     ])
 
 
