@@ -7,6 +7,7 @@ model is copied on entry; its parameters, buffers, mode, hooks, gradients and th
 import contextlib
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -590,15 +591,16 @@ class UnlearningProblem:
             if is_out_of_memory(error):
                 raise
             return  # what cannot be computed there, or not differentiated at all, is said where it is needed
-        apart, size = ((part.square().sum().sqrt()) for part in (ours - theirs, theirs))
-        if float(apart) > RECOMPUTED * float(size):
+        apart = sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True)) ** 0.5
+        size = sum(float(b.square().sum()) for b in theirs) ** 0.5
+        if apart > RECOMPUTED * size:
             raise ValueError(
                 "`model` must not compute again in its backward pass, as activation checkpointing does: gradients at other "
-                f"parameters than its own are off by {float(apart / size):.2g} of their size. Switch it off, as "
+                f"parameters than its own are off by {apart / size:.2g} of their size. Switch it off, as "
                 "`model.gradient_checkpointing_disable()` does on Hugging Face's models."
             )
 
-    def _moved_gradients(self) -> tuple[Tensor, Tensor]:
+    def _moved_gradients(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Loss gradients of a few samples away from θ*: through `outputs`, and of a copy that has its parameters there."""
         inputs, targets = self.retain.batch(torch.arange(min(PROBES, self.retain.size)))
         generator = torch.Generator().manual_seed(0)
@@ -626,8 +628,7 @@ class UnlearningProblem:
                 )
                 for outputs, at in calls
             )
-        flat = [torch.cat([part.reshape(-1) for part in parts]) for parts in (ours, theirs)]
-        return flat[0], flat[1]
+        return ours, theirs
 
     def _first_outputs(self, inputs: Inputs, name: str) -> Tensor:
         """Outputs of a few samples; if the model cannot take them, an error that names the set and what to do."""
