@@ -29,7 +29,7 @@ SPECTRUM_PRODUCTS = 27  # that the two extreme eigenpairs take, with the two quo
 # Of the run's gradients, what a staged rollout of one seed takes on average over the benchmark's grids (verify.md there).
 TYPICAL_SHARE = 0.3
 # Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
-ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 3e10
+ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 6e10
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
 # Gradients times parameters up to which "auto" is thorough without being asked: a minute or two of one core. Own choice.
 SMALL_WORK = 2e10
@@ -188,7 +188,8 @@ def estimate_cost(
     if settings.staged:
         # With coupled batches the running statistics are followed along the linearised steps.
         each_rollout = (TYPICAL_SHARE + (1 / 3 if coupled else 0)) * run
-        gradients["staged rollouts"] = (seeds + 2 * STAGED_SCAN) * each_rollout
+        scans = 1 if algorithm.fixed_mix else 2
+        gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN) * each_rollout
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient
     return CostEstimate(
         mode=settings.mode,

@@ -7,7 +7,6 @@ model is copied on entry; its parameters, buffers, mode, hooks, gradients and th
 import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +37,8 @@ EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
 PROBES = 16  # samples that a check looks at
-MOVED, RECOMPUTED = 0.3, 1e-3  # how far parameters are moved for a check of gradients, and how far these may be off
+# How far parameters are moved for a check of outputs and gradients, of so many samples, and how far these may be off.
+MOVED, MOVED_SAMPLES, RECOMPUTED = 0.3, 4, 1e-3
 PROBABILITIES = 1e-4  # how far from 1 the sum of outputs may be that are probabilities
 COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
 
@@ -577,58 +577,64 @@ class UnlearningProblem:
             )
 
     def _check_backward(self) -> None:
-        """Gradients at other parameters than θ*, which a module that computes again in its backward pass has wrong.
+        """Outputs and gradients at other parameters than θ*, against those of a copy that has its parameters there.
 
-        Such a module, as activation checkpointing makes one, finds θ* in its place by then: `functional_call` is over.
+        A module that computes again in its backward pass, as activation checkpointing makes one, finds θ* in its place by
+        then: `functional_call` is over.
 
         Raises:
-            RuntimeError: If memory runs out.
-            ValueError: If the model is one.
+            ValueError: If outputs or gradients are not those of the copy.
         """
         try:
-            ours, theirs = self._moved_gradients()
-        except (RuntimeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            return  # what cannot be computed there, or not differentiated at all, is said where it is needed
-        apart = sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True)) ** 0.5
-        size = sum(float(b.square().sum()) for b in theirs) ** 0.5
-        if apart > RECOMPUTED * size:
+            ours, theirs = self._moved(copied=False), self._moved(copied=True)
+        except (
+            Exception
+        ):  # a model or a loss fails away from θ* in as many ways as there are; what fails at θ* is said elsewhere
+            return
+        names = ("outputs", "gradients")
+        for what, mine, other in zip(names, ours, theirs, strict=True):
+            apart = sum(float((a - b).abs().square().sum()) for a, b in zip(mine, other, strict=True)) ** 0.5
+            size = sum(float(b.abs().square().sum()) for b in other) ** 0.5
+            if not apart > RECOMPUTED * size:
+                continue
+            why = (
+                "read its weights from its registered parameters"
+                if what == "outputs"
+                else "not compute again in its backward pass, as activation checkpointing does"
+            )
+            remedy = (
+                "Keep no other reference to them, such as a list of weights."
+                if what == "outputs"
+                else "Switch it off, as `model.gradient_checkpointing_disable()` does on Hugging Face's models."
+            )
             raise ValueError(
-                "`model` must not compute again in its backward pass, as activation checkpointing does: gradients at other "
-                f"parameters than its own are off by {apart / size:.2g} of their size. Switch it off, as "
-                "`model.gradient_checkpointing_disable()` does on Hugging Face's models."
+                f"`model` must {why}: its {what} at other parameters than its own are off by {apart / size:.2g} of their "
+                f"size. {remedy}"
             )
 
-    def _moved_gradients(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Loss gradients of a few samples away from θ*: through `outputs`, and of a copy that has its parameters there."""
-        inputs, targets = self.retain.batch(torch.arange(min(PROBES, self.retain.size)))
+    def _moved(self, *, copied: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and loss gradients of a few samples away from θ*: by `outputs`, or of a copy with its parameters there."""
+        inputs, targets = self.retain.batch(torch.arange(min(MOVED_SAMPLES, self.evaluation_batch, self.retain.size)))
         generator = torch.Generator().manual_seed(0)
-        moved = {
+        leaves = {
             name: p + MOVED * (p.abs().mean() + 0.1 * MOVED) * torch.randn(p.shape, generator=generator).to(p)
             for name, p in self.parameters.items()
         }
-        copied = plain_copy(self._module).eval()
-        named = dict(copied.named_parameters())
-        for name, value in moved.items():
-            named[name].copy_(value)
-        positional, keywords = arguments(inputs)
         with torch.enable_grad(), differentiable_attention():
-            leaves = {name: value.requires_grad_() for name, value in moved.items()}
-            calls = (
-                (self.outputs(leaves, inputs), leaves),
-                (output_tensor(copied(*positional, **keywords)), {name: named[name] for name in leaves}),
-            )
-            ours, theirs = (
-                torch.autograd.grad(
-                    self.loss.per_sample(outputs, targets).sum(),
-                    list(at.values()),
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                for outputs, at in calls
-            )
-        return ours, theirs
+            if copied:
+                module = plain_copy(self._module).eval()
+                named = dict(module.named_parameters())
+                for name, value in leaves.items():
+                    named[name].data.copy_(value)
+                leaves = {name: named[name] for name in leaves}
+                positional, keywords = arguments(inputs)
+                outputs = output_tensor(module(*positional, **keywords))
+            else:
+                leaves = {name: value.requires_grad_() for name, value in leaves.items()}
+                outputs = self.outputs(leaves, inputs)
+            total = self.loss.per_sample(outputs, targets).sum()
+            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return [outputs.detach()], list(gradients)
 
     def _first_outputs(self, inputs: Inputs, name: str) -> Tensor:
         """Outputs of a few samples; if the model cannot take them, an error that names the set and what to do."""

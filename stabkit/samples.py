@@ -40,6 +40,7 @@ Identity = dict[object, np.ndarray]
 REREAD = 8  # samples read twice, to find random augmentation
 IN_MEMORY_BYTES = 4 * 2**30
 RESIDENT_SHARE = 0.25  # of an accelerator's free memory, that one set may take
+FIRST_LOOKED_AT = 32  # numbers of a row that are compared before all of them
 LABEL_KEYS = ("labels", "label", "targets", "target")
 EXTRA_PARTS = (
     "A sample's last part is its target and those before are the model's inputs: where rows are (x, y, index), pass "
@@ -214,14 +215,8 @@ class Samples:
             if [part.shape[1:] for part in held] != [part.shape[1:] for part in wanted]:
                 return 0
             for place, one in enumerate(zip(*wanted, strict=True)):
-                same = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
-                for part, row in zip(held, one, strict=True):
-                    # Few rows agree in one number, and those alone are compared in full.
-                    middle = part.shape[1] // 2
-                    same &= part[:, middle] == row[middle]
-                    chosen = same.nonzero().flatten()
-                    same[chosen] = (part[chosen] == row).all(1)
-                found[place] |= bool(same.any())
+                if not found[place]:
+                    found[place] = _holds(held, one)
         return int(found.sum())
 
     def _place(self, tensor: Tensor) -> Tensor:
@@ -232,9 +227,18 @@ class Samples:
 
 
 def _flat(inputs: Inputs, targets: Tensor) -> list[Tensor]:
-    """Inputs and targets with one row of numbers a sample, (b, k) each; parts without numbers are left out."""
-    parts = [part.reshape(part.shape[0], -1) for part in (*tensors_of(inputs), targets)]
+    """Targets and inputs with one row of numbers a sample, (b, k) each; parts without numbers are left out."""
+    parts = [part.reshape(part.shape[0], -1) for part in (targets, *tensors_of(inputs))]
     return [part for part in parts if part.shape[1]]
+
+
+def _holds(held: Sequence[Tensor], one: Sequence[Tensor]) -> bool:
+    """Whether a row of the parts (b, k) agrees with one sample's (k,) in every number."""
+    rows = torch.arange(len(held[0]), device=held[0].device)
+    for part, row in zip(held, one, strict=True):  # a few numbers of each first, which hardly any other row shares
+        few = torch.linspace(0, row.numel() - 1, min(FIRST_LOOKED_AT, row.numel()), device=row.device).long()
+        rows = rows[(part[rows[:, None], few] == row[few]).all(1)]
+    return any(all(bool((part[k] == row).all()) for part, row in zip(held, one, strict=True)) for k in rows.tolist())
 
 
 def as_samples(data: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> Samples:

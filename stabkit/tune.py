@@ -37,8 +37,9 @@ def tune(
 ) -> Algorithm:
     """Choose step size, mix and number of steps from the predicted Pareto front.
 
-    Of all that hold, the setting that harms the retain set least while the forget loss reaches a target. Forgetting has gone
-    far enough where the forget samples look like samples that were never seen: hence the held-out loss as the target.
+    Of all that hold, the setting that harms the retain set least while the forget loss reaches a target; the front has no
+    margin in the step size, as the ways out of `recommend` have. Forgetting has gone far enough where the forget samples
+    look like samples that were never seen: hence the held-out loss as the target.
 
     Args:
         model: The trained network; never altered.
@@ -52,7 +53,7 @@ def tune(
         risk: Largest P(diverge), in (0, 1).
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         **settings: Anything else that `predict` takes, as batch_size, steps, seed, progress; its mode is "standard" unless
-            given.
+            it or a budget is given.
 
     Returns:
         The algorithm, ready for `run`. Cost: one linearisation, the eigenvalues of few samples, and rollouts of some 450
@@ -75,7 +76,8 @@ def tune(
         )
     target = None if forget_loss is None else check_real(forget_loss, name="forget_loss", owner="tune")
     chosen = resolve_algorithm(algorithm, owner="tune")
-    settings = {"mode": "standard", "spectrum_samples": SPECTRUM_SAMPLES, **settings}
+    mode = "auto" if "budget" in settings else "standard"
+    settings = {"mode": mode, "spectrum_samples": SPECTRUM_SAMPLES, **settings}
     report = predict(model, forget, retain, algorithm=chosen, loss=loss, **settings)
     if target is None and test is not None:
         problem = UnlearningProblem(

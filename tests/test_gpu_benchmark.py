@@ -163,8 +163,9 @@ def test_a_second_call_does_nothing_that_is_done(folder):
 def test_what_was_gathered_is_gone_on_from_and_lost_networks_are_trained_anew(folder, tmp_path):
     for name in ("results", "predictions"):
         (tmp_path / f"{name}.json").write_text((folder / f"{name}.json").read_text())
+    with pytest.raises(ValueError, match=r"holds results of scale 'small'; got 'full'"):
+        Store(tmp_path, "full", CPU)
     store, said = Store(tmp_path, "small", CPU), []
-    store.unpack()
     key = "cell-resnet18-random10-ga"
     assert (tmp_path / "predictions" / f"{key}.json").read_text() == (
         folder / "predictions" / f"{key}.json"
@@ -179,6 +180,11 @@ def test_what_was_gathered_is_gone_on_from_and_lost_networks_are_trained_anew(fo
     more = Job(
         key="more", task="resnet18", minutes=1.0, needs=tuple(networks), make=lambda store, task: {"kind": "more"}
     )
+    store.write_failure("more", "no luck")  # nor for what failed, or will not be begun
+    assert work(store, TINY, [*kept, more], minutes=100, say=said.append) == []
+    (tmp_path / "failures" / "more.json").unlink()
+    assert work(store, TINY, [*kept, more], minutes=0.6, say=said.append) == []
+    assert not store.ready("train-resnet18")
     assert work(store, TINY, [*kept, more], minutes=100, say=said.append) == [*networks, "more"]
     before, after = (Store(place, "small", CPU).result("train-resnet18") for place in (folder, tmp_path))
     assert after["started"] > before["started"]
@@ -202,6 +208,8 @@ def test_what_fails_stops_nothing_else_and_is_not_tried_again_unasked(tmp_path):
     assert work(store, TINY, [plain, waits, goes_on], minutes=9, say=said.append) == ["goes-on"]
     assert said[:2] == ["!! luck: ValueError: no such luck: 17", "-- waits: needs luck"]
     assert "no such luck: 17" in json.loads((tmp_path / "failures.json").read_text())["luck"]["error"]
+    (tmp_path / "failures" / "luck.json").unlink()
+    assert Store(tmp_path, "small", CPU).failed("luck")  # what was gathered says so
     assert work(store, TINY, [plain], minutes=9, say=said.append) == []
     assert said[-1] == "-- luck: failed before"
     assert work(store, TINY, [plain, waits], minutes=9, retry=True, say=said.append) == ["luck", "waits"]

@@ -8,10 +8,12 @@ import logging
 import math
 import random
 import sys
+import threading
 import warnings
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -580,3 +582,24 @@ def test_errors_name_what_came(kwargs, error, match):
 def test_model_must_be_a_module():
     with pytest.raises(TypeError, match=r"`model` of `layer_exponents` must be a torch\.nn\.Module; got dict"):
         layer_exponents({})
+
+
+def test_calls_at_once_leave_the_threads_as_they_were():
+    def threads():
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+
+    before = threads()
+    nets = [nn.Sequential(*[nn.Linear(300, 300) for _ in range(count)]) for count in (4, 2)]
+    expected = [layer_exponents(net, shuffles=0) for net in nets]
+    found = [None, None]
+
+    def measure(place):
+        found[place] = layer_exponents(nets[place], shuffles=0)
+
+    workers = [threading.Thread(target=measure, args=(place,)) for place in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert threads() == before
+    assert found == expected

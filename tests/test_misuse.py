@@ -52,7 +52,43 @@ def test_a_model_that_computes_again_in_its_backward_pass_is_refused(model):
     assert UnlearningProblem(Recomputing(model, on=False).eval(), FORGET, RETAIN).size == 163
 
 
-def test_a_model_that_cannot_be_called_elsewhere_is_left_to_its_run(model):
+def test_weights_read_through_another_reference_are_refused(model):
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(model)
+            self.weights = [self.inner[2].weight]
+
+        def forward(self, x):
+            return self.inner[1](self.inner[0](x)) @ self.weights[0].T + self.inner[2].bias
+
+    with pytest.raises(
+        ValueError, match=r"must read its weights from its registered parameters: its outputs at .* are off"
+    ):
+        UnlearningProblem(Aliased().eval(), FORGET, RETAIN)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+def test_a_check_keeps_to_the_batches_that_memory_allows(model, monkeypatch):
+    """Of a model with wide outputs few samples go through at once, here as everywhere."""
+    seen = []
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.up = copy.deepcopy(model), nn.Linear(3, 40_000)
+
+        def forward(self, x):
+            seen.append(len(x))
+            return self.up(self.inner(x))
+
+    monkeypatch.setattr("stabkit.problem.EVALUATION_BYTES", 2 * 40_000 * 4)
+    UnlearningProblem(Wide().eval(), FORGET, RETAIN)
+    assert max(seen) == 3  # what a first look takes of any model
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError, IndexError, KeyError])
+def test_a_model_that_cannot_be_called_elsewhere_is_left_to_its_run(model, error):
     class Guarded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -60,7 +96,7 @@ def test_a_model_that_cannot_be_called_elsewhere_is_left_to_its_run(model):
 
         def forward(self, x):
             if float(self.scale.detach()) != 1.0:
-                raise ValueError("only as it was trained")
+                raise error("only as it was trained")
             return self.inner(x) * self.scale
 
     assert UnlearningProblem(Guarded().eval(), FORGET, RETAIN).size == 164
@@ -92,6 +128,10 @@ def test_twins_are_rows_that_agree_in_everything():
     assert samples(x, y).twins(samples(other, y), 10) == 9
     assert samples(x, y).twins(samples(other, labels), 10) == 8
     assert samples(x, y).twins(samples(x[:, :4], y), 10) == 0
+    alike = torch.zeros(10, 100)  # rows that differ in one number that no first look takes
+    alike[torch.arange(10), 1] = torch.arange(10.0)
+    same = torch.zeros(10).long()
+    assert samples(alike, same).twins(samples(alike[:4], same[:4]), 10) == 4
     assert samples(x, y).twins(samples(x[:2], y[:2]), 4) == 1  # of rows 0, 3, 6 and 9
     both = {"inputs": x, "mask": torch.ones(10, 2)}
     masked = {"inputs": x, "mask": torch.zeros(10, 2)}

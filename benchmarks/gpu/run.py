@@ -188,20 +188,30 @@ def work(
     begun = time.perf_counter()
     tasks: dict[str, Task] = {}
     finished = []
+
+    def expected(job: Job) -> float:
+        return (job.minutes if scale.name == "full" else SMALL_MINUTES) * store.pace()
+
     for job in wanted:
-        asked_for = any(job.key in other.needs and not store.done(other.key) for other in wanted)
-        if store.ready(job.key) if asked_for else store.done(job.key):
-            continue
-        expected = (job.minutes if scale.name == "full" else SMALL_MINUTES) * store.pace()
         left = minutes - (time.perf_counter() - begun) / 60
+        needed = any(
+            job.key in other.needs
+            and not store.done(other.key)
+            and (retry or not store.failed(other.key))
+            and expected(job) + expected(other) <= left
+            for other in wanted
+        )
+        # A network that is lost is trained anew where something is left to be done with it.
+        if store.ready(job.key) or (store.done(job.key) and not needed):
+            continue
         missing = [need for need in job.needs if not store.ready(need)]
         reason = ""
         if store.failed(job.key) and not retry:
             reason = "failed before"
         elif missing:
             reason = f"needs {missing[0]}"
-        elif expected > left:
-            reason = f"would take some {expected:.1f} minutes of the {left:.1f} left"
+        elif expected(job) > left:
+            reason = f"would take some {expected(job):.1f} minutes of the {left:.1f} left"
         if reason:
             say(f"-- {job.key}: {reason}")
             continue
@@ -244,7 +254,6 @@ def main() -> None:
         return
     quiet()
     store = Store(options.folder, options.scale, torch.device(options.device))
-    store.unpack()
     work(
         store,
         SCALES[options.scale],

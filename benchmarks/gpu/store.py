@@ -27,6 +27,7 @@ import stabkit
 from stabkit._serialise import dumps, to_plain, write_atomically
 
 SCHEMA = 1
+GATHERED = (("jobs", "results"), ("predictions", "predictions"), ("failures", "failures"))
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "curvlinops-for-pytorch", "weightwatcher")
 
 
@@ -43,6 +44,7 @@ class Store:
         self.folder, self.scale, self.device = Path(folder), scale, device
         for name in ("jobs", "failures", "predictions", "weights"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._unpack()
         for path in sorted((self.folder / "jobs").glob("*.json"))[:1]:
             found = json.loads(path.read_text(encoding="utf-8"))["scale"]
             if found != scale:
@@ -97,7 +99,7 @@ class Store:
 
     def pack(self) -> None:
         """Gather what the jobs left in a few small files: results.json, predictions.json and, if there are any, failures."""
-        for kind, name in (("jobs", "results"), ("predictions", "predictions"), ("failures", "failures")):
+        for kind, name in GATHERED:
             found = {
                 path.stem: json.loads(path.read_text(encoding="utf-8"))
                 for path in sorted((self.folder / kind).glob("*.json"))
@@ -109,9 +111,9 @@ class Store:
             else:
                 path.unlink(missing_ok=True)
 
-    def unpack(self) -> None:
+    def _unpack(self) -> None:
         """Take up what `pack` gathered where the files it was gathered from are gone."""
-        for kind, name in (("jobs", "results"), ("predictions", "predictions")):
+        for kind, name in GATHERED:
             path = self.folder / f"{name}.json"
             found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             for key, value in found.items():

@@ -108,7 +108,7 @@ def draw_worst(panels: Sequence[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib import pyplot as plt
 
-    rows = math.ceil(len(panels) / 3)
+    rows = max(1, math.ceil(len(panels) / 3))
     figure, axes = plt.subplots(rows, 3, figsize=(11, 3.3 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()

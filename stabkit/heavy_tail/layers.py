@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ SHORT_TAIL = 20
 WIDE_ERROR = 0.1  # σ/ξ
 WINDOW = (2.0, 6.0)  # of well-trained layers (Martin et al. 2021); an interval should not cross its ends
 REJECTED = 0.1  # p-values at or below it rule the power law out (Clauset et al. §4.1)
+SIDE_BY_SIDE = 2**23  # entries of a weight up to which layers are measured side by side
+LIMITING = threading.Lock()
 CHUNK = 2**24  # entries converted to float64 at once
 
 
@@ -139,8 +142,10 @@ def _in_threads(
     """The rows; on the CPU several at once, as LAPACK's own threads gain little on matrices of this size."""
     on_cpu = all((entry.weight.device if device is None else torch.device(device)).type == "cpu" for entry in entries)
     threads = torch.get_num_threads()
-    workers = max(1, min(threads, len(entries))) if on_cpu else 1
-    with threadpool_limits(max(1, threads // workers)), ThreadPoolExecutor(workers) as pool:
+    small = all(entry.weight.numel() <= SIDE_BY_SIDE for entry in entries)  # others fill memory, and LAPACK's threads
+    workers = max(1, min(threads, len(entries))) if on_cpu and small else 1
+    # The limit is the process's: two calls at once would undo each other's.
+    with LIMITING, threadpool_limits(max(1, threads // workers)), ThreadPoolExecutor(workers) as pool:
         return tuple(pool.map(measured, entries))
 
 
