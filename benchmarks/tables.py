@@ -469,8 +469,8 @@ def exponents(found: dict[str, Any]) -> str:
     return "\n".join([
         "## Layer exponents against weightwatcher",
         "",
-        f"`python benchmarks/exponents.py`: every layer of {found['network']}, CPU seconds on one thread; in the last column",
-        "by the clock, weightwatcher with as many threads or one, whichever is quicker.",
+        f"`python benchmarks/exponents.py`: every layer of {found['network']}, CPU seconds on one thread; in the last",
+        "column by the clock, weightwatcher with as many threads or one, whichever is quicker.",
         "",
         table(columns, rows),
         "",
