@@ -179,7 +179,7 @@ def measure(
         try:
             return _measured(read, algorithm, settings, reuse, progress=progress)
         except RuntimeError as error:  # a NotImplementedError is one
-            if "derivative for" not in str(error) and "Sparse" not in str(error):
+            if "derivative for" not in str(error) and "from the 'Sparse" not in str(error):
                 raise
             raise ValueError(
                 f"`model` and `loss` of `predict` must be differentiable twice; got {problem.model_name} with loss "

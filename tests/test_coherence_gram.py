@@ -91,6 +91,7 @@ def test_chosen_samples_sampled_pairs_and_blocks_of_any_size(monkeypatch):
     torch.testing.assert_close(coherence_from_gram(gram, mix=0.4, max_pairs=11, seed=7).pair_norms, found.pair_norms)
 
 
+@pytest.mark.filterwarnings("ignore::stabkit.OverlapWarning")  # the same samples on purpose
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_samples_cancel(dtype):
     torch.manual_seed(0)

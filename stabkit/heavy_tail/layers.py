@@ -145,8 +145,11 @@ def _in_threads(
     small = all(entry.weight.numel() <= SIDE_BY_SIDE for entry in entries)  # others fill memory, and LAPACK's threads
     workers = max(1, min(threads, len(entries))) if on_cpu and small else 1
     # The limit is the process's: two calls at once would undo each other's.
-    with LIMITING, threadpool_limits(max(1, threads // workers)), ThreadPoolExecutor(workers) as pool:
-        return tuple(pool.map(measured, entries))
+    with LIMITING, threadpool_limits(max(1, threads // workers)):
+        if workers == 1:  # in this thread, whose modes and streams others do not have
+            return tuple(map(measured, entries))
+        with ThreadPoolExecutor(workers) as pool:
+            return tuple(pool.map(measured, entries))
 
 
 def _matches(entry: WeightMatrix, pattern: str) -> bool:
