@@ -195,17 +195,24 @@ def test_misses_are_counted_by_kind_side_and_distance():
     records = [
         record(0.5, 0.2, 0.9, False, staged=0.1),  # one: called diverging, held, half the observed step
         record(0.9, 0.2, 0.9, False, staged=0.8, again=True),  # both, and the other batches diverged
-        record(4.1, 0.2, 0.3, True, staged=0.7),  # one: called stable, beyond twice the observed step
-        record(1.0, 0.6, 0.2, True, staged=0.2),  # both; no boundary observed at this mix
+        record(
+            4.1, 0.2, 0.3, True, staged=0.7, divergence_step=91
+        ),  # one: called stable, beyond twice the observed step
+        record(1.0, 0.6, 0.2, True, staged=0.2, divergence_step=90),  # both; no boundary observed at this mix
         record(9.0, 0.6, 0.9, True, staged=0.9, again=False),
     ]
     found = result(records, boundaries=[(0.2, 1.0, 1.0, 1.0)])
     other = result(records[-2:], name="digits-cnn-class-agu")
     assert bench.misses([found, other], "one") == bench.Misses(
-        runs=5, called_stable=3, by_batches=1, near=2, cells={"digits-cnn-class-graddiff": 4, "digits-cnn-class-agu": 1}
+        runs=5,
+        called_stable=3,
+        late=1,
+        by_batches=1,
+        near=2,
+        cells={"digits-cnn-class-graddiff": 4, "digits-cnn-class-agu": 1},
     )
     staged = bench.misses([found, other], "staged")
-    assert (staged.runs, staged.called_stable, staged.by_batches, staged.near) == (3, 2, 1, 1)
+    assert (staged.runs, staged.called_stable, staged.late, staged.by_batches, staged.near) == (3, 2, 0, 1, 1)
     summary = verification.summarise([found, other])
     assert summary["roles"]["evaluation"]["misses"]["one"]["runs"] == 5
     panels = summary["roles"]["evaluation"]["worst"]

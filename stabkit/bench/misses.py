@@ -14,6 +14,7 @@ from stabkit.bench.records import CellResult, Record
 from stabkit.bench.scores import KINDS, scores
 
 WORST = 6  # cells that are drawn
+LATE = 0.9  # of the steps, after which a divergence is late
 NEAR = 2.0  # times the observed critical step size, either way
 
 
@@ -24,6 +25,7 @@ class Misses:
     Attributes:
         runs: How many.
         called_stable: Those that diverged all the same; the others were called diverging and did not.
+        late: Of these, those that did so in the last tenth of their steps.
         by_batches: Those on which the real run with other batches was wrong too: its outcome was the predicted one.
         near: Those within a factor of two of the observed critical step size at their mix.
         cells: Missed runs by cell, the most first.
@@ -31,6 +33,7 @@ class Misses:
 
     runs: int
     called_stable: int
+    late: int
     by_batches: int
     near: int
     cells: dict[str, int]
@@ -53,6 +56,7 @@ def misses(results: Sequence[CellResult], kind: str) -> Misses:
     return Misses(
         runs=len(found),
         called_stable=sum(record.diverged for _, record in found),
+        late=sum((record.divergence_step or 0) > LATE * result.cell.steps for result, record in found),
         by_batches=sum(record.again != record.diverged for _, record in found),
         near=sum(_near(result, record) for result, record in found),
         cells=dict(sorted(counts.items(), key=lambda item: -item[1])),
