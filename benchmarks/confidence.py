@@ -23,9 +23,8 @@ import torch
 
 import stabkit
 from stabkit._serialise import dumps, write_atomically
-from stabkit.algorithms import resolve_algorithm
 from stabkit.bench.cells import CELLS, Cell, prepared
-from stabkit.bench.records import BATCH, ROLLOUT_SEEDS
+from stabkit.bench.records import ROLLOUT_SEEDS, algorithm_of
 from stabkit.bench.verification import read_cell
 from stabkit.cause import linearisation_errors
 from stabkit.checks import MAX_ERROR_OF_A_CROSSING, MAX_ERROR_OF_A_STABLE_RUN
@@ -44,10 +43,7 @@ def settings_of(cell: Cell, seed: int) -> list[dict[str, Any]]:
     x, y = trained.split.x_train, trained.split.y_train
     forget, retain = ((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
     problem = UnlearningProblem(trained.model, forget, retain, loss=trained.loss)
-    batch = min(BATCH, problem.retain.size)
-    algorithm = resolve_algorithm(
-        cell.algorithm, mix=0.2, steps=cell.steps, batch_size=batch, momentum=cell.momentum or None
-    )
+    algorithm = algorithm_of(cell, problem)
     read = problem.reading(algorithm.reads)
     network = linearise(read, algorithm.step_preconditioner(problem), seed=seed)
     rolled = rollout(

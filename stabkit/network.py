@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from stabkit._errors import TrainModeWarning, caller_level
 from stabkit._memory import is_out_of_memory
 from stabkit.samples import Inputs
 
+MOVED, MAX_APART = 0.3, 1e-3  # how far parameters are moved for a comparison with a copy, and how far it may be off
 # Forward pre-hooks that compute a weight anew in every pass and leave it behind, where no copy can be made of it.
 RECOMPUTING: dict[type, str] = {
     WeightNorm: "Use torch.nn.utils.parametrizations.weight_norm instead, after torch.nn.utils.remove_weight_norm.",
@@ -195,6 +196,81 @@ def output_tensor(raw: Any) -> Tensor:
         f"`model` must return a tensor or an object with `.logits`; got {type(raw).__name__}. Wrap it in a module that "
         "returns its predictions alone."
     )
+
+
+def check_stateless(
+    module: nn.Module,
+    parameters: dict[str, Tensor],
+    inputs: Inputs,
+    *,
+    outputs: Callable[[dict[str, Tensor]], Tensor],
+    loss: Callable[[Tensor], Tensor],
+) -> None:
+    """Refuse a module that is no function of its parameters, by outputs and gradients at others than its own.
+
+    They are compared with those of a copy that has these parameters for its own. A module that computes again in its
+    backward pass, as activation checkpointing makes one, finds its own back in place by then. What cannot be computed there
+    is left unchecked: a model fails in as many ways as there are layers. Cost: two gradients of the samples, and a copy.
+
+    Args:
+        module: The module, in eval mode.
+        parameters: Its trainable parameters by name.
+        inputs: Inputs of a few samples.
+        outputs: Its outputs as a function of such parameters.
+        loss: A number to differentiate, from outputs.
+
+    Raises:
+        ValueError: If outputs or gradients are not those of the copy.
+    """
+    try:
+        with torch.enable_grad(), differentiable_attention():
+            leaves = {name: value.requires_grad_() for name, value in _moved(parameters).items()}
+            ours = _with_gradients(outputs(leaves), leaves, loss)
+            copied = plain_copy(module).eval()
+            own = dict(copied.named_parameters())
+            for name, value in _moved(parameters).items():
+                own[name].data.copy_(value)
+            positional, named = arguments(inputs)
+            found = output_tensor(copied(*positional, **named))
+            theirs = _with_gradients(found, {name: own[name] for name in parameters}, loss)
+    except Exception:
+        return
+    for place, (what, why, remedy) in enumerate((
+        (
+            "outputs",
+            "read its weights from its registered parameters",
+            "Keep no other reference to them, such as a list of weights.",
+        ),
+        (
+            "gradients",
+            "not compute again in its backward pass, as activation checkpointing does",
+            "Switch it off, as `model.gradient_checkpointing_disable()` does on Hugging Face's models.",
+        ),
+    )):
+        apart = sum(float((a - b).abs().square().sum()) for a, b in zip(ours[place], theirs[place], strict=True)) ** 0.5
+        size = sum(float(b.abs().square().sum()) for b in theirs[place]) ** 0.5
+        if apart > MAX_APART * size:
+            raise ValueError(
+                f"`model` must {why}: its {what} at other parameters than its own are off by {apart / size:.2g} of their "
+                f"size. {remedy}"
+            )
+
+
+def _moved(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters that are moved at random, always to the same place."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: p.detach() + MOVED * (p.abs().mean() + 0.1 * MOVED) * torch.randn(p.shape, generator=generator).to(p)
+        for name, p in parameters.items()
+    }
+
+
+def _with_gradients(
+    found: Tensor, leaves: dict[str, Tensor], loss: Callable[[Tensor], Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Outputs, and the loss's gradients in the leaves; the graph is gone with the call."""
+    gradients = torch.autograd.grad(loss(found), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return [found.detach()], gradients
 
 
 def warn_train_mode(model: nn.Module, *, frozen: bool) -> None:

@@ -22,6 +22,7 @@ from stabkit.losses import IGNORE_INDEX, CrossEntropy, Loss, PerSampleLoss, reso
 from stabkit.network import (
     arguments,
     check_layers,
+    check_stateless,
     checked_device,
     differentiable_attention,
     output_tensor,
@@ -36,9 +37,8 @@ Parameters = dict[str, Tensor]
 EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
-PROBES = 16  # samples that a check looks at
-# How far parameters are moved for a check of outputs and gradients, of so many samples, and how far these may be off.
-MOVED, MOVED_SAMPLES, RECOMPUTED = 0.3, 4, 1e-3
+PROBES = 16  # forget samples that are looked for in the retain set
+MOVED_SAMPLES = 4  # through which gradients away from θ* are compared
 PROBABILITIES = 1e-4  # how far from 1 the sum of outputs may be that are probabilities
 COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
 
@@ -489,7 +489,7 @@ class UnlearningProblem:
                 )
             self._check_finite(samples)
             self._check_outputs(samples)
-        self._check_backward()
+        self._check_stateless()
         twins = self.forget.twins(self.retain, PROBES)
         if 2 * twins > min(PROBES, self.forget.size):
             warnings.warn(
@@ -576,65 +576,17 @@ class UnlearningProblem:
                 "samples, such as normalisation by the batch's own mean."
             )
 
-    def _check_backward(self) -> None:
-        """Outputs and gradients at other parameters than θ*, against those of a copy that has its parameters there.
-
-        A module that computes again in its backward pass, as activation checkpointing makes one, finds θ* in its place by
-        then: `functional_call` is over.
-
-        Raises:
-            ValueError: If outputs or gradients are not those of the copy.
-        """
-        try:
-            ours, theirs = self._moved(copied=False), self._moved(copied=True)
-        except (
-            Exception
-        ):  # a model or a loss fails away from θ* in as many ways as there are; what fails at θ* is said elsewhere
-            return
-        names = ("outputs", "gradients")
-        for what, mine, other in zip(names, ours, theirs, strict=True):
-            apart = sum(float((a - b).abs().square().sum()) for a, b in zip(mine, other, strict=True)) ** 0.5
-            size = sum(float(b.abs().square().sum()) for b in other) ** 0.5
-            if not apart > RECOMPUTED * size:
-                continue
-            why = (
-                "read its weights from its registered parameters"
-                if what == "outputs"
-                else "not compute again in its backward pass, as activation checkpointing does"
-            )
-            remedy = (
-                "Keep no other reference to them, such as a list of weights."
-                if what == "outputs"
-                else "Switch it off, as `model.gradient_checkpointing_disable()` does on Hugging Face's models."
-            )
-            raise ValueError(
-                f"`model` must {why}: its {what} at other parameters than its own are off by {apart / size:.2g} of their "
-                f"size. {remedy}"
-            )
-
-    def _moved(self, *, copied: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs and loss gradients of a few samples away from θ*: by `outputs`, or of a copy with its parameters there."""
-        inputs, targets = self.retain.batch(torch.arange(min(MOVED_SAMPLES, self.evaluation_batch, self.retain.size)))
-        generator = torch.Generator().manual_seed(0)
-        leaves = {
-            name: p + MOVED * (p.abs().mean() + 0.1 * MOVED) * torch.randn(p.shape, generator=generator).to(p)
-            for name, p in self.parameters.items()
-        }
-        with torch.enable_grad(), differentiable_attention():
-            if copied:
-                module = plain_copy(self._module).eval()
-                named = dict(module.named_parameters())
-                for name, value in leaves.items():
-                    named[name].data.copy_(value)
-                leaves = {name: named[name] for name in leaves}
-                positional, keywords = arguments(inputs)
-                outputs = output_tensor(module(*positional, **keywords))
-            else:
-                leaves = {name: value.requires_grad_() for name, value in leaves.items()}
-                outputs = self.outputs(leaves, inputs)
-            total = self.loss.per_sample(outputs, targets).sum()
-            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return [outputs.detach()], list(gradients)
+    def _check_stateless(self) -> None:
+        """Whether the network is a function of its parameters, also in its backward pass."""
+        few = min(MOVED_SAMPLES, self.evaluation_batch, self.retain.size)
+        inputs, targets = self.retain.batch(torch.arange(few))
+        check_stateless(
+            self._module,
+            self.parameters,
+            inputs,
+            outputs=lambda parameters: self.outputs(parameters, inputs),
+            loss=lambda outputs: self.loss.per_sample(outputs, targets).sum(),
+        )
 
     def _first_outputs(self, inputs: Inputs, name: str) -> Tensor:
         """Outputs of a few samples; if the model cannot take them, an error that names the set and what to do."""

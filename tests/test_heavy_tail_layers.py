@@ -9,11 +9,11 @@ import math
 import random
 import sys
 import threading
+import time
 import warnings
 
 import numpy as np
 import pytest
-import threadpoolctl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -584,22 +584,48 @@ def test_model_must_be_a_module():
         layer_exponents({})
 
 
-def test_calls_at_once_leave_the_threads_as_they_were():
-    def threads():
-        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+def test_layers_side_by_side_are_those_one_by_one(monkeypatch):
+    model = seeded(cnn)
+    places = set()
 
-    before = threads()
-    nets = [nn.Sequential(*[nn.Linear(300, 300) for _ in range(count)]) for count in (4, 2)]
-    expected = [layer_exponents(net, shuffles=0) for net in nets]
-    found = [None, None]
+    def seen(matrices, seed):
+        places.add(threading.current_thread().name)
+        return shuffle(matrices, seed)
 
-    def measure(place):
-        found[place] = layer_exponents(nets[place], shuffles=0)
+    monkeypatch.setattr("stabkit.heavy_tail.layers.shuffle", seen)
+    wide = nn.Sequential(*[planted(512, 256, 3.0, seed) for seed in range(4)], model)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = layer_exponents(wide, bootstrap=20)
+        assert places == {threading.main_thread().name}
+        places.clear()
+        torch.set_num_threads(3)
+        together = layer_exponents(wide, bootstrap=20)
+    finally:
+        torch.set_num_threads(before)
+    assert len(places) > 1
+    assert threading.main_thread().name not in places
+    assert together == alone
 
-    workers = [threading.Thread(target=measure, args=(place,)) for place in (0, 1)]
+
+def test_calls_at_once_limit_threads_one_after_the_other(monkeypatch):
+    """The limit is the process's, and what was saved within another's limit would be left in place."""
+    active, most = [], []
+
+    @contextlib.contextmanager
+    def limits(threads):
+        active.append(threads)
+        most.append(len(active))
+        time.sleep(0.02)
+        yield
+        active.pop()
+
+    monkeypatch.setattr("stabkit.heavy_tail.layers.threadpool_limits", limits)
+    nets = [nn.Linear(60, 60) for _ in range(4)]
+    workers = [threading.Thread(target=layer_exponents, args=(net,), kwargs={"shuffles": 0}) for net in nets]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert threads() == before
-    assert found == expected
+    assert most == [1] * len(nets)

@@ -156,7 +156,7 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         x, y = trained.split.x_train, trained.split.y_train
         forget, retain = ((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
         problem = UnlearningProblem(trained.model, forget, retain, loss=trained.loss)
-        at = _Bench(problem, _algorithm(cell, problem), seed)
+        at = _Bench(problem, algorithm_of(cell, problem), seed)
         mixes = (at.algorithm.mix,) if at.algorithm.fixed_mix else MIXES[1:4:2] if quick else MIXES
         lrs = _grid(at.measurement, at.batch_sizes, mixes, 4 if quick else POINTS)
         settings = [(i, j) for i in range(len(lrs)) for j in range(len(mixes))]
@@ -310,8 +310,16 @@ def _said(rolled: Rollout) -> list[Prediction]:
     ]
 
 
-def _algorithm(cell: Cell, problem: UnlearningProblem) -> Algorithm:
-    """The cell's algorithm, its batches no larger than the sets."""
+def algorithm_of(cell: Cell, problem: UnlearningProblem) -> Algorithm:
+    """The cell's algorithm, its batches no larger than the sets.
+
+    Args:
+        cell: The cell.
+        problem: Its problem.
+
+    Returns:
+        The algorithm, at a mix of the grid where that is one's to choose.
+    """
     batch = min(BATCH, problem.retain.size)
     plain = resolve_algorithm(cell.algorithm, steps=cell.steps, batch_size=batch, momentum=cell.momentum or None)
     return _set(plain, MIXES[1])
