@@ -69,11 +69,14 @@ def free_memory(device: torch.device) -> int:
         device: CPU or GPU.
 
     Returns:
-        Bytes; 2 GB where the system does not tell.
+        Bytes, of a GPU no more than the process's own share of its memory leaves; 2 GB where the system does not tell.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # since torch 2.8
+        share = 1.0 if fraction is None else fraction(device.index)
+        return max(0, min(free + reserved, int(share * total)) - allocated)
     try:
         # What a system without swap can hand out, with the page cache that it would give up.
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -18,6 +18,7 @@ from stabkit._rng import preserved_rng
 from stabkit._serialise import to_plain
 from stabkit._validate import check_choice, check_int, check_seed
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
+from stabkit.graphs import NetworkGraphs, check_graphs
 from stabkit.preconditioner import Identity, Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.reading import Reading
@@ -280,6 +281,7 @@ def run(
     monitor_samples: int | None = MONITOR_SAMPLES,
     stop_on_divergence: bool = True,
     precision: str = "full",
+    cuda_graphs: bool = False,
     on_step: Callable[[StepRecord], object] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
@@ -301,6 +303,8 @@ def run(
         stop_on_divergence: Whether to end the run at the check that finds it diverged.
         precision: "full", or "bfloat16": passes of the steps under autocast, with float32 parameters, updates and looks.
             Predictions are of full precision.
+        cuda_graphs: Whether to record the network's passes as CUDA graphs and replay them, which saves the time of
+            launching their kernels one by one. For a GPU, frozen BatchNorm and batches of one size.
         on_step: Called after every step. If it raises StopIteration the run ends there and returns; any other exception
             ends it too and reaches the caller, after the state is written where there is a `checkpoint`.
         checkpoint: File that holds the state: written whole or not at all, resumed from where it exists, left in place at
@@ -315,6 +319,7 @@ def run(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of its domain, or the checkpoint is unreadable or of another run.
+        RuntimeError: If the network's passes cannot be recorded with `cuda_graphs`.
     """
     for name, value, kind in (("problem", problem, UnlearningProblem), ("algorithm", algorithm, Algorithm)):
         if not isinstance(value, kind):
@@ -333,6 +338,8 @@ def run(
             f"`precision` of `run` must be 'full' in {str(problem.dtype).removeprefix('torch.')}; got {precision!r}. "
             "Autocast lowers float32 alone."
         )
+    if cuda_graphs:
+        check_graphs(problem)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"`on_step` of `run` must be a function of a StepRecord or None; got {on_step!r}.")
     batches = algorithm.batch_sizes(problem)
@@ -393,7 +400,8 @@ def run(
             state.take(saved)
         else:
             look(0)
-        steps = _Steps(problem, algorithm, preconditioner, batches, seed, precision)
+        graphs = NetworkGraphs(problem, lowered=precision == "bfloat16") if cuda_graphs else None
+        steps = _Steps(problem, algorithm, preconditioner, batches, seed, precision, graphs)
         steps.skip(state.taken)
         remaining = range(state.taken + 1, algorithm.steps + 1) if state.stop_reason == "steps" else range(0)
 
@@ -489,8 +497,9 @@ class _Steps:
         batches: tuple[int, int],
         seed: int,
         precision: str,
+        graphs: NetworkGraphs | None = None,
     ) -> None:
-        self._autocast = precision == "bfloat16"
+        self._autocast, self._graphs = precision == "bfloat16", graphs
         self._problem, self._algorithm, self._preconditioner = problem, algorithm, preconditioner
         self._batches, self._seed = batches, seed
         self._streams = batch_streams((problem.retain.size, problem.forget.size), batches, algorithm.sampling, seed)
@@ -579,7 +588,7 @@ class _Steps:
         losses: dict[bool, float] = {}
         # One pass over both batches: half the kernel launches.
         for group in [parts] if together else [[part] for part in parts]:
-            share, seen = self._backward(parameters, group, state.statistics, measured=measured)
+            share, seen = self._backward(theta, parameters, group, state.statistics, measured=measured)
             gradient += share * self._mask if self._mask is not None and group[0].forget else share
             losses |= seen
         return gradient, leakage, losses
@@ -595,17 +604,24 @@ class _Steps:
         return _Part(inputs=inputs, targets=targets, original=original, weight=weight, forget=forget, step=step)
 
     def _backward(
-        self, parameters: Parameters, parts: list[_Part], statistics: Parameters, *, measured: bool
+        self, theta: Tensor, parameters: Parameters, parts: list[_Part], statistics: Parameters, *, measured: bool
     ) -> tuple[Tensor, dict[bool, float]]:
         """Σ weight·Jᵀs over the parts, in one pass; s by the algorithm from the outputs. And the losses if asked for."""
         inputs = parts[0].inputs if len(parts) == 1 else _join(parts[0].inputs, parts[1].inputs)
+        recorded, leaves = None, list(parameters.values())
+        if self._graphs is not None:
+            leaf = theta.detach().requires_grad_()
+            recorded = self._graphs.outputs(leaf, inputs)
+            leaves = leaves if recorded is None else [leaf]
         lowered = torch.autocast(self._problem.device.type, torch.bfloat16, enabled=self._autocast)
         with torch.enable_grad(), lowered:
-            if self._problem.batchnorm == "batch":
+            if recorded is not None:
+                outputs = recorded
+            elif self._problem.batchnorm == "batch":
                 outputs = self._problem.batch_outputs(parameters, inputs, statistics=statistics)
             else:
                 outputs = self._problem.outputs(parameters, inputs)
-        outputs = outputs.to(self._problem.dtype)
+            outputs = outputs.to(self._problem.dtype)
         residuals, start = [], 0
         losses: dict[bool, float] = {}
         for part in parts:
@@ -626,7 +642,7 @@ class _Steps:
             start = stop
         gradients = torch.autograd.grad(
             outputs,
-            list(parameters.values()),
+            leaves,
             grad_outputs=torch.cat(residuals),
             allow_unused=True,
             materialize_grads=True,

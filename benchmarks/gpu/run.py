@@ -19,15 +19,20 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from benchmarks.gpu import speed, tables
 from benchmarks.gpu.scale import SCALES, Scale
@@ -35,11 +40,13 @@ from benchmarks.gpu.store import Store, now
 from benchmarks.gpu.tasks import GOLD_SEED, Task
 from benchmarks.gpu.unlearning import GOLDS, PUBLISHED, Cell, cell, published, quiet
 
-ALGORITHMS = ("graddiff", "salun", "sfr_on", "scrub", "ga", "agu", "sragu")
-# Minutes that a cell is expected to take at the full scale, and what its algorithm makes of that on ResNet-18.
-CELL_MINUTES = {"resnet18": 1.6, "vit": 1.0, "lm": 0.8, "lm-gpt2": 2.5}
-ALGORITHM_COST = {"graddiff": 1.0, "salun": 1.4, "sfr_on": 1.3, "scrub": 1.1, "ga": 0.7, "agu": 1.4, "sragu": 1.5}
+ALGORITHMS = ("graddiff", "sfr_on", "salun", "scrub", "ga", "agu", "sragu")
+# Minutes that jobs are expected to take at the full scale with eight of them at once.
+TRAIN_MINUTES = {"resnet18": 2.0, "vit": 1.5, "lm": 0.7, "lm-gpt2": 1.2}
+MIX_MINUTES = {"resnet18": 0.6, "vit": 0.5, "lm": 0.4, "lm-gpt2": 0.7}  # of a cell, for each mix
+SPEED_MINUTES = {"predictions": 1.2, "exponents": 0.5, "products": 0.3, "precision": 0.2, "spectrum": 0.2, "steps": 0.3}
 SMALL_MINUTES = 0.5  # of any job at the small scale
+WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ class Job:
         minutes: How long it is expected to take at the full scale on an H200; estimated, not measured.
         needs: Jobs whose results, and networks if they train any, it needs.
         make: Does it.
+        alone: Whether nothing else is done meanwhile, because it is about time.
     """
 
     key: str
@@ -59,52 +67,41 @@ class Job:
     minutes: float
     needs: tuple[str, ...]
     make: Callable[[Store, Task], dict[str, Any]]
+    alone: bool = False
 
 
 def jobs() -> list[Job]:
-    """All jobs, the most important first: a little of everything, then the rest of each."""
+    """All jobs, the most important first: networks, what is timed, a little of everything, then the rest of each."""
     return [
-        _train("resnet18", 0.8),
-        _gold("resnet18", "random10", 0.8),
-        _cell("resnet18", "random10", "graddiff"),
-        *map(_speed, ("predictions", "exponents")),
-        *map(_published, ("neggrad-torchunlearn", "scrub-torchunlearn", "sfr_on-paper")),
-        _train("lm", 0.5),
-        _cell("lm", "people", "graddiff"),
-        *map(_published, ("ga-open-unlearning", "graddiff-open-unlearning")),
-        _train("vit", 1.2),
-        _cell("vit", "random10", "graddiff"),
-        *(_cell("resnet18", "random10", name) for name in ("salun", "sfr_on", "scrub", "ga")),
+        _train("resnet18"),
+        _train("resnet18", "random10"),
+        _train("vit"),
+        _train("resnet18", "class"),
+        _train("resnet18", "random50"),
+        *map(_speed, ("predictions", "exponents", "products", "steps", "spectrum")),
+        *map(_published, ("sfr_on-paper", "neggrad-torchunlearn", "scrub-torchunlearn")),
+        *(_cell("resnet18", "random10", name) for name in ALGORITHMS),
         *map(_published, ("salun-torchunlearn", "ga-sfr_on-paper")),
-        *map(_speed, ("products", "precision", "spectrum")),
-        *(_cell("lm", "people", name) for name in ("npo", "ga")),
+        *(_cell("vit", "random10", name, mixes=1) for name in ALGORITHMS[:5]),
+        *(_cell("resnet18", "class", name, mixes=1) for name in ALGORITHMS),
+        _speed("precision"),
+        *(_cell("resnet18", "random50", name, mixes=1) for name in ALGORITHMS),
+        *(_cell("vit", "random10", name, mixes=1) for name in ALGORITHMS[5:]),
         _cell("vit", "class", "graddiff"),
-        _train("lm-gpt2", 1.0),
-        _cell("lm-gpt2", "people", "graddiff"),
-        *(_cell("resnet18", "random10", name) for name in ("agu", "sragu")),
-        _cell("lm", "people", "graddiff", mode="thorough", minutes=2.5),
-        _cell("resnet18", "random10", "graddiff", batchnorm="batch", minutes=2.5),
-        _gold("resnet18", "class", 0.8),
-        *(_cell("resnet18", "class", name) for name in ALGORITHMS),
-        _cell("vit", "class", "graddiff", mode="thorough", minutes=3.0),
-        *(_cell("lm-gpt2", "people", name) for name in ("npo", "ga")),
-        _gold("resnet18", "random50", 0.6),
-        *(_cell("resnet18", "random50", name) for name in ALGORITHMS),
-        *(_cell("vit", "random10", name) for name in ALGORITHMS[1:]),
-        _cell("resnet18", "class", "graddiff", mode="thorough", minutes=7.0),
+        _cell("resnet18", "random10", "graddiff", batchnorm="batch"),
+        _train("lm"),
+        _train("lm-gpt2"),
+        *(_cell("lm", "people", name) for name in ("graddiff", "npo", "ga")),
+        *map(_published, ("ga-open-unlearning", "graddiff-open-unlearning")),
+        *(_cell("lm-gpt2", "people", name) for name in ("graddiff", "npo", "ga")),
     ]
 
 
-def _train(task: str, minutes: float) -> Job:
-    """Train a task's network on everything."""
-    return Job(key=f"train-{task}", task=task, minutes=minutes, needs=(), make=partial(_trained, deletion=None))
-
-
-def _gold(task: str, deletion: str, minutes: float) -> Job:
-    """Train it on what a deletion retains."""
-    return Job(
-        key=f"gold-{task}-{deletion}", task=task, minutes=minutes, needs=(), make=partial(_trained, deletion=deletion)
-    )
+def _train(task: str, deletion: str | None = None) -> Job:
+    """Train a task's network on everything, or on what a deletion retains."""
+    key = f"train-{task}" if deletion is None else f"gold-{task}-{deletion}"
+    make = partial(_trained, deletion=deletion)
+    return Job(key=key, task=task, minutes=TRAIN_MINUTES[task], needs=(), make=make)
 
 
 def _trained(store: Store, task: Task, *, deletion: str | None) -> dict[str, Any]:
@@ -127,23 +124,13 @@ def _trained(store: Store, task: Task, *, deletion: str | None) -> dict[str, Any
     }
 
 
-def _cell(
-    task: str,
-    deletion: str,
-    algorithm: str,
-    *,
-    mode: str = "standard",
-    batchnorm: str = "frozen",
-    minutes: float | None = None,
-) -> Job:
-    spec = Cell(task=task, deletion=deletion, algorithm=algorithm, mode=mode, batchnorm=batchnorm)
-    key, expected = f"cell-{spec.key}", minutes
-    if expected is None:
-        # Per-sample gradients of the whole forget set are what takes longer where it is half of the data.
-        share = 2.0 if deletion == "random50" and algorithm in {"salun", "agu", "sragu"} else 1.0
-        expected = CELL_MINUTES[task] * (ALGORITHM_COST[algorithm] if task == "resnet18" else 1.0) * share
+def _cell(task: str, deletion: str, algorithm: str, *, mixes: int = 2, batchnorm: str = "frozen") -> Job:
+    """Predict and run a combination."""
+    spec = Cell(task=task, deletion=deletion, algorithm=algorithm, mixes=mixes, batchnorm=batchnorm)
+    key = f"cell-{spec.key}"
     make = partial(cell, spec=spec, job=key)
-    return Job(key=key, task=task, minutes=expected, needs=_networks(task, deletion), make=make)
+    minutes = MIX_MINUTES[task] * (1 if algorithm == "ga" else mixes)
+    return Job(key=key, task=task, minutes=minutes, needs=_networks(task, deletion), make=make)
 
 
 def _networks(task: str, deletion: str) -> tuple[str, ...]:
@@ -153,23 +140,30 @@ def _networks(task: str, deletion: str) -> tuple[str, ...]:
 
 def _published(name: str) -> Job:
     setting = next(p for p in PUBLISHED if p.name == name)
-    key, minutes = f"published-{name}", 1.5 if setting.task == "resnet18" else 0.7
+    key, minutes = f"published-{name}", 1.5 if setting.task == "resnet18" else 0.4
     make = partial(published, setting=setting, job=key)
     return Job(key=key, task=setting.task, minutes=minutes, needs=_networks(setting.task, setting.deletion), make=make)
 
 
 def _speed(part: str) -> Job:
-    make, minutes = speed.PARTS[part], 2.0 if part == "predictions" else 0.6
-    return Job(key=f"speed-{part}", task="resnet18", minutes=minutes, needs=("train-resnet18",), make=make)
+    return Job(
+        key=f"speed-{part}",
+        task="resnet18",
+        minutes=SPEED_MINUTES[part],
+        needs=("train-resnet18",),
+        make=speed.PARTS[part],
+        alone=part != "precision",
+    )
 
 
 def work(
     store: Store,
     scale: Scale,
-    wanted: list[Job],
+    wanted: Sequence[Job],
     *,
     minutes: float,
     retry: bool = False,
+    workers: int = 1,
     say: Callable[[str], object] = print,
 ) -> list[str]:
     """Do what is missing, as far as the minutes reach.
@@ -180,60 +174,169 @@ def work(
         wanted: Jobs, the most important first.
         minutes: What this call may take; a job that is expected to take longer than what is left is not begun.
         retry: Whether to try again what failed before.
+        workers: Jobs at once, each in a process of its own where there are several; then they must be among `jobs`.
         say: Told of every job.
 
     Returns:
-        Keys of the jobs that were done.
+        Keys of the jobs that were done, in the order in which they ended.
     """
     begun = time.perf_counter()
-    tasks: dict[str, Task] = {}
-    finished = []
+    finished: list[str] = []
+    waiting, running = list(wanted), dict[Future[Outcome], Job]()
 
     def expected(job: Job) -> float:
         return (job.minutes if scale.name == "full" else SMALL_MINUTES) * store.pace()
 
-    for job in wanted:
-        left = minutes - (time.perf_counter() - begun) / 60
+    def left() -> float:
+        return minutes - (time.perf_counter() - begun) / 60
+
+    def begin(job: Job) -> bool:
+        """Whether the job is dealt with: begun, done, or not to be begun; not where it has to wait."""
         needed = any(
             job.key in other.needs
             and not store.done(other.key)
             and (retry or not store.failed(other.key))
-            and expected(job) + expected(other) <= left
+            and expected(job) + expected(other) <= left()
             for other in wanted
         )
         # A network that is lost is trained anew where something is left to be done with it.
         if store.ready(job.key) or (store.done(job.key) and not needed):
-            continue
+            return True
         missing = [need for need in job.needs if not store.ready(need)]
+        if {other.key for other in (*waiting, *running.values())} & set(missing):
+            return False
         reason = ""
         if store.failed(job.key) and not retry:
             reason = "failed before"
         elif missing:
             reason = f"needs {missing[0]}"
-        elif expected(job) > left:
-            reason = f"would take some {expected(job):.1f} minutes of the {left:.1f} left"
+        elif expected(job) > left():
+            reason = f"would take some {expected(job):.1f} minutes of the {left():.1f} left"
+        elif len(running) >= (1 if job.alone else workers):
+            return False
         if reason:
             say(f"-- {job.key}: {reason}")
-            continue
-        tasks.setdefault(job.task, Task(job.task, scale, store.device))
+            return True
+        running[pool.submit(job)] = job
+        return True
+
+    with _pool(store, scale, workers) as pool:
+        while waiting or running:
+            for job in list(waiting):
+                if any(other.alone for other in running.values()):
+                    break
+                if begin(job):
+                    waiting.remove(job)
+                elif job.alone and not set(job.needs) & {other.key for other in running.values()}:
+                    break  # what is timed by itself is waited for
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, outcome = running.pop(future), future.result()
+                if outcome.trouble is None:
+                    finished.append(job.key)
+                    say(f"ok {job.key}: {outcome.seconds:.1f} s")
+                else:  # one job's trouble is no other's; it is kept to be read
+                    store.write_failure(job.key, outcome.trouble)
+                    say(f"!! {job.key}: {outcome.headline}")
+                store.pack()
+    return finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        seconds: How long it took.
+        trouble: The error with its traceback; None if it left its result.
+        headline: The error in a line.
+    """
+
+    seconds: float
+    trouble: str | None = None
+    headline: str = ""
+
+
+class _Here:
+    """Does a job in this process, at once."""
+
+    def __init__(self, store: Store, scale: Scale) -> None:
+        self._store, self._scale, self._tasks = store, scale, dict[str, Task]()
+
+    def submit(self, job: Job) -> Future[Outcome]:
+        """Do it."""
+        future: Future[Outcome] = Future()
+        future.set_result(self.do(job))
+        return future
+
+    def do(self, job: Job) -> Outcome:
+        """Do it, leave its result, and say what became of it."""
+        store, task = self._store, self._tasks.setdefault(job.task, Task(job.task, self._scale, self._store.device))
         started, start = now(), time.perf_counter()
         try:
-            content = job.make(store, tasks[job.task])
-        except Exception as error:  # one job's trouble is no other's; it is kept to be read
-            store.write_failure(job.key, traceback.format_exc())
-            say(f"!! {job.key}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        else:
+            content = job.make(store, task)
             seconds = time.perf_counter() - start
-            estimate = job.minutes if scale.name == "full" else SMALL_MINUTES
+            estimate = job.minutes if self._scale.name == "full" else SMALL_MINUTES
             store.write(job.key, content, started=started, seconds=seconds, minutes=estimate)
-            finished.append(job.key)
-            say(f"ok {job.key}: {seconds:.1f} s")
-        gc.collect()
-        if store.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        store.pack()
-    return finished
+            return Outcome(seconds=seconds)
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else ""
+            return Outcome(
+                seconds=time.perf_counter() - start,
+                trouble=traceback.format_exc(),
+                headline=f"{type(error).__name__}: {first}",
+            )
+        finally:
+            gc.collect()
+            if store.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+
+
+class _Beside:
+    """Does jobs in processes beside this one: small batches leave an accelerator waiting for its next kernel."""
+
+    def __init__(self, executor: ProcessPoolExecutor) -> None:
+        self._executor = executor
+
+    def submit(self, job: Job) -> Future[Outcome]:
+        """Have it done."""
+        return self._executor.submit(_in_worker, job.key)
+
+
+@contextmanager
+def _pool(store: Store, scale: Scale, workers: int) -> Iterator[_Here | _Beside]:
+    """Where jobs are done: here, or in that many processes."""
+    if workers == 1:
+        yield _Here(store, scale)
+        return
+    place = (os.fspath(store.folder), scale.name, str(store.device), workers)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=place) as pool:
+        yield _Beside(pool)
+
+
+_WORKER: dict[str, Any] = {}  # what a worker process does jobs with
+
+
+def _begin_worker(folder: str, scale: str, device: str, workers: int) -> None:
+    """Make a process ready for jobs."""
+    quiet()
+    store = Store(folder, scale, torch.device(device), beside=workers)
+    _WORKER.update(here=_Here(store, SCALES[scale]), jobs={job.key: job for job in jobs()}, store=store, workers=workers)
+
+
+def _in_worker(key: str) -> Outcome:
+    """Do a job with a worker's share of memory and threads, or with all of both if it is to be alone."""
+    job, store, workers = _WORKER["jobs"][key], _WORKER["store"], _WORKER["workers"]
+    share = 1 if job.alone else workers
+    store.beside = share
+    threads = max(1, (os.cpu_count() or 1) // share)
+    torch.set_num_threads(threads)
+    if store.device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(WORKERS_MEMORY / share)
+    with threadpool_limits(threads):
+        return _WORKER["here"].do(job)
 
 
 def main() -> None:
@@ -244,6 +347,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=list(SCALES), default="full")
     parser.add_argument("--only", nargs="+", help="beginnings of the names of jobs to do; all when left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="jobs at once, each in a process of its own")
     parser.add_argument("--retry", action="store_true", help="try again what failed before")
     parser.add_argument("--list", action="store_true", help="name the jobs and do nothing")
     options = parser.parse_args()
@@ -260,6 +364,7 @@ def main() -> None:
         wanted,
         minutes=options.minutes,
         retry=options.retry,
+        workers=options.workers,
         say=partial(print, flush=True),
     )
     store.pack()

@@ -85,7 +85,7 @@ class Scale:
         return cifar10(subset=self.images, test_subset=self.test_images)
 
 
-_IMAGES = {"rank": 100, "retain_samples": 512, "forget_samples": 256, "spectrum_samples": 512, "seeds": 3}
+_IMAGES = {"rank": 80, "retain_samples": 384, "forget_samples": 192, "spectrum_samples": 384, "seeds": 3}
 _TEXT = {"rank": 50, "retain_samples": 128, "forget_samples": 64, "spectrum_samples": 256, "seeds": 3}
 
 FULL = Scale(
@@ -100,19 +100,19 @@ FULL = Scale(
         "lm-gpt2": {"width": 768, "depth": 12, "heads": 12},
     },
     training={
-        "resnet18": Training(epochs=28, batch_size=512, lr=0.4, optimiser="sgd", weight_decay=5e-4),
-        "vit": Training(epochs=60, batch_size=512, lr=1e-3, optimiser="adamw", weight_decay=0.05),
+        "resnet18": Training(epochs=20, batch_size=512, lr=0.4, optimiser="sgd", weight_decay=5e-4),
+        "vit": Training(epochs=30, batch_size=512, lr=1e-3, optimiser="adamw", weight_decay=0.05),
         "lm": Training(epochs=80, batch_size=64, lr=1e-3, optimiser="adamw", weight_decay=0.0),
-        "lm-gpt2": Training(epochs=80, batch_size=64, lr=4e-4, optimiser="adamw", weight_decay=0.0),
+        "lm-gpt2": Training(epochs=60, batch_size=64, lr=4e-4, optimiser="adamw", weight_decay=0.0),
     },
-    steps={"resnet18": 100, "vit": 100, "lm": 100, "lm-gpt2": 50},
+    steps={"resnet18": 60, "vit": 60, "lm": 60, "lm-gpt2": 50},
     batch_size={"resnet18": 64, "vit": 64, "lm": 16, "lm-gpt2": 16},
     mixes=(0.2, 0.5),
-    points=8,
-    span=8.0,
-    seeds=(0, 1),
+    points=6,
+    span=5.0,
+    seeds=(0, 1, 2),
     halvings=2,
-    watched=512,
+    watched=256,
     measured={
         "resnet18": _IMAGES,
         "vit": _IMAGES,

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import stabkit
 from benchmarks.gpu.store import Store, timed
 from benchmarks.gpu.tasks import Task
-from benchmarks.gpu.unlearning import problem_of
-from stabkit.algorithms import GradDiff
+from benchmarks.gpu.unlearning import PUBLISHED_BATCH, problem_of
+from stabkit.algorithms import GradDiff, SFROn
 from stabkit.boundary import frontier
 from stabkit.curvature import DataOperator, GGNOperator, HessianOperator, curvature_gram
 from stabkit.heavy_tail import layer_exponents
@@ -37,6 +37,7 @@ from stabkit.stability import LinearDynamics, stability_map
 BLOCK, ENDS, TOLERANCE, MAP_POINTS = 8, 5, 1e-3, 20
 GRAM_SAMPLES = (4, 2)  # times the batch over 8: retain and forget samples of the Gram
 LINEARISED = {"full": (100, 512, 256, 512), "small": (16, 40, 20, 16)}  # rank, retain, forget and spectrum samples
+STEP_BATCHES = (32, 128)
 NOT_INSTALLED = "not installed"
 
 
@@ -140,7 +141,8 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
     """`predict` in two modes, a map of 400 settings both ways, and the runs that they are about."""
     problem, device, scale = subject(store, task), store.device, task.scale
     model, sets = problem.new_model(), task.sets("random10")
-    plain = GradDiff(mix=0.2, batch_size=scale.batch_size[task.name])
+    batch = min(PUBLISHED_BATCH, scale.batch_size[task.name] * 2)
+    plain = GradDiff(mix=0.2, batch_size=batch)
     sizes = dict(scale.measured[task.name])
     rows: dict[str, Any] = {"kind": "predictions", "run_steps": list(scale.run_steps)}
 
@@ -192,6 +194,19 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
         )
         rows[f"run_{steps}_gradients"] = result.gradient_equivalents
         rows[f"run_{steps}_diverged"] = result.diverged
+    # The run that a prediction is to be cheap beside: SFR-on's, with the information that its mask reads.
+    sfr_on = SFROn(lr=safe, steps=scale.run_steps[1], batch_size=batch)
+    result, rows["run_sfr_on"] = timed(lambda: run(problem, sfr_on, monitor_samples=scale.watched), device)
+    rows["run_sfr_on_gradients"], rows["run_sfr_on_diverged"] = result.gradient_equivalents, result.diverged
+    for mode, given in (("fast", own), ("standard", sizes)):
+        report, rows[f"predict_sfr_on_{mode}"] = timed(
+            lambda mode=mode, given=given: stabkit.predict(
+                model, sets.forget, sets.retain, algorithm=sfr_on, mode=mode, **given
+            ),
+            device,
+        )
+        rows[f"predict_sfr_on_{mode}_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
+        rows[f"predict_sfr_on_{mode}_critical_lr"] = report.critical_lr
     return rows
 
 
@@ -280,10 +295,38 @@ def precision(store: Store, task: Task) -> dict[str, Any]:
     return rows
 
 
+def steps(store: Store, task: Task) -> dict[str, Any]:
+    """A run of small batches with its passes launched one by one, replayed from CUDA graphs, and under autocast."""
+    problem, device = subject(store, task), store.device
+    rows: dict[str, Any] = {"kind": "steps", "batch_sizes": list(STEP_BATCHES), "steps": task.scale.run_steps[0] // 5}
+    if device.type != "cuda":
+        return {**rows, "cuda_graphs": "no GPU"}
+    for batch in STEP_BATCHES:
+        plain = GradDiff(lr=1e-5, mix=0.2, batch_size=batch, steps=rows["steps"])
+        ended = {}
+        for name, how in {
+            "plain": {},
+            "cuda_graphs": {"cuda_graphs": True},
+            "bfloat16": {"precision": "bfloat16"},
+            "bfloat16_cuda_graphs": {"precision": "bfloat16", "cuda_graphs": True},
+        }.items():
+            result, seconds = timed(
+                lambda how=how, plain=plain: run(problem, plain, monitor_samples=batch, check_every=plain.steps, **how),
+                device,
+            )
+            rows[f"{name}_{batch}_milliseconds_a_step"] = 1000 * seconds / plain.steps
+            ended[name] = torch.cat([p.detach().reshape(-1) for p in result.model.parameters()])
+        moved = ended["plain"] - problem.vector()
+        for name in ("cuda_graphs", "bfloat16", "bfloat16_cuda_graphs"):
+            rows[f"{name}_{batch}_difference"] = float((ended[name] - ended["plain"]).norm() / moved.norm())
+    return rows
+
+
 PARTS: dict[str, Callable[[Store, Task], dict[str, Any]]] = {
     "products": products,
     "spectrum": spectrum,
     "predictions": predictions,
     "exponents": exponents,
     "precision": precision,
+    "steps": steps,
 }

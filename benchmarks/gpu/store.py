@@ -38,10 +38,11 @@ class Store:
         folder: The folder.
         scale: "full" or "small"; a folder holds one of them.
         device: Where the jobs compute.
+        beside: Jobs that may be at work at the same time, on the same device.
     """
 
-    def __init__(self, folder: str | Path, scale: str, device: torch.device) -> None:
-        self.folder, self.scale, self.device = Path(folder), scale, device
+    def __init__(self, folder: str | Path, scale: str, device: torch.device, *, beside: int = 1) -> None:
+        self.folder, self.scale, self.device, self.beside = Path(folder), scale, device, beside
         for name in ("jobs", "failures", "predictions", "weights"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._unpack()
@@ -187,6 +188,7 @@ class Store:
             "device": device_name(self.device),
             "arithmetic": arithmetic_now(),
             "threads": torch.get_num_threads(),
+            "jobs_at_once": self.beside,
             "versions": versions(),
         }
 

@@ -21,7 +21,7 @@ from stabkit._serialise import write_atomically
 from stabkit.bench.records import Prediction, Record
 from stabkit.bench.scores import Scores, scores
 
-THOROUGH = "thorough"  # mode whose predictions have a boundary and no probability
+KINDS = {"one": "one linearisation", "staged": "staged rollouts"}
 NETWORKS = {
     "full": {
         "resnet18": "ResNet-18",
@@ -145,37 +145,39 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         return ""
     rows = []
     for task, name in names.items():
-        mine = {k: c for k, c in cells.items() if c["cell"]["task"] == task and c["cell"]["mode"] != THOROUGH}
+        mine = {key: found for key, found in cells.items() if found["cell"]["task"] == task}
         if not mine:
             continue
         found = _scores(mine, predictions)
-        rows.append((
-            name,
-            len(mine),
-            found.settings,
-            f"{found.share_diverged:.2f}",
-            _number(found.one.balanced_accuracy),
-            _number(found.step_limit.balanced_accuracy),
-            _number(found.again.balanced_accuracy),
-            _number(found.one.auc),
-            _number(found.one.brier),
-            _number(found.one.step_ratio),
-            *_ratios(mine.values()),
-        ))
+        for kind, quality in (("one", found.one), ("staged", found.staged)):
+            rows.append((
+                name,
+                len(mine),
+                found.settings,
+                f"{found.share_diverged:.2f}",
+                KINDS[kind],
+                _number(quality.balanced_accuracy),
+                _number(quality.auc),
+                _number(quality.brier),
+                _number(quality.step_ratio),
+                *_ratios(mine.values(), kind),
+            ))
+        for what, quality in (("η > 2(1+β)/λ_max", found.step_limit), ("another real run", found.again)):
+            dashes = ("–",) * 7
+            rows.append((name, len(mine), found.settings, f"{found.share_diverged:.2f}", what, _number(quality.balanced_accuracy), *dashes))
     return "\n\n".join([
         "## Predictions against runs",
-        "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary predicted for each mix.\n"
-        "Beside the balanced accuracy stand that of η > 2(1+β)/λ_max(D) and that of another real run, with other batches.\n"
-        "Ratios are of predicted over observed critical step sizes, where the grid brackets one.",
+        "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary that staged rollouts, or\n"
+        "else one linearisation, predict for each mix. Ratios are of predicted over observed critical step sizes, where\n"
+        "the grid brackets one. The other real run has other batches.",
         _table(
             (
                 "network",
                 "cells",
                 "runs",
                 "diverged",
+                "predicted by",
                 "balanced accuracy",
-                "2/λ_max",
-                "another run",
                 "AUC",
                 "Brier",
                 "divergence step, predicted / observed",
@@ -196,21 +198,23 @@ def _cells(cells: dict[str, Any], predictions: dict[str, Any]) -> str:
     rows = []
     for key, found in cells.items():
         advised, scored = found["advised"], _scores({key: found}, predictions)
-        edges = [f"{_number(b['predicted'])} / {_number(b['observed'])}" for b in found["boundaries"]]
+        edges = [" / ".join(_number(b[name]) for name in ("predicted", "staged", "observed")) for b in found["boundaries"]]
         rows.append((
             _name(found["cell"]),
             scored.settings,
             f"{scored.share_diverged:.2f}",
             _number(scored.one.balanced_accuracy),
-            "–" if found["cell"]["mode"] == THOROUGH else _number(scored.one.auc),
+            _number(scored.staged.balanced_accuracy),
             " · ".join(edges),
             f"{_number(advised['lr'])}: {'diverged' if advised['diverged'] else 'stable'}",
         ))
     return "\n\n".join([
         "## Cell by cell",
-        "Critical step sizes, predicted / observed, for each mix; – where none was found in the scan, or the grid does not\n"
-        "bracket one. The advised step is half the largest that no rollout broke at.",
-        _table(("cell", "runs", "diverged", "balanced accuracy", "AUC", "critical step size", "advised step"), rows),
+        "Critical step sizes by one linearisation / by staged rollouts / observed, for each mix; – where none was found in\n"
+        "the scan, or the grid does not bracket one. The advised step is half the largest that nothing broke at.",
+        _table(
+            ("cell", "runs", "diverged", "accuracy, one", "accuracy, staged", "critical step size", "advised step"), rows
+        ),
     ])
 
 
@@ -311,6 +315,22 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: dict[str, A
                     _number(r[f"predict_{mode}"] / r[f"run_{steps}"]),
                     _number(r[f"predict_{mode}_gradients"] / r[f"run_{steps}_gradients"]),
                 ))
+        for mode in ("fast", "standard"):
+            rows.append((
+                f"predict of SFR-on, mode {mode}, against SFR-on's run of {r['run_steps'][-1]} steps",
+                _number(r[f"predict_sfr_on_{mode}"]),
+                _number(r["run_sfr_on"]),
+                _number(r[f"predict_sfr_on_{mode}"] / r["run_sfr_on"]),
+                _number(r[f"predict_sfr_on_{mode}_gradients"] / r["run_sfr_on_gradients"]),
+            ))
+        for way in ("rolled_out", "exact"):
+            rows.append((
+                f"map of 400 settings, {way.replace('_', ' ')}, against a run of {r['run_steps'][0]} steps",
+                _number(r[f"map_of_400_{way}"]),
+                _number(r[f"run_{r['run_steps'][0]}"]),
+                _number(r[f"map_of_400_{way}"] / r[f"run_{r['run_steps'][0]}"]),
+                "0",
+            ))
     for entry in published.values():
         r = entry["result"]
         if not r["run"]["diverged"]:
@@ -349,6 +369,7 @@ def _speed(kinds: dict[str, dict[str, Any]]) -> str:
         "spectrum": "Spectrum and Gram",
         "predictions": "Predictions and maps, seconds",
         "exponents": "Layer exponents, seconds",
+        "steps": "Steps of a run, milliseconds",
     }
     parts = []
     for kind, title in titles.items():
@@ -407,22 +428,25 @@ def _scores(cells: dict[str, Any], predictions: dict[str, Any]) -> Scores:
 
 
 def _records(found: dict[str, Any], said: list[dict[str, Any]]) -> Iterator[Record]:
-    """A cell's runs as the benchmark has them; of the kinds of rollout there is but one."""
+    """A cell's runs as the benchmark has them."""
     limits = {line["mix"]: line["step_limit"] for line in said}
     points = {(line["mix"], point["lr"]): point for line in said for point in line["grid"]}
     for setting in found["settings"]:
         point, limit = points[setting["mix"], setting["lr"]], limits[setting["mix"]]
-        one = Prediction(
-            probability=point["probability"],
-            scores=() if point["score"] is None else (point["score"],),
-            step=point["divergence_step"],
+        one, staged = (
+            Prediction(
+                probability=said["probability"],
+                scores=() if said["score"] is None else (said["score"],),
+                step=said["divergence_step"],
+            )
+            for said in (point, point["staged"])
         )
         for place, diverged in enumerate(setting["diverged"]):
             yield Record(
                 lr=setting["lr"],
                 mix=setting["mix"],
                 one=one,
-                staged=one,
+                staged=staged,
                 growth=math.nan,
                 step_limit=math.inf if limit is None else limit,
                 coherence_rule=False,
@@ -432,13 +456,14 @@ def _records(found: dict[str, Any], said: list[dict[str, Any]]) -> Iterator[Reco
             )
 
 
-def _ratios(cells: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+def _ratios(cells: Iterable[dict[str, Any]], kind: str) -> tuple[str, ...]:
     """Boundaries that both sides have, the median ratio, and the shares within 1.5 and 2."""
+    predicted = "predicted" if kind == "one" else "staged"
     ratios = [
-        b["predicted"] / b["observed"]
+        b[predicted] / b["observed"]
         for found in cells
         for b in found["boundaries"]
-        if b["predicted"] is not None and b["observed"] is not None
+        if b[predicted] is not None and b["observed"] is not None
     ]
     if not ratios:
         return ("0", "–", "–", "–")
@@ -453,7 +478,7 @@ def _ratios(cells: Iterable[dict[str, Any]]) -> tuple[str, ...]:
 
 def _name(spec: dict[str, Any]) -> str:
     """A cell's name."""
-    extra = [spec[key] for key, plain in (("mode", "standard"), ("batchnorm", "frozen")) if spec[key] != plain]
+    extra = ["batch"] if spec["batchnorm"] == "batch" else []
     return ", ".join([spec["task"], spec["deletion"], spec["algorithm"], *extra])
 
 

@@ -1,7 +1,7 @@
 """Predict first, then run: cells of step sizes and mixes around a predicted boundary, published settings, audits.
 
-A cell's predictions are made by `stabkit.predict` and its report alone, from θ* and the data; they are on disk before the
-first run starts, and the runs are those that the file names. Real runs draw other batches than the rollouts did.
+A cell's predictions are what `stabkit.predict` would say, from θ* and the data alone; they are on disk before the first
+run starts, and the runs are those that the file names. Real runs draw other batches than the rollouts did.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.store import Store, now, timed
 from benchmarks.gpu.tasks import Sets, Task
 from stabkit.algorithms import SCRUB, Algorithm, GradDiff, GradientAscent, SalUn, SFROn, resolve_algorithm
+from stabkit.boundary import CriticalValue, staged_critical_lr
+from stabkit.judge import judge
+from stabkit.measure import Measurement, MeasureSettings, measure
 from stabkit.metrics import audit
+from stabkit.precision import arithmetic
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Report
 from stabkit.runner import RunResult, run
+from stabkit.staged import staged_rollout
 
 FIRST_RUN_SEED = 777  # of the real runs' batches; the rollouts draw others
 CIFAR_RETAIN, CIFAR_FORGET, PUBLISHED_BATCH = 45_000, 5_000, 128  # of the published runs: random 10 % of CIFAR-10
@@ -52,21 +57,20 @@ class Cell:
         task: Name of the task.
         deletion: Name of the deletion.
         algorithm: Name of the algorithm, with its own settings but for step size, mix, steps and batches.
-        mode: Mode of the prediction; "thorough" gives the boundary of staged rollouts, and no probability over the grid.
+        mixes: How many of the scale's mixes, where the algorithm leaves the mix free.
         batchnorm: "frozen" (the library's default, and what most cells have) or "batch", in prediction and runs.
     """
 
     task: str
     deletion: str
     algorithm: str
-    mode: str = "standard"
+    mixes: int = 2
     batchnorm: str = "frozen"
 
     @property
     def key(self) -> str:
         """Name of the cell, fit for a file."""
-        extra = [value for value, plain in ((self.mode, "standard"), (self.batchnorm, "frozen")) if value != plain]
-        return "-".join([self.task, self.deletion, self.algorithm, *extra])
+        return "-".join([self.task, self.deletion, self.algorithm, *(["batch"] if self.batchnorm == "batch" else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +141,7 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
         boundaries.append({
             "mix": line["mix"],
             "predicted": line["critical_lr"] if line["found"] else None,
+            "staged": line["staged"]["critical_lr"] if line["staged"]["found"] else None,
             "observed": _boundary(bench, at, [point["lr"] for point in line["grid"]], crossed, scale),
         })
     advised = algorithm.replace(lr=said["advised_lr"])
@@ -157,7 +162,11 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
             "preconditioner": preconditioning,
             "full_run": statistics.median(bench.full) if bench.full else None,
         },
-        "gradients": {"predict": said["gradients"], "full_run": bench.gradients},
+        "gradients": {
+            "predict": said["gradients"],
+            "staged": said["staged_gradients"],
+            "full_run": bench.gradients,
+        },
         "retain_loss": problem.retain_loss,
         "forget_loss": problem.forget_loss,
         "divergence_level": problem.divergence_level,
@@ -167,43 +176,59 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
 
 
 def _predict_cell(model: nn.Module, task: Task, sets: Sets, spec: Cell, algorithm: Algorithm) -> dict[str, Any]:
-    """A report for each mix, and what it says of the step sizes around its boundary."""
+    """What one linearisation and staged rollouts say of each mix, and of the step sizes around its boundary.
+
+    Measured and judged as `predict` does it, in steps, so that one measurement serves both kinds of prediction.
+    """
     scale, device = task.scale, task.device
-    data = (model, sets.forget, sets.retain)
-    report, first = timed(
-        lambda: stabkit.predict(
-            *data,
-            algorithm=algorithm,
-            loss=task.loss,
-            mode=spec.mode,
-            batchnorm=spec.batchnorm,
-            **scale.measured[spec.task],
-        ),
-        device,
-    )
-    mixes = (algorithm.mix,) if algorithm.fixed_mix else scale.mixes
-    lines, others, maps = [], 0.0, 0.0
-    for mix in mixes if spec.mode != "thorough" else mixes[:1]:
-        here = report
+    problem = problem_of(model, task, sets, batchnorm=spec.batchnorm)
+    sizes = dict(scale.measured[spec.task])
+    seeds = range(sizes.pop("seeds"))
+    settings = MeasureSettings(curvature="hessian", seed=0, **sizes)
+    measurement, measuring = timed(lambda: measure(problem, algorithm, settings), device)
+    report, judging = timed(lambda: judge(measurement, seeds), device)
+    mixes = (algorithm.mix,) if algorithm.fixed_mix else scale.mixes[: spec.mixes]
+    lines, others, maps, staging, staged_gradients = [], 0.0, 0.0, 0.0, 0.0
+    for mix in mixes:
+        here, found = report, measurement
         if mix != algorithm.mix:
-            here, took = timed(lambda mix=mix: report.at(mix=mix), device)
-            others += took
-        grid, took = timed(lambda here=here, mix=mix: _grid(here, mix, scale, staged=spec.mode == "thorough"), device)
+            found, took = timed(lambda mix=mix: measurement.with_algorithm(algorithm.replace(mix=mix)), device)
+            here, took_more = timed(lambda found=found: judge(found, seeds), device)
+            others += took + took_more
+        detail = here.critical_lr_detail
+        guess = detail.value if detail.found else min(here.thresholds.step_limit, detail.scanned[1])
+        staged = _Staged(found)
+        edge, took = timed(lambda staged=staged, guess=guess: staged.boundary(guess), device)
+        centre = edge.value if edge.found else guess
+        lrs = np.geomspace(centre / scale.span, centre * scale.span, scale.points).tolist()
+        points, took_more = timed(lambda staged=staged, lrs=lrs: [staged.at(lr) for lr in lrs], device)
+        staging, staged_gradients = staging + took + took_more, staged_gradients + staged.gradients
+        frontier, took = timed(lambda here=here, lrs=lrs, mix=mix: here.frontier(lr=lrs, mix=[mix]), device)
         maps += took
         lines.append({
             "mix": mix,
             "critical_lr": _finite(here.critical_lr),
             "interval": [_finite(end) for end in here.critical_lr_interval],
-            "found": here.critical_lr_detail.found,
-            "scanned": list(here.critical_lr_detail.scanned),
+            "found": detail.found,
+            "scanned": list(detail.scanned),
             "step_limit": _finite(here.thresholds.step_limit),
             "confidence": here.confidence,
-            "grid": grid,
+            "staged": {"critical_lr": edge.value, "low": edge.low, "found": edge.found, "scanned": list(edge.scanned)},
+            "grid": [
+                {
+                    "lr": lr,
+                    "probability": float(frontier.probability[i, 0]),
+                    "score": _finite(float(frontier.score[i, 0])),
+                    "divergence_step": _finite(float(frontier.divergence_step[i, 0])),
+                    "staged": points[i],
+                }
+                for i, lr in enumerate(lrs)
+            ],
         })
     return {
         "algorithm": algorithm.settings(),
         "mixes": lines,
-        "advised_lr": _advised(report),
+        "advised_lr": _advised(report, lines[0]["staged"]),
         "asked": {
             "lr": algorithm.lr,
             "mix": algorithm.mix,
@@ -212,43 +237,52 @@ def _predict_cell(model: nn.Module, task: Task, sets: Sets, spec: Cell, algorith
         },
         "divergence_level": report.run.divergence_level,
         "checks": {check.name: check.value for check in report.checks},
-        "real_steps": report.rollout.real_steps,
-        "seconds": {"predict": first, "other_mixes": others, "maps": maps},
+        "seconds": {"predict": measuring + judging, "other_mixes": others, "maps": maps, "staged": staging},
+        "staged_gradients": staged_gradients,
         **_spent(report),
     }
 
 
-def _grid(report: Report, mix: float, scale: Scale, *, staged: bool) -> list[dict[str, Any]]:
-    """P(diverge) at step sizes that straddle the report's boundary; of staged rollouts only which side each is on."""
-    detail = report.critical_lr_detail
-    centre = detail.value if detail.found else min(report.thresholds.step_limit, detail.scanned[1])
-    lrs = np.geomspace(centre / scale.span, centre * scale.span, scale.points)
-    if staged:
-        return [
-            {
-                "lr": lr,
-                "probability": float(detail.found and lr >= detail.value),
-                "score": None,
-                "divergence_step": None,
-            }
-            for lr in lrs.tolist()
-        ]
-    found = report.frontier(lr=lrs.tolist(), mix=[mix])
-    return [
-        {
-            "lr": float(found.lr[i]),
-            "probability": float(found.probability[i, 0]),
-            "score": _finite(float(found.score[i, 0])),
-            "divergence_step": _finite(float(found.divergence_step[i, 0])),
+class _Staged:
+    """Staged rollouts of one seed: what `predict` in thorough mode says, without what it says besides."""
+
+    def __init__(self, measurement: Measurement) -> None:
+        self._measurement = measurement
+        self._batches = measurement.algorithm.batch_sizes(measurement.problem)
+        self.gradients = 0.0
+
+    def boundary(self, guess: float) -> CriticalValue:
+        """The critical step size."""
+        m = self._measurement
+        with arithmetic(m.settings.precision):
+            found, gradients = staged_critical_lr(
+                m.problem, m.network, m.algorithm, batch_sizes=self._batches, seed=0, guess=guess
+            )
+        self.gradients += gradients
+        return found
+
+    def at(self, lr: float) -> dict[str, Any]:
+        """P(diverge), score and divergence step at a step size."""
+        m = self._measurement
+        with arithmetic(m.settings.precision):
+            found = staged_rollout(
+                m.problem, m.network, m.algorithm.replace(lr=lr), batch_sizes=self._batches, seeds=[0]
+            )
+        self.gradients += found.gradient_equivalents
+        rolled = found.rollout
+        return {
+            "probability": float(rolled.probability[0]),
+            "score": _finite(float(rolled.score[0, 0])),
+            "divergence_step": _finite(rolled.expected_divergence_step()[0]),
+            "real_steps": found.real_steps,
         }
-        for i in range(found.lr.size)
-    ]
 
 
-def _advised(report: Report) -> float:
-    """The report's own advice: half the largest step size that no seed broke at, and no more than half of 2/λ_max."""
+def _advised(report: Report, staged: dict[str, Any]) -> float:
+    """The report's own advice: half the largest step size that nothing broke at, and no more than half of 2/λ_max."""
     detail = report.critical_lr_detail
     limits = [detail.low] if detail.found else []
+    limits += [staged["low"]] if staged["found"] else []
     return 0.5 * min([*limits, report.thresholds.step_limit, detail.scanned[1]])
 
 
