@@ -51,7 +51,7 @@ class Scale:
         measured_long: The same for runs of published lengths, which are rolled out at length.
         published_share: Share of the published numbers of steps, and of batch sizes, that is run.
         batch: Samples of a timed product.
-        run_steps: Lengths of the runs that a prediction's cost is set beside.
+        run_steps: Lengths of the runs that a prediction's cost is set beside: GradDiff's and SFR-on's.
         repeats: Of a timing.
         replicates: Bootstrap resamples of an audit.
     """
@@ -85,8 +85,8 @@ class Scale:
         return cifar10(subset=self.images, test_subset=self.test_images)
 
 
-_IMAGES = {"rank": 80, "retain_samples": 384, "forget_samples": 192, "spectrum_samples": 384, "seeds": 3}
-_TEXT = {"rank": 50, "retain_samples": 128, "forget_samples": 64, "spectrum_samples": 256, "seeds": 3}
+_IMAGES = {"rank": 80, "retain_samples": 384, "forget_samples": 192, "spectrum_samples": 384, "seeds": 3, "precision": "tf32"}
+_TEXT = {"rank": 50, "retain_samples": 128, "forget_samples": 64, "spectrum_samples": 256, "seeds": 3, "precision": "tf32"}
 
 FULL = Scale(
     name="full",

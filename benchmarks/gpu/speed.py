@@ -170,9 +170,9 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
         sampling=shortest.sampling,
     )
     _, rows["map_of_400_exact"] = timed(lambda: stability_map(dynamics, {"lr": lrs, "mix": mixes}), device)
-    own = (
-        sizes if scale.name == "small" else {"seeds": sizes["seeds"]}
-    )  # the mode's own sizes where there is time for them
+    sizes.pop("precision", None)
+    # The modes' own sizes where there is time for them.
+    own = sizes if scale.name == "small" else {"seeds": sizes["seeds"]}
     for name, mode, multiplied, given in (
         ("predict_tf32", "standard", "tf32", sizes),
         ("predict_fast", "fast", "float32", own),
@@ -187,13 +187,10 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
         rows[f"{name}_critical_lr"] = report.critical_lr
         rows[f"{name}_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
     safe = 0.1 * min(report.critical_lr, report.thresholds.step_limit)
-    for steps in scale.run_steps:
-        algorithm = plain.replace(lr=safe, steps=steps)
-        result, rows[f"run_{steps}"] = timed(
-            lambda algorithm=algorithm: run(problem, algorithm, monitor_samples=scale.watched), device
-        )
-        rows[f"run_{steps}_gradients"] = result.gradient_equivalents
-        rows[f"run_{steps}_diverged"] = result.diverged
+    result, rows["run"] = timed(
+        lambda: run(problem, shortest.replace(lr=safe), monitor_samples=scale.watched), device
+    )
+    rows["run_gradients"], rows["run_diverged"] = result.gradient_equivalents, result.diverged
     # The run that a prediction is to be cheap beside: SFR-on's, with the information that its mask reads.
     sfr_on = SFROn(lr=safe, steps=scale.run_steps[1], batch_size=batch)
     result, rows["run_sfr_on"] = timed(lambda: run(problem, sfr_on, monitor_samples=scale.watched), device)
@@ -301,7 +298,7 @@ def steps(store: Store, task: Task) -> dict[str, Any]:
     rows: dict[str, Any] = {"kind": "steps", "batch_sizes": list(STEP_BATCHES), "steps": task.scale.run_steps[0] // 5}
     if device.type != "cuda":
         return {**rows, "cuda_graphs": "no GPU"}
-    for batch in STEP_BATCHES:
+    for batch in (min(size, problem.forget.size) for size in STEP_BATCHES):
         plain = GradDiff(lr=1e-5, mix=0.2, batch_size=batch, steps=rows["steps"])
         ended = {}
         for name, how in {

@@ -306,15 +306,14 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: dict[str, A
     rows = []
     for entry in timings.values():
         r = entry["result"]
-        for steps in r["run_steps"]:
-            for mode in ("fast", "standard"):
-                rows.append((
-                    f"predict, mode {mode}, against a run of {steps} steps",
-                    _number(r[f"predict_{mode}"]),
-                    _number(r[f"run_{steps}"]),
-                    _number(r[f"predict_{mode}"] / r[f"run_{steps}"]),
-                    _number(r[f"predict_{mode}_gradients"] / r[f"run_{steps}_gradients"]),
-                ))
+        for mode in ("fast", "standard"):
+            rows.append((
+                f"predict, mode {mode}, against a run of {r['run_steps'][0]} steps",
+                _number(r[f"predict_{mode}"]),
+                _number(r["run"]),
+                _number(r[f"predict_{mode}"] / r["run"]),
+                _number(r[f"predict_{mode}_gradients"] / r["run_gradients"]),
+            ))
         for mode in ("fast", "standard"):
             rows.append((
                 f"predict of SFR-on, mode {mode}, against SFR-on's run of {r['run_steps'][-1]} steps",
@@ -327,8 +326,8 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: dict[str, A
             rows.append((
                 f"map of 400 settings, {way.replace('_', ' ')}, against a run of {r['run_steps'][0]} steps",
                 _number(r[f"map_of_400_{way}"]),
-                _number(r[f"run_{r['run_steps'][0]}"]),
-                _number(r[f"map_of_400_{way}"] / r[f"run_{r['run_steps'][0]}"]),
+                _number(r["run"]),
+                _number(r[f"map_of_400_{way}"] / r["run"]),
                 "0",
             ))
     for entry in published.values():
