@@ -85,8 +85,22 @@ class Scale:
         return cifar10(subset=self.images, test_subset=self.test_images)
 
 
-_IMAGES = {"rank": 80, "retain_samples": 384, "forget_samples": 192, "spectrum_samples": 384, "seeds": 3, "precision": "tf32"}
-_TEXT = {"rank": 50, "retain_samples": 128, "forget_samples": 64, "spectrum_samples": 256, "seeds": 3, "precision": "tf32"}
+_IMAGES = {
+    "rank": 80,
+    "retain_samples": 384,
+    "forget_samples": 192,
+    "spectrum_samples": 384,
+    "seeds": 3,
+    "precision": "tf32",
+}
+_TEXT = {
+    "rank": 50,
+    "retain_samples": 128,
+    "forget_samples": 64,
+    "spectrum_samples": 256,
+    "seeds": 3,
+    "precision": "tf32",
+}
 
 FULL = Scale(
     name="full",
@@ -118,7 +132,7 @@ FULL = Scale(
         "vit": _IMAGES,
         "lm": _TEXT,
         # A QR of more than 2³¹ numbers fails on CUDA (pytorch issue 134326): 25 columns of 85 million.
-        "lm-gpt2": {**_TEXT, "rank": 12},
+        "lm-gpt2": {**_TEXT, "rank": 12, "spectrum_samples": 128},
     },
     measured_long={**_IMAGES, "seeds": 1},
     published_share=1.0,

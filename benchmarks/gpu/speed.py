@@ -186,24 +186,20 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
         )
         rows[f"{name}_critical_lr"] = report.critical_lr
         rows[f"{name}_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
+        rows[f"{name}_stages"] = {cost.stage: cost.seconds for cost in report.costs}
     safe = 0.1 * min(report.critical_lr, report.thresholds.step_limit)
-    result, rows["run"] = timed(
-        lambda: run(problem, shortest.replace(lr=safe), monitor_samples=scale.watched), device
-    )
+    result, rows["run"] = timed(lambda: run(problem, shortest.replace(lr=safe), monitor_samples=scale.watched), device)
     rows["run_gradients"], rows["run_diverged"] = result.gradient_equivalents, result.diverged
     # The run that a prediction is to be cheap beside: SFR-on's, with the information that its mask reads.
     sfr_on = SFROn(lr=safe, steps=scale.run_steps[1], batch_size=batch)
     result, rows["run_sfr_on"] = timed(lambda: run(problem, sfr_on, monitor_samples=scale.watched), device)
     rows["run_sfr_on_gradients"], rows["run_sfr_on_diverged"] = result.gradient_equivalents, result.diverged
-    for mode, given in (("fast", own), ("standard", sizes)):
-        report, rows[f"predict_sfr_on_{mode}"] = timed(
-            lambda mode=mode, given=given: stabkit.predict(
-                model, sets.forget, sets.retain, algorithm=sfr_on, mode=mode, **given
-            ),
-            device,
-        )
-        rows[f"predict_sfr_on_{mode}_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
-        rows[f"predict_sfr_on_{mode}_critical_lr"] = report.critical_lr
+    report, rows["predict_sfr_on"] = timed(
+        lambda: stabkit.predict(model, sets.forget, sets.retain, algorithm=sfr_on, mode="fast", **own), device
+    )
+    rows["predict_sfr_on_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
+    rows["predict_sfr_on_critical_lr"] = report.critical_lr
+    rows["predict_sfr_on_stages"] = {cost.stage: cost.seconds for cost in report.costs}
     return rows
 
 
@@ -211,13 +207,13 @@ def exponents(store: Store, task: Task) -> dict[str, Any]:
     """Heavy-tailed exponents of every layer on the device, on the CPU, and by weightwatcher."""
     model = store.load_weights(f"train-{task.name}", task.build(0))
     device, host = store.device, torch.device("cpu")
-    repeats = min(3, task.scale.repeats)
+    repeats = min(2, task.scale.repeats)
     rows: dict[str, Any] = {"kind": "exponents"}
     table, _ = timed(lambda: layer_exponents(model, shuffles=0), device)
     rows["device"] = median(lambda: layer_exponents(model, shuffles=0), device, repeats)
     rows["device_with_shuffles"] = timed(lambda: layer_exponents(model), device)[1]
-    rows["cpu"] = median(lambda: layer_exponents(model, shuffles=0, device="cpu"), device, repeats)
     other = layer_exponents(model, shuffles=0, device="cpu")
+    rows["cpu"] = timed(lambda: layer_exponents(model, shuffles=0, device="cpu"), device)[1]
     ours = {row.name: row.exponent for row in table.rows}
     rows["layers"] = len(ours)
     rows["largest_difference_to_cpu"] = _apart(ours, {row.name: row.exponent for row in other.rows})
@@ -308,7 +304,9 @@ def steps(store: Store, task: Task) -> dict[str, Any]:
             "bfloat16_cuda_graphs": {"precision": "bfloat16", "cuda_graphs": True},
         }.items():
             result, seconds = timed(
-                lambda how=how, plain=plain: run(problem, plain, monitor_samples=batch, check_every=plain.steps, **how),
+                lambda how=how, plain=plain: run(
+                    problem, plain, monitor_samples=plain.batch_size, check_every=plain.steps, **how
+                ),
                 device,
             )
             rows[f"{name}_{batch}_milliseconds_a_step"] = 1000 * seconds / plain.steps

@@ -13,9 +13,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,8 @@ class Store:
             found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             for key, value in found.items():
                 place = self.folder / kind / f"{key}.json"
-                if not place.exists():
+                # A prediction that no run followed is made anew: the network that it was about may be lost.
+                if not place.exists() and (kind != "predictions" or self.done(key)):
                     # Predictions in the very text that was hashed.
                     write_atomically(place, canonical(value) if kind == "predictions" else dumps(value) + "\n")
 
@@ -190,6 +193,7 @@ class Store:
             "threads": torch.get_num_threads(),
             "jobs_at_once": self.beside,
             "versions": versions(),
+            "commit": commit(),
         }
 
 
@@ -224,6 +228,21 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+@cache
+def commit() -> str | None:
+    """The commit that is run: what git says, or the variable STABKIT_COMMIT where there is no repository."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", os.fspath(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return found.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("STABKIT_COMMIT")
 
 
 def arithmetic_now() -> dict[str, str]:

@@ -164,12 +164,20 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
             ))
         for what, quality in (("η > 2(1+β)/λ_max", found.step_limit), ("another real run", found.again)):
             dashes = ("–",) * 7
-            rows.append((name, len(mine), found.settings, f"{found.share_diverged:.2f}", what, _number(quality.balanced_accuracy), *dashes))
+            rows.append((
+                name,
+                len(mine),
+                found.settings,
+                f"{found.share_diverged:.2f}",
+                what,
+                _number(quality.balanced_accuracy),
+                *dashes,
+            ))
     return "\n\n".join([
         "## Predictions against runs",
-        "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary that staged rollouts, or\n"
-        "else one linearisation, predict for each mix. Ratios are of predicted over observed critical step sizes, where\n"
-        "the grid brackets one. The other real run has other batches.",
+        "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary that staged rollouts,\n"
+        "or else one linearisation, predict for each mix. Ratios are of predicted over observed critical step sizes,\n"
+        "where the grid brackets one. The other real run has other batches.",
         _table(
             (
                 "network",
@@ -198,7 +206,9 @@ def _cells(cells: dict[str, Any], predictions: dict[str, Any]) -> str:
     rows = []
     for key, found in cells.items():
         advised, scored = found["advised"], _scores({key: found}, predictions)
-        edges = [" / ".join(_number(b[name]) for name in ("predicted", "staged", "observed")) for b in found["boundaries"]]
+        edges = [
+            " / ".join(_number(b[name]) for name in ("predicted", "staged", "observed")) for b in found["boundaries"]
+        ]
         rows.append((
             _name(found["cell"]),
             scored.settings,
@@ -213,7 +223,8 @@ def _cells(cells: dict[str, Any], predictions: dict[str, Any]) -> str:
         "Critical step sizes by one linearisation / by staged rollouts / observed, for each mix; – where none was found in\n"
         "the scan, or the grid does not bracket one. The advised step is half the largest that nothing broke at.",
         _table(
-            ("cell", "runs", "diverged", "accuracy, one", "accuracy, staged", "critical step size", "advised step"), rows
+            ("cell", "runs", "diverged", "accuracy, one", "accuracy, staged", "critical step size", "advised step"),
+            rows,
         ),
     ])
 
@@ -314,14 +325,13 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: dict[str, A
                 _number(r[f"predict_{mode}"] / r["run"]),
                 _number(r[f"predict_{mode}_gradients"] / r["run_gradients"]),
             ))
-        for mode in ("fast", "standard"):
-            rows.append((
-                f"predict of SFR-on, mode {mode}, against SFR-on's run of {r['run_steps'][-1]} steps",
-                _number(r[f"predict_sfr_on_{mode}"]),
-                _number(r["run_sfr_on"]),
-                _number(r[f"predict_sfr_on_{mode}"] / r["run_sfr_on"]),
-                _number(r[f"predict_sfr_on_{mode}_gradients"] / r["run_sfr_on_gradients"]),
-            ))
+        rows.append((
+            f"predict of SFR-on, mode fast, against SFR-on's run of {r['run_steps'][1]} steps",
+            _number(r["predict_sfr_on"]),
+            _number(r["run_sfr_on"]),
+            _number(r["predict_sfr_on"] / r["run_sfr_on"]),
+            _number(r["predict_sfr_on_gradients"] / r["run_sfr_on_gradients"]),
+        ))
         for way in ("rolled_out", "exact"):
             rows.append((
                 f"map of 400 settings, {way.replace('_', ' ')}, against a run of {r['run_steps'][0]} steps",
@@ -379,7 +389,10 @@ def _speed(kinds: dict[str, dict[str, Any]]) -> str:
                 if name != "kind" and not isinstance(value, dict)
             ]
             rows += [
-                (f"measure: {name}", _shown(value)) for name, value in entry["result"].get("measure_stages", {}).items()
+                (f"{name.removesuffix('_stages').replace('_', ' ')}: {stage}", _shown(seconds))
+                for name, stages in entry["result"].items()
+                if name.endswith("_stages")
+                for stage, seconds in stages.items()
             ]
             parts += [f"### {title}", _table(("what", "value"), rows)]
     for entry in kinds.get("precision", {}).values():
