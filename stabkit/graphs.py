@@ -7,6 +7,7 @@ launches all of them at once. benchmarks/gpu/results.md says what that gains.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -65,13 +66,13 @@ class NetworkGraphs:
 
         samples = (theta.detach().clone().requires_grad_(), *(t.clone() for t in tensors_of(inputs)))
         try:
-            recorded: Callable[..., Tensor] = torch.cuda.make_graphed_callables(passed, samples)
+            recorded = torch.cuda.make_graphed_callables(passed, samples)
         except RuntimeError as error:
             raise RuntimeError(
                 f"`cuda_graphs` of `run` needs a network whose passes can be recorded; {self.problem.model_name} said: "
                 f"{error}. Leave it out."
             ) from error
-        return recorded
+        return cast(Callable[..., Tensor], recorded)
 
 
 def check_graphs(problem: UnlearningProblem) -> None:

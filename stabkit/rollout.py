@@ -32,6 +32,7 @@ from stabkit.sampling import batch_streams
 SCORE_CAP = 3.0  # score at which a setting stops rolling: e³ times the divergence level
 PLAYERS_SEED = 2**31  # added to a stream's seed, so that who stands in for whom is independent of the batches
 ROWS_AT_ONCE = 2**16  # of the basis, that are masked
+DRAWN_AT_ONCE = 64  # steps whose batches are drawn together
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,7 +120,7 @@ def rollout(
 
     Returns:
         The rollout. Cost a step: 4·S·G·(B_R + B_F)·O·r operations; no network pass. Memory G·(m_R + m_F)·O at a check,
-        and n_R + n_F indices.
+        S·(G + r)·(B_R + B_F)·O at a step, and S·(n_R + n_F) indices.
 
     Raises:
         ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, or a value is out of its domain.
@@ -143,57 +144,87 @@ def rollout(
     checks = check_steps(algorithm.steps, check_every)
     like = network.retain.features.new_empty(0, dtype=dtype)
     landmarks = _landmarks(network, like)
+    # Seeds go side by side too, but for batches of different lengths and for `on_step`, which is told of one run at a time.
+    alone = algorithm.sampling == "poisson" or on_step is not None
+    groups = [[int(seed)] for seed in seeds] if alone else [[int(seed) for seed in seeds]]
     parts = [
-        _roll_seed(
+        _roll_seeds(
             network,
             algorithm,
             etas.cpu(),
             alphas.cpu(),
             batch_sizes,
-            int(seed),
+            group,
             checks,
             landmarks,
             on_step,
             like,
+            progress=progress,
         )
-        for seed in progress_bar(list(seeds), "rollout", progress)
+        for group in groups
     ]
-    stacked: dict[str, Any] = {name: torch.stack([p[name] for p in parts]) for name in parts[0]}
-    return Rollout(lr=etas.cpu(), mix=alphas.cpu(), steps=torch.tensor(checks), **stacked)
+    joined: dict[str, Any] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+    return Rollout(lr=etas.cpu(), mix=alphas.cpu(), steps=torch.tensor(checks), **joined)
 
 
 class _Part:
-    """One set during a rollout: its samples in the working dtype and its stream of batches of them."""
+    """One set during a rollout: its samples in the working dtype and each of S seeds' stream of batches of them."""
 
     def __init__(
-        self, part: LinearisedSet, stream: Iterator[Tensor], batch_size: int, seed: int, dtype: torch.dtype
+        self,
+        part: LinearisedSet,
+        streams: Sequence[Iterator[Tensor]],
+        batch_size: int,
+        seeds: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        at_once: int,
     ) -> None:
-        players = _players(part, seed)
         self.outputs = part.outputs.to(dtype)
         self._original = self.outputs if part.original is None else part.original.to(dtype)
         self.features = part.features.to(dtype)
         self._offset = None if part.eval_outputs is None else part.eval_outputs.to(dtype) - self.outputs
         self.targets = part.targets.to(dtype) if part.targets.is_floating_point() else part.targets
-        self.stream = (players[members] for members in stream)
+        self._streams, self._players = streams, [_players(part, seed) for seed in seeds]
+        self._drawn, self._at_once = iter(()), at_once
         self.batch_size = batch_size
 
+    def draw(self) -> Tensor:
+        """The next batch of every seed, (S, b), on the network's device."""
+        found: Tensor | None = next(self._drawn, None)
+        if found is None:
+            # Several steps' at once: a transfer in each would keep an accelerator waiting.
+            drawn = [
+                torch.stack([
+                    players[next(stream)] for stream, players in zip(self._streams, self._players, strict=True)
+                ])
+                for _ in range(self._at_once)
+            ]
+            self._drawn = iter(torch.stack(drawn).to(self.outputs.device))
+            found = next(self._drawn)
+        return found
+
     def original(self, indices: Tensor, settings: int) -> Tensor:
-        """Outputs at θ*, G times one after another: (G·b, ...)."""
+        """Outputs at θ* of batches (S, b), each G times one after another: (S·G·b, ...)."""
         return _repeat(self._original[indices], settings)
 
-    def at(self, c: Tensor, indices: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs at G settings' coordinates c (G, r) as (G·b, ...), their targets, and the features (b·O, r)."""
-        base, targets, rows = self.outputs[indices], self.targets[indices], self.features[indices].flatten(0, 1)
-        settings = c.shape[0]
-        moved = base.reshape(1, -1) + c @ rows.T  # f_i + Φ_i c: (G, b·O)
-        return moved.reshape(settings * base.shape[0], *base.shape[1:]), _repeat(targets, settings), rows
+    def at(self, c: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs of batches (S, b) at coordinates c (S, G, r), (S·G·b, ...), their targets, and features (S, b·O, r)."""
+        base, rows = self.outputs[indices], self.features[indices].flatten(1, 2)
+        moved = base.flatten(1).unsqueeze(1) + c @ rows.mT  # f_i + Φ_i c: (S, G, b·O)
+        return moved.reshape(-1, *base.shape[2:]), _repeat(self.targets[indices], c.shape[1]), rows
 
-    def looked_at(self, c: Tensor, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Outputs in eval mode at G settings' coordinates c (G, r) as (G·b, ...), and their targets."""
-        outputs, targets, _ = self.at(c, indices)
-        if self._offset is not None:
-            outputs = outputs + _repeat(self._offset[indices], c.shape[0])
-        return outputs, targets
+    def looked_at(self, c: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Outputs in eval mode of batches (S, b), or of the whole set, at coordinates c (S, G, r), as (S·G·b, ...)."""
+        if indices is None:
+            base, rows = self.outputs.unsqueeze(0), self.features.flatten(0, 1).unsqueeze(0)
+            offset = None if self._offset is None else self._offset.unsqueeze(0)
+        else:
+            base, rows = self.outputs[indices], self.features[indices].flatten(1, 2)
+            offset = None if self._offset is None else self._offset[indices]
+        base = base if offset is None else base + offset
+        moved = base.flatten(1).unsqueeze(1) + c @ rows.mT
+        return moved.reshape(-1, *base.shape[2:])
 
 
 def _players(part: LinearisedSet, seed: int) -> Tensor:
@@ -209,60 +240,84 @@ def _players(part: LinearisedSet, seed: int) -> Tensor:
 
 
 def _repeat(values: Tensor, times: int) -> Tensor:
-    return values.repeat(times, *[1] * (values.dim() - 1))
+    """Rows (S, b, ...) as (S·G·b, ...): each b of them G times one after another."""
+    seeds, b = values.shape[:2]
+    return values.unsqueeze(1).expand(seeds, times, b, *values.shape[2:]).reshape(-1, *values.shape[2:])
 
 
-def _roll_seed(
+def _roll_seeds(
     network: LinearisedNetwork,
     algorithm: Algorithm,
     etas: Tensor,
     alphas: Tensor,
     batch_sizes: tuple[int, int],
-    seed: int,
+    seeds: Sequence[int],
     checks: Sequence[int],
     landmarks: tuple[Tensor | None, Tensor | None],
     on_step: Callable[[int, Tensor, Tensor], object] | None,
     like: Tensor,
+    *,
+    progress: bool,
 ) -> dict[str, Tensor]:
-    """One seed's run at all settings; settings that have ended leave the working set."""
+    """Some seeds' runs at all settings; settings that have ended for all of them leave the working set."""
     # What decides which settings go on lies on the host, so that an accelerator is waited for at the looks alone.
-    settings, rank, dtype, device = etas.numel(), network.rank, like.dtype, like.device
+    settings, count, rank, dtype, device = etas.numel(), len(seeds), network.rank, like.dtype, like.device
     sets = (network.retain, network.forget)
-    streams = batch_streams((sets[0].population, sets[1].population), batch_sizes, algorithm.sampling, seed)
-    retain, forget = (_Part(sets[i], streams[i], batch_sizes[i], 2 * seed + i, dtype) for i in (0, 1))
+    streams = [batch_streams((sets[0].population, sets[1].population), batch_sizes, algorithm.sampling, s) for s in seeds]
+    at_once = 1 if algorithm.sampling == "poisson" else min(DRAWN_AT_ONCE, algorithm.steps)  # those differ in length
+    retain, forget = (
+        _Part(
+            sets[i],
+            [pair[i] for pair in streams],
+            batch_sizes[i],
+            [2 * seed + i for seed in seeds],
+            dtype,
+            at_once=at_once,
+        )
+        for i in (0, 1)
+    )
     metric, anchor = network.metric.to(dtype), network.anchor.to(dtype)
-    field = _Field(network, algorithm, retain, forget, seed, metric, anchor, *landmarks)
+    field = _Field(network, algorithm, retain, forget, seeds, metric, anchor, *landmarks)
     plans = algorithm.plan()
     rule = algorithm.stop_rule()
     scale = loss_scale(network)
 
-    score = torch.full((settings,), -math.inf, dtype=torch.float64)
-    divergence_step = torch.full((settings,), math.nan, dtype=torch.float64)
-    stopped_step = torch.full((settings,), float(algorithm.steps), dtype=torch.float64)
-    losses = torch.zeros(2, settings, len(checks), dtype=torch.float64)
-    coordinates = torch.zeros(settings, rank, dtype=torch.float64)
-    # The working set: rows of the above that still run, with their coordinates and velocities.
+    score = torch.full((count, settings), -math.inf, dtype=torch.float64)
+    divergence_step = torch.full((count, settings), math.nan, dtype=torch.float64)
+    stopped_step = torch.full((count, settings), float(algorithm.steps), dtype=torch.float64)
+    losses = torch.zeros(2, count, settings, len(checks), dtype=torch.float64)
+    coordinates = torch.zeros(count, settings, rank, dtype=torch.float64)
+    # The working set: columns of the above that still run for some seed, with their coordinates and velocities, and which
+    # of the seeds they run for.
     alive = torch.arange(settings)
-    c = torch.zeros(settings, rank, dtype=dtype, device=device)
+    running = torch.ones(count, settings, dtype=torch.bool)
+    c = torch.zeros(count, settings, rank, dtype=dtype, device=device)
     velocity = torch.zeros_like(c)
 
     def look(position: int, step: int, seen: Tensor) -> Tensor:
-        """Record the losses of some rows of the working set from this check on; which of them go on."""
-        rows, at = (alive, c) if bool(seen.all()) else (alive[seen], c[seen.to(device)])
-        for place, part in enumerate((retain, forget)):
-            outputs, targets = part.looked_at(at, slice(None))
-            mean = network.loss.per_sample(outputs, targets).reshape(rows.numel(), -1).mean(1).double().cpu()
-            losses[place, rows, position:] = mean.nan_to_num(nan=math.inf, posinf=math.inf).unsqueeze(1)
-        now = losses[:, rows, position]
-        reached = scale.score(now[0])
-        reached[~now.isfinite().all(0)] = SCORE_CAP
-        score[rows] = torch.maximum(score[rows], reached)
-        if step == 0:
-            score[rows[reached >= 0]] = SCORE_CAP  # past the level before the first step: nothing is left to predict
-        before = divergence_step[rows].isnan()
-        coordinates[rows[before]] = at.double().cpu()[before]
-        divergence_step[rows[before & (reached >= 0)]] = float(step)
-        return reached < SCORE_CAP
+        """Record the losses of some runs of the working set, (S, G'), from this check on; which of them go on."""
+        goes_on = seen.clone()
+        for i in range(count):  # one at a time: the whole sets are looked at, whose outputs are large
+            chosen = seen[i]
+            if not bool(chosen.any()):
+                continue
+            rows, at = (alive, c[i]) if bool(chosen.all()) else (alive[chosen], c[i][chosen.to(device)])
+            for place, part in enumerate((retain, forget)):
+                targets = part.targets.repeat(rows.numel(), *[1] * (part.targets.dim() - 1))
+                each = network.loss.per_sample(part.looked_at(at.unsqueeze(0)), targets)
+                mean = each.reshape(rows.numel(), -1).mean(1).double().cpu()
+                losses[place, i, rows, position:] = mean.nan_to_num(nan=math.inf, posinf=math.inf).unsqueeze(1)
+            now = losses[:, i, rows, position]
+            reached = scale.score(now[0])
+            reached[~now.isfinite().all(0)] = SCORE_CAP
+            score[i, rows] = torch.maximum(score[i, rows], reached)
+            if step == 0:
+                score[i, rows[reached >= 0]] = SCORE_CAP  # past the level before the first step: nothing is left to predict
+            before = divergence_step[i, rows].isnan()
+            coordinates[i, rows[before]] = at.double().cpu()[before]
+            divergence_step[i, rows[before & (reached >= 0)]] = float(step)
+            goes_on[i, chosen] = reached < SCORE_CAP
+        return goes_on
 
     def driven() -> tuple[Tensor, Tensor, tuple[bool, bool]]:
         """Step sizes and mixes of the working set, (G', 1), and whether any of them takes either set."""
@@ -272,33 +327,36 @@ def _roll_seed(
 
     eta, alpha, taken = driven()
     if on_step is not None:
-        on_step(0, c, velocity)
-    going = look(0, 0, torch.ones(settings, dtype=torch.bool))
+        on_step(0, c[0], velocity[0])
+    running &= look(0, 0, running)
     position = 1
-    for step in range(1, algorithm.steps + 1):
+    for step in progress_bar(range(1, algorithm.steps + 1), "rollout", progress):
+        going = running.any(0)
         if not bool(going.all()):
-            alive, c, velocity = alive[going], c[going.to(device)], velocity[going.to(device)]
+            alive, running = alive[going], running[:, going]
             if alive.numel() == 0:
                 break
+            c, velocity = (rows[:, going.to(device)] for rows in (c, velocity))
             eta, alpha, taken = driven()
         direction, leakage = field.at(c, alpha, taken, plans[step - 1], step, leakage=rule.leakage_bound is not None)
         velocity = algorithm.momentum * velocity + direction
         ahead = direction + algorithm.momentum * velocity if algorithm.nesterov else velocity
         change = -eta * plans[step - 1].lr * ahead
-        ended = torch.zeros(alive.numel(), dtype=torch.bool)
+        ended = torch.zeros_like(running)
         if rule.active:
-            moved = ((change @ metric) * change).sum(1).clamp_min(0)
-            norm = network.anchor_norm**2 + 2 * c @ anchor + ((c @ metric) * c).sum(1)
-            ended = rule.decide((moved / norm).sqrt(), leakage).cpu()
-            stopped_step[alive[ended]] = float(step)
+            moved = ((change @ metric) * change).sum(-1).clamp_min(0)
+            norm = network.anchor_norm**2 + 2 * c @ anchor + ((c @ metric) * c).sum(-1)
+            ended = rule.decide((moved / norm).sqrt(), leakage).cpu() & running
+            for i, column in ended.nonzero().tolist():
+                stopped_step[i, alive[column]] = float(step)
         c = c + change
         if on_step is not None:
-            on_step(step, c, velocity)
-        going = ~ended
+            on_step(step, c[0], velocity[0])
         due = step == checks[position]
-        seen = torch.ones_like(ended) if due else ended  # a setting that ends is looked at when it does, the others not
+        seen = running if due else ended  # a setting that ends is looked at when it does, the others not
         if bool(seen.any()):
-            going[seen] &= look(position, step, seen)
+            goes_on = look(position, step, seen)
+            running = running & ~ended & (goes_on | ~seen)
         position += due
     return {
         "score": score,
@@ -374,7 +432,7 @@ def _landmarks(network: LinearisedNetwork, like: Tensor) -> tuple[Tensor | None,
 
 
 class _Field:
-    """The direction of a step anywhere in the coordinates, at G settings side by side."""
+    """The direction of a step anywhere in the coordinates, for S seeds and at G settings side by side."""
 
     def __init__(
         self,
@@ -382,20 +440,20 @@ class _Field:
         algorithm: Algorithm,
         retain: _Part,
         forget: _Part,
-        seed: int,
+        seeds: Sequence[int],
         metric: Tensor,
         anchor: Tensor,
         mask: Tensor | None,
         signs: Tensor | None,
     ) -> None:
-        self._loss, self._algorithm, self._seed = network.loss, algorithm, seed
+        self._loss, self._algorithm, self._seeds = network.loss, algorithm, tuple(seeds)
         self._retain, self._forget = retain, forget
         self._metric, self._anchor, self._mask, self._signs = metric, anchor, mask, signs
 
     def at(
         self, c: Tensor, alpha: Tensor, taken: tuple[bool, bool], plan: StepPlan, step: int, *, leakage: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The step's direction, (G, r), and the forget batch's prediction divergence (G,) if asked for."""
+        """The step's direction, (S, G, r), and the forget batch's prediction divergence (S, G) if asked for."""
         retain, _ = self._gradient(
             self._retain, c, (1 - alpha) * plan.retain, plan.retain, taken[0], step, leakage=False
         )
@@ -408,10 +466,10 @@ class _Field:
             # P ĝ = P^{1/2} V h with h these coordinates, so its square is hᵀ metric h. A mask M takes the forget part out
             # of the span of V, where P = I: ‖V h_R + M V h_F‖².
             if self._mask is None:
-                square = ((direction @ self._metric) * direction).sum(1)
+                square = ((direction @ self._metric) * direction).sum(-1)
             else:
-                square = (retain * retain + 2 * retain * masked + forget * masked).sum(1)
-            norm = square.clamp_min(0).sqrt().unsqueeze(1)
+                square = (retain * retain + 2 * retain * masked + forget * masked).sum(-1)
+            norm = square.clamp_min(0).sqrt().unsqueeze(-1)
             direction = direction * (plan.max_norm / (norm + CLIP_EPSILON)).clamp_max(1.0)
         if self._algorithm.weight_decay:
             direction = direction + self._algorithm.weight_decay * (c @ self._metric + self._anchor)
@@ -423,20 +481,28 @@ class _Field:
         self, part: _Part, c: Tensor, weight: Tensor, drawn: float, taken: bool, step: int, *, leakage: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One set's share of the direction, and its prediction divergence if asked for."""
-        settings, none = c.shape[0], torch.zeros_like(c)
+        (seeds, settings), none = c.shape[:2], torch.zeros_like(c)
         if not (drawn or leakage):  # as in a run, the set draws nothing
             return none, None
-        indices = next(part.stream).to(c.device)
+        indices = part.draw()
         # Leakage is watched even where the forget set does not drive the run.
         if indices.numel() == 0 or not (leakage or (drawn and taken)):
             return none, None
         outputs, targets, rows = part.at(c, indices)
-        original = part.original(indices, settings)
-        batch = Batch(outputs=outputs, targets=targets, original=original, copies=settings, step=step, seed=self._seed)
+        original = part.original(indices, settings) if leakage or self._algorithm.needs_original else None
+        batch = Batch(
+            outputs=outputs,
+            targets=targets,
+            original=original,
+            copies=seeds * settings,
+            step=step,
+            seeds=self._seeds,
+        )
         chosen = self._algorithm.forget_residual if part is self._forget else self._algorithm.retain_residual
-        residual = chosen(self._loss, batch).reshape(settings, -1)  # s_i: (G, b·O)
+        residual = chosen(self._loss, batch).reshape(seeds, settings, -1)  # s_i: (S, G, b·O)
         gradient = torch.where(weight == 0, 0.0, weight * (residual @ rows) / part.batch_size)
         if not leakage:
             return gradient, None
-        now, _ = part.looked_at(c, indices)
-        return gradient, self._loss.divergence(original, now, targets).reshape(settings, -1).mean(1)
+        now = part.looked_at(c, indices)
+        assert original is not None
+        return gradient, self._loss.divergence(original, now, targets).reshape(seeds, settings, -1).mean(-1)

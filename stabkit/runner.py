@@ -632,7 +632,7 @@ class _Steps:
                 original=part.original,
                 copies=1,
                 step=part.step,
-                seed=self._seed,
+                seeds=(self._seed,),
             )
             residual = self._algorithm.forget_residual if part.forget else self._algorithm.retain_residual
             with torch.no_grad():

@@ -88,7 +88,7 @@ def test_random_labels_descends_on_the_labels_it_draws():
 
 
 def batch_of(outputs, targets, **changes):
-    settings = {"original": None, "copies": 1, "step": 1, "seed": 0, **changes}
+    settings = {"original": None, "copies": 1, "step": 1, "seeds": (0,), **changes}
     return Batch(outputs=outputs, targets=targets, **settings)
 
 
@@ -103,7 +103,7 @@ def test_labels_are_uniform_fresh_at_every_step_and_the_same_for_all_settings():
     counts = torch.bincount(first, minlength=5) / 4000
     assert float((counts - 0.2).abs().max()) < 5 * (0.2 * 0.8 / 4000) ** 0.5
     assert torch.equal(first, labels())
-    for other in (labels(step=2), labels(seed=1)):
+    for other in (labels(step=2), labels(seeds=(1,))):
         assert float((first == other).double().mean()) == pytest.approx(0.2, abs=0.04)
     copies = labels(copies=4).view(4, 1000)
     assert bool((copies == copies[0]).all())

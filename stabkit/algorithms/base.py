@@ -10,7 +10,7 @@ small subclass and is predicted unchanged.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -87,15 +87,18 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """One set's batch as an algorithm's loss sees it, in a run or, at G settings side by side, in a rollout.
+    """One set's batch as an algorithm's loss sees it: one in a run, C of them side by side in a rollout.
+
+    Those are one for each seed and setting, the settings of one seed after those of another; the settings of a seed have the
+    same b samples.
 
     Attributes:
-        outputs: Current outputs of G·b samples, shape (G·b, ...); the b samples of one setting follow those of another.
-        targets: Their targets, shape (G·b, ...).
+        outputs: Current outputs of C·b samples, shape (C·b, ...); the b samples of one batch follow those of another.
+        targets: Their targets, shape (C·b, ...).
         original: Outputs at θ*, of the outputs' shape; None in a run of an algorithm without `needs_original`.
-        copies: G; 1 in a run.
+        copies: C; 1 in a run.
         step: Number of the step, from 1.
-        seed: Seed of the run.
+        seeds: Seeds of the runs, each for equally many of the batches.
     """
 
     outputs: Tensor
@@ -103,15 +106,25 @@ class Batch:
     original: Tensor | None
     copies: int
     step: int
-    seed: int
+    seeds: tuple[int, ...]
 
-    def generator(self) -> np.random.Generator:
-        """Randomness that belongs to this step of this run, the same in a run and in its rollout.
+    def drawn(self, draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> Tensor:
+        """Random values for every target, which belong to this step of a run, the same in a run and in its rollout.
+
+        Args:
+            draw: Gives values of a shape, that of one batch's targets, from a fresh generator.
 
         Returns:
-            A fresh generator.
+            Values of the targets' shape and dtype; all settings of a seed have the same.
         """
-        return np.random.default_rng([self.seed, self.step])
+        shape = self.targets.shape[0] // self.copies, *self.targets.shape[1:]
+        parts = [
+            torch.from_numpy(draw(np.random.default_rng([seed, self.step]), shape)).repeat(
+                self.copies // len(self.seeds), *[1] * (len(shape) - 1)
+            )
+            for seed in self.seeds
+        ]
+        return torch.cat(parts).to(self.targets)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -78,7 +78,7 @@ def random_label_residual(loss: Loss, batch: Batch) -> Tensor:
 
     Args:
         loss: A cross-entropy.
-        batch: The batch; all its copies get the same labels.
+        batch: The batch; all settings of a seed get the same labels.
 
     Returns:
         Tensor of the outputs' shape.
@@ -89,7 +89,5 @@ def random_label_residual(loss: Loss, batch: Batch) -> Tensor:
     if not isinstance(loss, CrossEntropy):
         raise TypeError(f"`loss` of `random_label_residual` must be a cross-entropy; got {loss.name!r}.")
     classes = loss.aligned(batch.outputs, batch.targets)[0].shape[-1]
-    shape = batch.targets.shape[0] // batch.copies, *batch.targets.shape[1:]
-    drawn = torch.from_numpy(batch.generator().integers(classes, size=shape)).to(batch.targets)
-    labels = drawn.repeat(batch.copies, *[1] * (drawn.dim() - 1))
+    labels = batch.drawn(lambda generator, shape: generator.integers(classes, size=shape))
     return -loss.residual(batch.outputs, torch.where(batch.targets == IGNORE_INDEX, batch.targets, labels))
