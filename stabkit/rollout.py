@@ -263,7 +263,9 @@ def _roll_seeds(
     # What decides which settings go on lies on the host, so that an accelerator is waited for at the looks alone.
     settings, count, rank, dtype, device = etas.numel(), len(seeds), network.rank, like.dtype, like.device
     sets = (network.retain, network.forget)
-    streams = [batch_streams((sets[0].population, sets[1].population), batch_sizes, algorithm.sampling, s) for s in seeds]
+    streams = [
+        batch_streams((sets[0].population, sets[1].population), batch_sizes, algorithm.sampling, s) for s in seeds
+    ]
     at_once = 1 if algorithm.sampling == "poisson" else min(DRAWN_AT_ONCE, algorithm.steps)  # those differ in length
     retain, forget = (
         _Part(
@@ -312,7 +314,9 @@ def _roll_seeds(
             reached[~now.isfinite().all(0)] = SCORE_CAP
             score[i, rows] = torch.maximum(score[i, rows], reached)
             if step == 0:
-                score[i, rows[reached >= 0]] = SCORE_CAP  # past the level before the first step: nothing is left to predict
+                score[i, rows[reached >= 0]] = (
+                    SCORE_CAP  # past the level before the first step: nothing is left to predict
+                )
             before = divergence_step[i, rows].isnan()
             coordinates[i, rows[before]] = at.double().cpu()[before]
             divergence_step[i, rows[before & (reached >= 0)]] = float(step)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import math
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -74,8 +75,8 @@ def layer_exponents(
 
     Returns:
         The table. Cost per a x b matrix, a <= b: a²b for the Gram matrix and O(a³) for its eigenvalues, in float64, and as
-        much again for every shuffled copy. On the CPU as many layers are measured at once as PyTorch has threads, one by one
-        where a weight has more than 8 million entries.
+        much again for every shuffled copy. As many layers are measured at once as PyTorch has threads, and on the CPU as
+        many matrices; one by one where a weight has more than 8 million entries.
 
     Raises:
         TypeError: If the model is not a module, or `layers` is one string.
@@ -136,21 +137,33 @@ def layer_exponents(
 
 
 def _in_threads(
-    measured: Callable[[WeightMatrix], LayerExponent],
-    entries: Sequence[WeightMatrix],
-    device: torch.device | str | None,
+    measured: Callable[..., LayerExponent], entries: Sequence[WeightMatrix], device: torch.device | str | None
 ) -> tuple[LayerExponent, ...]:
-    """The rows; on the CPU several at once, as LAPACK's own threads gain little on matrices of this size."""
-    on_cpu = all((entry.weight.device if device is None else torch.device(device)).type == "cpu" for entry in entries)
+    """The rows; several layers at once, and on the CPU several matrices of each: LAPACK's own threads gain little."""
+    kinds = {(entry.weight.device if device is None else torch.device(device)).type for entry in entries}
     threads = torch.get_num_threads()
     small = all(entry.weight.numel() <= SIDE_BY_SIDE for entry in entries)  # others fill memory, and LAPACK's threads
-    workers = max(1, min(threads, len(entries))) if on_cpu and small else 1
-    # The limit is the process's: two calls at once would undo each other's.
-    with LIMITING, threadpool_limits(max(1, threads // workers)):
-        if workers == 1:  # in this thread, whose modes and streams others do not have
+    if not (small and kinds <= {"cpu", "cuda"} and min(threads, len(entries)) > 1):
+        with LIMITING, threadpool_limits(threads):  # in this thread, whose modes others do not have
             return tuple(map(measured, entries))
-        with ThreadPoolExecutor(workers) as pool:
-            return tuple(pool.map(measured, entries))
+    workers = min(threads, len(entries))
+    at_once = min(threads, sum(entry.stack[0] for entry in entries))
+    streams = [torch.cuda.current_stream()] if "cuda" in kinds else []
+
+    def on_stream(entry: WeightMatrix) -> LayerExponent:
+        with contextlib.ExitStack() as stack:
+            for stream in streams:  # an accelerator's part of the work stays in the caller's order
+                stack.enter_context(torch.cuda.stream(stream))
+            return measured(entry, beside=inner)
+
+    # The limit is the process's: two calls at once would undo each other's.
+    with (
+        LIMITING,
+        threadpool_limits(max(1, threads // at_once)),
+        ThreadPoolExecutor(at_once) as inner,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        return tuple(pool.map(on_stream, entries))
 
 
 def _matches(entry: WeightMatrix, pattern: str) -> bool:
@@ -158,12 +171,15 @@ def _matches(entry: WeightMatrix, pattern: str) -> bool:
     return pattern in names or any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def gram_eigenvalues(matrices: Tensor, *, device: torch.device | str | None = None) -> Tensor:
+def gram_eigenvalues(
+    matrices: Tensor, *, device: torch.device | str | None = None, beside: Executor | None = None
+) -> Tensor:
     """Squared singular values of a stack of matrices, pooled.
 
     Args:
         matrices: Shape (s, a, b), any floating dtype.
         device: Where to compute; the tensor's device when None.
+        beside: Does several matrices at once on the CPU; one after another when None.
 
     Returns:
         Ascending eigenvalues, shape (s·min(a, b),), float64, on the CPU; rounding below zero is clipped.
@@ -174,18 +190,27 @@ def gram_eigenvalues(matrices: Tensor, *, device: torch.device | str | None = No
     matrices = matrices.detach()
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT  # (s, a, b) with a <= b
     s, a, b = wide.shape
-    gram = torch.zeros(s, a, a, dtype=torch.float64, device=target)
     step = max(1, CHUNK // (s * a))
-    for start in range(0, b, step):
-        piece = wide[:, :, start : start + step].to(target, torch.float64)
-        if target.type != "cpu":
+    if target.type == "cpu":
+        each = (map if beside is None else beside.map)(partial(_gram_eigenvalues, step=step), wide.cpu())
+        values = torch.from_numpy(np.concatenate(list(each)))
+    else:
+        gram = torch.zeros(s, a, a, dtype=torch.float64, device=target)
+        for start in range(0, b, step):
+            piece = wide[:, :, start : start + step].to(target, torch.float64)
             gram.baddbmm_(piece, piece.mT)
-            continue
-        for total, part in zip(gram.numpy(), piece.contiguous().numpy(), strict=True):
-            total += part @ part.T  # NumPy sees the one matrix and makes half of the products
-    # NumPy's LAPACK is up to 1.8 times faster than PyTorch's here; both read the lower triangle.
-    values = torch.from_numpy(np.linalg.eigvalsh(gram.numpy())) if target.type == "cpu" else torch.linalg.eigvalsh(gram)
+        values = torch.linalg.eigvalsh(gram)
     return values.clamp(min=0).flatten().sort().values.cpu()
+
+
+def _gram_eigenvalues(matrix: Tensor, *, step: int) -> Array:
+    """Eigenvalues of one matrix's Gram matrix, summed over so many columns at a time."""
+    # NumPy's LAPACK is up to 1.8 times faster than PyTorch's here, and it makes half of a product with itself.
+    gram = np.zeros((matrix.shape[0], matrix.shape[0]))
+    for piece in matrix.split(step, 1):
+        part = piece.to(torch.float64).contiguous().numpy()
+        gram += part @ part.T
+    return np.linalg.eigvalsh(gram).astype(np.float64, copy=False)
 
 
 def _row(
@@ -197,13 +222,14 @@ def _row(
     shuffles: int,
     seed: int,
     device: torch.device | str | None,
+    beside: Executor | None = None,
 ) -> LayerExponent:
     """One layer's fit, null range and metrics."""
     matrices = entry.matrices().detach()
     s, a, b = entry.stack
     count = s * min(a, b)
     shape = tuple(entry.weight.shape) if entry.part is not None or entry.kernel is not None else _shape(entry)
-    spectrum = spectrum_of(matrices, device=device)
+    spectrum = spectrum_of(matrices, device=device, beside=beside)
     fit = fit_power_law(
         spectrum,
         method=method,
@@ -216,7 +242,7 @@ def _row(
     # Shuffles cost most of all: none where the exponent is out already, and no more once one of them has put it out.
     for draw in range(shuffles if not against else 0):
         shuffled = shuffle(matrices, layer_seed(seed, entry.name, draw + 1))
-        other = fit_power_law(gram_eigenvalues(shuffled, device=device), method=method)
+        other = fit_power_law(gram_eigenvalues(shuffled, device=device, beside=beside), method=method)
         null += [other.exponent] if other.defined else []
         if null and fit.exponent >= null[-1]:
             break
@@ -263,19 +289,20 @@ def _shape(entry: WeightMatrix) -> tuple[int, ...]:
     return (shape[0] * shape[1], *shape[2:]) if entry.permute else shape
 
 
-def spectrum_of(matrices: Tensor, *, device: torch.device | str | None = None) -> Array:
+def spectrum_of(matrices: Tensor, *, device: torch.device | str | None = None, beside: Executor | None = None) -> Array:
     """Squared singular values of a stack of matrices, pooled; all NaN where a weight is NaN or infinite.
 
     Args:
         matrices: Shape (s, a, b).
         device: As in `gram_eigenvalues`.
+        beside: As in `gram_eigenvalues`.
 
     Returns:
         Ascending, shape (s·min(a, b),), float64.
     """
     if not bool(torch.isfinite(matrices).all()):
         return np.full(matrices.shape[0] * min(matrices.shape[1:]), math.nan)
-    return gram_eigenvalues(matrices, device=device).numpy()
+    return gram_eigenvalues(matrices, device=device, beside=beside).numpy()
 
 
 def layer_seed(seed: int, name: str, draw: int) -> int:
