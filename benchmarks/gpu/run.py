@@ -1,18 +1,23 @@
 """The GPU experiments of stabkit: predict first, then run. ResNet-18, a vision transformer and a language model.
 
-    PYTHONPATH=. STABKIT_DATA=... python benchmarks/gpu/run.py --folder OUT --minutes 9
-    PYTHONPATH=. STABKIT_DATA=... python benchmarks/gpu/run.py --folder OUT --scale small --device cpu --minutes 15
+    PYTHONPATH=. STABKIT_DATA=... python benchmarks/gpu/run.py --folder OUT --minutes 9 --workers 6
+    PYTHONPATH=. STABKIT_DATA=... python benchmarks/gpu/run.py --folder OUT --scale small --device cpu --workers 2
 
-The second takes the same way on one core. Works through jobs in order of importance and stops beginning them when the
-minutes are used up; called again with the same folder it goes on where it was. Each job leaves one file. What they
-left is gathered in OUT/results.json, OUT/predictions.json and, as a page, OUT/page.md. Of a folder these two files
-alone need to be kept: called on a folder that holds no more, it goes on after what they tell, and trains anew the
-networks that further jobs need. Estimates are of an H200; where the jobs so far took longer, the others are expected to.
+The second takes the same way on a CPU. Works through jobs in order of importance and stops beginning them when the minutes
+are used up; called again with the same folder it goes on where it was. Each job leaves one file. What they left is gathered
+in OUT/results.json, OUT/predictions.json and, as a page, OUT/page.md. Of a folder these two files alone need to be kept:
+called on a folder that holds no more, it goes on after what they tell, and trains anew the networks that further jobs need.
+Estimates are of an H200; where the jobs so far took longer, the others are expected to.
+
+Several workers fill the device, which waits for the next kernel most of the time where batches are small. On NVIDIA's GPUs
+start its multi-process service before (`nvidia-cuda-mps-control -d`): without it processes take turns at the device, and a
+step was seen to take five times as long. What is timed is done alone. Where the data have to be carried to the GPU,
+`shards.py` packs them to about half.
 
 Every real run is preceded by predictions of it that are on disk, with time and SHA-256. BatchNorm is frozen, the
 library's default, in runs and predictions alike, but for one cell. Networks are of seed 0, retrained ones of seed
-100. Needs PyTorch, NumPy, SciPy, scikit-learn, joblib and tqdm; curvlinops and weightwatcher are timed where they are
-installed.
+100. Needs PyTorch, NumPy, SciPy, scikit-learn, joblib, threadpoolctl and tqdm; curvlinops and weightwatcher are timed
+where they are installed.
 """
 
 from __future__ import annotations

@@ -232,17 +232,19 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def commit() -> str | None:
-    """The commit that is run: what git says, or the variable STABKIT_COMMIT where there is no repository."""
+    """The commit that is run: the variable STABKIT_COMMIT where the code was carried elsewhere, or what git says."""
+    told = os.environ.get("STABKIT_COMMIT")
+    if told:
+        return told
+    here = ["git", "-C", os.fspath(Path(__file__).parent)]
     try:
-        found = subprocess.run(
-            ["git", "-C", os.fspath(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
+        found, changes = (
+            subprocess.run([*here, *asked], capture_output=True, text=True, check=True).stdout.strip()
+            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
-        return found.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("STABKIT_COMMIT")
+        return None
+    return f"{found} and changes" if changes else found
 
 
 def arithmetic_now() -> dict[str, str]:

@@ -107,12 +107,16 @@ def _head(results: dict[str, Any], failures: dict[str, Any]) -> str:
         )
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in last["versions"].items())
     multiplied = ", ".join(f"{name} {how}" for name, how in last["arithmetic"].items())
-    seconds = sum(entry["seconds"] for entry in results.values())
+    commits = ", ".join(dict.fromkeys(str(entry["commit"])[:7] for entry in results.values() if entry.get("commit")))
+    most = max(entry.get("jobs_at_once", 1) for entry in results.values())
+    said = "in TF32 and say its error" if "full" in scales else "in float32"
     lines.append(
         f"`PYTHONPATH=. python benchmarks/gpu/run.py --scale {'/'.join(sorted(scales))}` on {', '.join(sorted(devices))}: "
-        f"{len(results)} jobs in {seconds / 60:.1f} minutes, {len(failures)} failed.\n{versions}.\n"
+        f"{len(results)} jobs, {len(failures)} failed.\n{versions}; commits {commits or 'not noted'}.\n"
+        f"Up to {most} jobs went on at once, each in a process of its own, which makes their seconds longer; rows under\n"
+        "*Speed and precision* and the first ones under *What a prediction costs* had the device to themselves.\n"
         "BatchNorm is frozen in runs and predictions, the library's default, but where a cell says `batch`.\n"
-        f"Predictions multiply float32 in float32, runs as PyTorch does by default ({multiplied})."
+        f"Predictions about runs multiply {said}, runs as PyTorch does by default ({multiplied})."
     )
     for key, entry in failures.items():
         lines.append(f"Failed: `{key}`, {entry['error'].strip().splitlines()[-1]}")
