@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
     keys = ("train-resnet18", "gold-resnet18-random10", "cell-resnet18-random10-graddiff", "cell-resnet18-random10-ga")
     work(store, TINY, chosen(*keys), minutes=100, say=said.append)
     store.pack()
-    tables.write(place, place / "page.md")
+    tables.write(place, place / "page.md", total=5)
     assert [line.split(":")[0] for line in said] == [f"ok {key}" for key in keys]
     return place
 
@@ -145,11 +145,11 @@ def test_runs_follow_the_file_of_predictions_whatever_it_says(folder):
 def test_the_page_tells_predictions_that_were_changed_afterwards(folder, tmp_path):
     for name in ("results", "predictions"):
         (tmp_path / f"{name}.json").write_text((folder / f"{name}.json").read_text())
-    assert "2 still have the SHA-256" in tables.write(tmp_path, tmp_path / "page.md").read_text()
+    assert "2 still have the SHA-256" in tables.write(tmp_path, tmp_path / "page.md", total=5).read_text()
     changed = json.loads((tmp_path / "predictions.json").read_text())
     changed["cell-resnet18-random10-ga"]["predictions"]["mixes"][0]["grid"][0]["probability"] = 1.0
     (tmp_path / "predictions.json").write_text(json.dumps(changed))
-    page = tables.write(tmp_path, tmp_path / "page.md").read_text()
+    page = tables.write(tmp_path, tmp_path / "page.md", total=5).read_text()
     assert "2 of 2 predictions were made before their first run; 1 still have the SHA-256" in page
 
 
@@ -385,7 +385,7 @@ def test_the_page_says_what_it_is_and_scores_runs_by_what_was_said_of_them(folde
 
 
 def test_nothing_done_is_a_page_too(tmp_path):
-    assert "No job has left a result yet." in tables.write(tmp_path, tmp_path / "page.md").read_text()
+    assert "No job has left a result yet." in tables.write(tmp_path, tmp_path / "page.md", total=5).read_text()
 
 
 # ---------------------------------------------------------------------- speed

@@ -361,11 +361,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="jobs at once, each in a process of its own")
     parser.add_argument("--retry", action="store_true", help="try again what failed before")
     parser.add_argument("--list", action="store_true", help="name the jobs and do nothing")
+    parser.add_argument("--page", type=Path, help="write the page of what FOLDER holds there, and do nothing else")
     options = parser.parse_args()
     wanted = [job for job in jobs() if not options.only or job.key.startswith(tuple(options.only))]
     if options.list:
         for job in wanted:
             print(f"{job.key}: {job.minutes:g} min")
+        return
+    if options.page:
+        tables.write(options.folder, options.page, total=len(jobs()))
         return
     quiet()
     store = Store(options.folder, options.scale, torch.device(options.device))
@@ -379,7 +383,7 @@ def main() -> None:
         say=partial(print, flush=True),
     )
     store.pack()
-    tables.write(options.folder, options.folder / "page.md")
+    tables.write(options.folder, options.folder / "page.md", total=len(jobs()))
 
 
 if __name__ == "__main__":

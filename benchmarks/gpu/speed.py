@@ -29,7 +29,7 @@ from stabkit.curvature import DataOperator, GGNOperator, HessianOperator, curvat
 from stabkit.heavy_tail import layer_exponents
 from stabkit.measure import MeasureSettings, measure
 from stabkit.precision import arithmetic
-from stabkit.problem import UnlearningProblem
+from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.runner import run
 from stabkit.spectrum import extreme_eigenpairs
 from stabkit.stability import LinearDynamics, stability_map
@@ -81,8 +81,37 @@ def products(store: Store, task: Task) -> dict[str, Any]:
             if kept:
                 rows[f"{name}_of_{BLOCK}"] = median(lambda o=operator: o @ block, device, repeats) / unit / BLOCK
             del operator
+    rows |= _forward_over_reverse(problem, (inputs, targets), block[:, 0], unit, device, repeats)
     rows |= _curvlinops(model, parameters, (inputs, targets), block, unit, device, repeats)
     return {"kind": "products", **rows}
+
+
+def _forward_over_reverse(
+    problem: UnlearningProblem,
+    batch: tuple[Tensor, Tensor],
+    vector: Tensor,
+    unit: float,
+    device: torch.device,
+    repeats: int,
+) -> dict[str, Any]:
+    """The Hessian product as a derivative of the gradient, with its passes each time and traced once."""
+    inputs, targets = batch
+
+    def gradient(parameters: Parameters) -> Parameters:
+        def loss(moved: Parameters) -> Tensor:
+            return problem.loss.per_sample(problem.outputs(moved, inputs), targets).mean()
+
+        return dict(torch.func.grad(loss)(parameters))
+
+    direction = problem.unflatten(vector)
+    plain = median(lambda: torch.func.jvp(gradient, (problem.parameters,), (direction,)), device, repeats)
+    (_, push), tracing = timed(lambda: torch.func.linearize(gradient, problem.parameters), device)
+    traced = median(lambda: push(direction), device, repeats)
+    return {
+        "hvp_forward_over_reverse": plain / unit,
+        "hvp_forward_over_reverse_traced": traced / unit,
+        "tracing_seconds": tracing,
+    }
 
 
 def _curvlinops(

@@ -1,13 +1,7 @@
-"""A page of tables from what the jobs left.
-
-    PYTHONPATH=. python benchmarks/gpu/tables.py FOLDER PAGE
-
-FOLDER holds results.json and predictions.json, as `run.py` gathers them.
-"""
+"""A page of tables from what the jobs left: results.json and predictions.json, as `run.py` gathers them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,12 +46,13 @@ PUBLISHED_AS = {
 }
 
 
-def write(folder: str | Path, page: str | Path) -> Path:
+def write(folder: str | Path, page: str | Path, *, total: int) -> Path:
     """Write the page.
 
     Args:
         folder: Where results.json and predictions.json lie.
         page: The page.
+        total: How many jobs there are.
 
     Returns:
         The page's path.
@@ -72,7 +67,7 @@ def write(folder: str | Path, page: str | Path) -> Path:
     cells = {key: entry["result"] for key, entry in kinds.get("cell", {}).items()}
     names = NETWORKS[next((entry["scale"] for entry in results.values()), "full")]
     parts = [
-        _head(results, failures),
+        _head(results, failures, total),
         _training(kinds.get("training", {}), names),
         _quality(cells, predictions, names),
         _cells(cells, predictions),
@@ -92,7 +87,7 @@ def _load(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------- sections
 
 
-def _head(results: dict[str, Any], failures: dict[str, Any]) -> str:
+def _head(results: dict[str, Any], failures: dict[str, Any], total: int) -> str:
     """What this is and where it was made."""
     lines = ["# GPU experiments: predict first, then run"]
     if not results:
@@ -107,12 +102,13 @@ def _head(results: dict[str, Any], failures: dict[str, Any]) -> str:
         )
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in last["versions"].items())
     multiplied = ", ".join(f"{name} {how}" for name, how in last["arithmetic"].items())
-    commits = ", ".join(dict.fromkeys(str(entry["commit"])[:7] for entry in results.values() if entry.get("commit")))
+    noted = dict.fromkeys(entry["commit"] for entry in results.values() if entry.get("commit"))
+    commits = ", ".join(text[:7] + text[40:] for text in noted)  # "and changes" is kept
     most = max(entry.get("jobs_at_once", 1) for entry in results.values())
     said = "in TF32 and say its error" if "full" in scales else "in float32"
     lines.append(
         f"`PYTHONPATH=. python benchmarks/gpu/run.py --scale {'/'.join(sorted(scales))}` on {', '.join(sorted(devices))}: "
-        f"{len(results)} jobs, {len(failures)} failed.\n{versions}; commits {commits or 'not noted'}.\n"
+        f"{len(results)} of {total} jobs done, {len(failures)} failed.\n{versions}; commits {commits or 'not noted'}.\n"
         f"Up to {most} jobs went on at once, each in a process of its own, which makes their seconds longer; rows under\n"
         "*Speed and precision* and the first ones under *What a prediction costs* had the device to themselves.\n"
         "BatchNorm is frozen in runs and predictions, the library's default, but where a cell says `batch`.\n"
@@ -528,16 +524,3 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def main() -> None:
-    """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("page", type=Path)
-    options = parser.parse_args()
-    write(options.folder, options.page)
-
-
-if __name__ == "__main__":
-    main()
