@@ -36,8 +36,8 @@ from stabkit.recommendations import Recommendations
 from stabkit.remedy import recommend
 from stabkit.report import CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
 from stabkit.rollout import Rollout, rollout
-from stabkit.runner import check_coupled
 from stabkit.staged import staged_rollout
+from stabkit.steps import check_coupled
 
 STABLE_BELOW, DIVERGES_ABOVE = 0.25, 0.75  # of P(diverge); between them the verdict is "marginal"
 HORIZON_GROWTH = 1e3  # of the mean square, at `Thresholds.horizon_lr`

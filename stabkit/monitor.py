@@ -28,7 +28,7 @@ from torch import Tensor
 from stabkit._errors import StabkitWarning, caller_level
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.report import Report
-from stabkit.runner import StepRecord
+from stabkit.steps import StepRecord
 
 ACTIONS = ("shrink", "stop", "warn")
 CALM, RISING, DIVERGED = "calm", "rising", "diverged"

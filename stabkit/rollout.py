@@ -26,8 +26,9 @@ from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
 from stabkit.calibration import calibration
 from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet
-from stabkit.runner import CHECK_EVERY, CLIP_EPSILON, check_steps
+from stabkit.runner import CHECK_EVERY, check_steps
 from stabkit.sampling import batch_streams
+from stabkit.steps import CLIP_EPSILON
 
 SCORE_CAP = 3.0  # score at which a setting stops rolling: e³ times the divergence level
 PLAYERS_SEED = 2**31  # added to a stream's seed, so that who stands in for whom is independent of the batches

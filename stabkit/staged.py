@@ -23,7 +23,7 @@ from stabkit.curvature import LinearisedNetwork
 from stabkit.curvature.dormant import SAMPLES, awakened
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.rollout import SCORE_CAP, Rollout, loss_scale, rollout
-from stabkit.runner import Position, check_coupled, statistics_along, steps_from
+from stabkit.steps import Position, check_coupled, statistics_along, steps_from
 
 # Chosen on calibration cells of the benchmark: half of either does hardly better there and costs half as much again.
 MAX_LOSS_ERROR, MAX_OUTPUT_ERROR = 0.05, 0.2
