@@ -155,7 +155,9 @@ class CrossEntropy(Loss):
         """Labels aligned with the positions that predict them, and each position's weight in its sample's mean."""
         labels = self._shifted(labels)
         valid = labels != IGNORE_INDEX
-        weights = valid.to(dtype) / valid.sum(1, keepdim=True).clamp_min(1)
+        weights = valid.to(dtype)
+        if labels.shape[1] > 1:  # of a single position the mean is its own
+            weights = weights / valid.sum(1, keepdim=True).clamp_min(1)
         return labels.clamp_min(0), weights
 
     def aligned(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,9 +223,8 @@ class CrossEntropy(Loss):
         """
         logits, labels, moved = self._align(outputs, targets)
         labels, weights = self._labels_and_weights(labels, logits.dtype)
-        probabilities = logits.softmax(-1)
-        ones = torch.ones_like(labels, dtype=logits.dtype).unsqueeze(-1)
-        residual = probabilities.scatter_add(-1, labels.unsqueeze(-1), -ones) * weights.unsqueeze(-1)
+        weights = weights.unsqueeze(-1)
+        residual = (logits.softmax(-1) * weights).scatter_add(-1, labels.unsqueeze(-1), -weights)
         return self._restore(residual, outputs, moved)
 
     def hessian_apply(self, outputs: Tensor, targets: Tensor, block: Tensor) -> Tensor:

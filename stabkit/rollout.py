@@ -212,7 +212,7 @@ class _Part:
     def at(self, c: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs of batches (S, b) at coordinates c (S, G, r), (S·G·b, ...), their targets, and features (S, b·O, r)."""
         base, rows = self.outputs[indices], self.features[indices].flatten(1, 2)
-        moved = base.flatten(1).unsqueeze(1) + c @ rows.mT  # f_i + Φ_i c: (S, G, b·O)
+        moved = torch.baddbmm(base.flatten(1).unsqueeze(1), c, rows.mT)  # f_i + Φ_i c: (S, G, b·O)
         return moved.reshape(-1, *base.shape[2:]), _repeat(self.targets[indices], c.shape[1]), rows
 
     def looked_at(self, c: Tensor, indices: Tensor | None = None) -> Tensor:
@@ -324,13 +324,16 @@ def _roll_seeds(
             goes_on[i, chosen] = reached < SCORE_CAP
         return goes_on
 
-    def driven() -> tuple[Tensor, Tensor, tuple[bool, bool]]:
-        """Step sizes and mixes of the working set, (G', 1), and whether any of them takes either set."""
-        mixes = alphas[alive]
-        eta, alpha = (values[alive].to(like).unsqueeze(1) for values in (etas, alphas))
-        return eta, alpha, (bool((mixes < 1).any()), bool((mixes > 0).any()))
+    def driven() -> tuple[Tensor, tuple[_Share, _Share]]:
+        """Minus the step sizes of the working set, (G', 1), and what its settings take of either set."""
+        mixes, shares = alphas[alive], []
+        for part, weights in ((retain, 1 - mixes), (forget, -mixes)):
+            taken = weights != 0
+            values = (weights / part.batch_size).to(like).unsqueeze(1)
+            shares.append(_Share(weights=values, any_taken=bool(taken.any()), all_taken=bool(taken.all())))
+        return -etas[alive].to(like).unsqueeze(1), (shares[0], shares[1])
 
-    eta, alpha, taken = driven()
+    descent, shares = driven()
     if on_step is not None:
         on_step(0, c[0], velocity[0])
     running &= look(0, 0, running)
@@ -342,11 +345,11 @@ def _roll_seeds(
             if alive.numel() == 0:
                 break
             c, velocity = (rows[:, going.to(device)] for rows in (c, velocity))
-            eta, alpha, taken = driven()
-        direction, leakage = field.at(c, alpha, taken, plans[step - 1], step, leakage=rule.leakage_bound is not None)
-        velocity = algorithm.momentum * velocity + direction
+            descent, shares = driven()
+        direction, leakage = field.at(c, shares, plans[step - 1], step, leakage=rule.leakage_bound is not None)
+        velocity = algorithm.momentum * velocity + direction if algorithm.momentum else direction
         ahead = direction + algorithm.momentum * velocity if algorithm.nesterov else velocity
-        change = -eta * plans[step - 1].lr * ahead
+        change = (descent * plans[step - 1].lr) * ahead
         ended = torch.zeros_like(running)
         if rule.active:
             moved = ((change @ metric) * change).sum(-1).clamp_min(0)
@@ -436,6 +439,21 @@ def _landmarks(network: LinearisedNetwork, like: Tensor) -> tuple[Tensor | None,
     return masked, None if signs is None else (basis.T @ signs.to(basis)).to(like)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Share:
+    """What G settings take of one set.
+
+    Attributes:
+        weights: (1-α)/B_R or -α/B_F, shape (G, 1).
+        any_taken: Whether one of them is not 0.
+        all_taken: Whether none of them is.
+    """
+
+    weights: Tensor
+    any_taken: bool
+    all_taken: bool
+
+
 class _Field:
     """The direction of a step anywhere in the coordinates, for S seeds and at G settings side by side."""
 
@@ -456,15 +474,11 @@ class _Field:
         self._metric, self._anchor, self._mask, self._signs = metric, anchor, mask, signs
 
     def at(
-        self, c: Tensor, alpha: Tensor, taken: tuple[bool, bool], plan: StepPlan, step: int, *, leakage: bool
+        self, c: Tensor, shares: tuple[_Share, _Share], plan: StepPlan, step: int, *, leakage: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The step's direction, (S, G, r), and the forget batch's prediction divergence (S, G) if asked for."""
-        retain, _ = self._gradient(
-            self._retain, c, (1 - alpha) * plan.retain, plan.retain, taken[0], step, leakage=False
-        )
-        forget, divergence = self._gradient(
-            self._forget, c, -alpha * plan.forget, plan.forget, taken[1], step, leakage=leakage
-        )
+        retain, _ = self._gradient(self._retain, c, shares[0], plan.retain, step, leakage=False)
+        forget, divergence = self._gradient(self._forget, c, shares[1], plan.forget, step, leakage=leakage)
         masked = forget if self._mask is None else forget @ self._mask
         direction = retain + masked
         if plan.max_norm is not None:
@@ -483,16 +497,16 @@ class _Field:
         return direction, divergence
 
     def _gradient(
-        self, part: _Part, c: Tensor, weight: Tensor, drawn: float, taken: bool, step: int, *, leakage: bool
+        self, part: _Part, c: Tensor, share: _Share, drawn: float, step: int, *, leakage: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One set's share of the direction, and its prediction divergence if asked for."""
-        (seeds, settings), none = c.shape[:2], torch.zeros_like(c)
+        seeds, settings = c.shape[:2]
         if not (drawn or leakage):  # as in a run, the set draws nothing
-            return none, None
+            return torch.zeros_like(c), None
         indices = part.draw()
         # Leakage is watched even where the forget set does not drive the run.
-        if indices.numel() == 0 or not (leakage or (drawn and taken)):
-            return none, None
+        if indices.numel() == 0 or not (leakage or (drawn and share.any_taken)):
+            return torch.zeros_like(c), None
         outputs, targets, rows = part.at(c, indices)
         original = part.original(indices, settings) if leakage or self._algorithm.needs_original else None
         batch = Batch(
@@ -505,7 +519,10 @@ class _Field:
         )
         chosen = self._algorithm.forget_residual if part is self._forget else self._algorithm.retain_residual
         residual = chosen(self._loss, batch).reshape(seeds, settings, -1)  # s_i: (S, G, b·O)
-        gradient = torch.where(weight == 0, 0.0, weight * (residual @ rows) / part.batch_size)
+        weights = share.weights if drawn == 1 else share.weights * drawn
+        gradient = (residual @ rows) * weights
+        if not (share.all_taken and drawn):  # what is not taken may have left the numbers
+            gradient = torch.where(weights == 0, 0.0, gradient)
         if not leakage:
             return gradient, None
         now = part.looked_at(c, indices)
