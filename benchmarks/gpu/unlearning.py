@@ -121,9 +121,8 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
     model = store.load_weights(f"train-{spec.task}", task.build(0))
     sets = task.sets(spec.deletion)
     algorithm = _algorithm(spec, scale)
-    said, mark = store.predicted(job, lambda: _predict_cell(model, task, sets, spec, algorithm))
-
     problem = problem_of(model, task, sets, batchnorm=spec.batchnorm)
+    said, mark = store.predicted(job, lambda: _predict_cell(problem, task, spec, algorithm))
     preconditioner, preconditioning = timed(lambda: algorithm.step_preconditioner(problem), store.device)
     bench = _Runs(store, problem, preconditioner, scale.watched)
     settings, boundaries = [], []
@@ -175,13 +174,12 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
     }
 
 
-def _predict_cell(model: nn.Module, task: Task, sets: Sets, spec: Cell, algorithm: Algorithm) -> dict[str, Any]:
+def _predict_cell(problem: UnlearningProblem, task: Task, spec: Cell, algorithm: Algorithm) -> dict[str, Any]:
     """What one linearisation and staged rollouts say of each mix, and of the step sizes around its boundary.
 
     Measured and judged as `predict` does it, in steps, so that one measurement serves both kinds of prediction.
     """
     scale, device = task.scale, task.device
-    problem = problem_of(model, task, sets, batchnorm=spec.batchnorm)
     sizes = dict(scale.measured[spec.task])
     seeds = range(sizes.pop("seeds"))
     settings = MeasureSettings(curvature="hessian", seed=0, **sizes)
