@@ -6,6 +6,7 @@ launches all of them at once. benchmarks/gpu/results.md says what that gains.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import cast
 
@@ -66,7 +67,10 @@ class NetworkGraphs:
 
         samples = (theta.detach().clone().requires_grad_(), *(t.clone() for t in tensors_of(inputs)))
         try:
-            recorded = torch.cuda.make_graphed_callables(passed, samples)
+            with warnings.catch_warnings():
+                # Recorded gradients come from torch.autograd.grad, which accumulates nothing.
+                warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
+                recorded = torch.cuda.make_graphed_callables(passed, samples)
         except RuntimeError as error:
             raise RuntimeError(
                 f"`cuda_graphs` of `run` needs a network whose passes can be recorded; {self.problem.model_name} said: "
