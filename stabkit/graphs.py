@@ -7,14 +7,15 @@ launches all of them at once. benchmarks/gpu/results.md says what that gains.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from stabkit.problem import UnlearningProblem
-from stabkit.samples import Inputs, map_tensors, tensors_of
+from stabkit.samples import Inputs, layout, map_tensors, tensors_of
 
 MOST_SHAPES = 4  # a graph keeps the memory of its passes; batches of further shapes are passed as ever
 
@@ -29,10 +30,12 @@ class NetworkGraphs:
 
     def __init__(self, problem: UnlearningProblem, *, lowered: bool) -> None:
         self.problem, self.lowered = problem, lowered
-        self._recorded: dict[tuple[tuple[torch.Size, torch.dtype], ...], Callable[..., Tensor]] = {}
+        self._recorded: dict[Hashable, Callable[..., Tensor]] = {}
 
     def outputs(self, theta: Tensor, inputs: Inputs) -> Tensor | None:
         """What the network says, differentiable in its parameters.
+
+        Gradients must be enabled.
 
         Args:
             theta: Parameters of shape (d,) that require gradients.
@@ -47,12 +50,14 @@ class NetworkGraphs:
             RuntimeError: If the network does what cannot be recorded, such as reading a number from the device.
         """
         tensors = list(tensors_of(inputs))
-        shapes = tuple((t.shape, t.dtype) for t in tensors)
-        if shapes not in self._recorded:
-            if len(self._recorded) == MOST_SHAPES:
-                return None
-            self._recorded[shapes] = self._record(theta, inputs)
-        return self._recorded[shapes](theta, *tensors)
+        kind = layout(inputs), tuple(t.shape for t in tensors)
+        # On the problem's device, whatever the caller's is: recording is about the current one's stream.
+        with torch.cuda.device(self.problem.device) if self.problem.device.type == "cuda" else nullcontext():
+            if kind not in self._recorded:
+                if len(self._recorded) == MOST_SHAPES:
+                    return None
+                self._recorded[kind] = self._record(theta, inputs)
+            return self._recorded[kind](theta, *tensors)
 
     def _record(self, theta: Tensor, inputs: Inputs) -> Callable[..., Tensor]:
         """Warm up and record both passes of one shape of batch."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabkit._memory import pass_bytes
 from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
@@ -34,6 +35,8 @@ SCORE_CAP = 3.0  # score at which a setting stops rolling: e³ times the diverge
 PLAYERS_SEED = 2**31  # added to a stream's seed, so that who stands in for whom is independent of the batches
 ROWS_AT_ONCE = 2**16  # of the basis, that are masked
 DRAWN_AT_ONCE = 64  # steps whose batches are drawn together
+DRAWN_INDICES = 2**18  # of those batches, together
+STEP_BYTES = 16 * 2**20  # of a step's outputs and features: more than that leaves a CPU's caches
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,7 +124,8 @@ def rollout(
 
     Returns:
         The rollout. Cost a step: 4·S·G·(B_R + B_F)·O·r operations; no network pass. Memory G·(m_R + m_F)·O at a check,
-        S·(G + r)·(B_R + B_F)·O at a step, and S·(n_R + n_F) indices.
+        S·(G + r)·(B_R + B_F)·O at a step, for as many of the S seeds as make 16 MB of it, or an eighth of what is free on an
+        accelerator; indices of both sets, and of the batches of up to 64 steps, for each seed.
 
     Raises:
         ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, or a value is out of its domain.
@@ -146,8 +150,11 @@ def rollout(
     like = network.retain.features.new_empty(0, dtype=dtype)
     landmarks = _landmarks(network, like)
     # Seeds go side by side too, but for batches of different lengths and for `on_step`, which is told of one run at a time.
-    alone = algorithm.sampling == "poisson" or on_step is not None
-    groups = [[int(seed)] for seed in seeds] if alone else [[int(seed) for seed in seeds]]
+    at_once = 1
+    if algorithm.sampling != "poisson" and on_step is None:
+        width = max(batch_sizes) * network.retain.outputs[0].numel() * like.element_size()
+        at_once = max(1, pass_bytes(STEP_BYTES, like.device) // ((etas.numel() + network.rank) * width))
+    groups = [[int(seed) for seed in seeds[k : k + at_once]] for k in range(0, len(seeds), at_once)]
     parts = [
         _roll_seeds(
             network,
@@ -261,13 +268,17 @@ def _roll_seeds(
     progress: bool,
 ) -> dict[str, Tensor]:
     """Some seeds' runs at all settings; settings that have ended for all of them leave the working set."""
-    # What decides which settings go on lies on the host, so that an accelerator is waited for at the looks alone.
+    # What decides which settings go on lies on the host, so that an accelerator is waited for at the looks alone, and in
+    # every step by a stop rule.
     settings, count, rank, dtype, device = etas.numel(), len(seeds), network.rank, like.dtype, like.device
     sets = (network.retain, network.forget)
     streams = [
         batch_streams((sets[0].population, sets[1].population), batch_sizes, algorithm.sampling, s) for s in seeds
     ]
-    at_once = 1 if algorithm.sampling == "poisson" else min(DRAWN_AT_ONCE, algorithm.steps)  # those differ in length
+    most = max(1, DRAWN_INDICES // (count * max(batch_sizes)))
+    at_once = (
+        1 if algorithm.sampling == "poisson" else min(DRAWN_AT_ONCE, most, algorithm.steps)
+    )  # those differ in length
     retain, forget = (
         _Part(
             sets[i],

@@ -170,7 +170,8 @@ def run(
         precision: "full", or "bfloat16": passes of the steps under autocast, with float32 parameters, updates and looks.
             Predictions are of full precision.
         cuda_graphs: Whether to record the network's passes as CUDA graphs and replay them, which saves the time of
-            launching their kernels one by one. For a GPU, frozen BatchNorm and batches of one size.
+            launching their kernels one by one. For a GPU and frozen BatchNorm, and best with batches of one size: those of a
+            fifth size are passed as ever.
         on_step: Called after every step. If it raises StopIteration the run ends there and returns; any other exception
             ends it too and reaches the caller, after the state is written where there is a `checkpoint`.
         checkpoint: File that holds the state: written whole or not at all, resumed from where it exists, left in place at

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import numbers
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,24 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, tuple | list):
         for value in tree:
             yield from tensors_of(value)
+
+
+def layout(tree: Any) -> Hashable:
+    """What a nested structure of batches is made of, whatever their number: kinds, keys in order, shapes and dtypes.
+
+    Args:
+        tree: Nested tuples, lists and dictionaries of tensors.
+
+    Returns:
+        Something to compare and to look up by.
+    """
+    if isinstance(tree, Tensor):
+        return tree.shape[1:], tree.dtype
+    if isinstance(tree, Mapping):
+        return "dict", tuple((key, layout(value)) for key, value in tree.items())
+    if isinstance(tree, tuple | list):
+        return type(tree).__name__, tuple(layout(value) for value in tree)
+    return type(tree).__name__
 
 
 class Samples:

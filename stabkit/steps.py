@@ -12,8 +12,7 @@ from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
 from stabkit.graphs import NetworkGraphs
 from stabkit.preconditioner import Identity, Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
-from stabkit.reading import Reading
-from stabkit.samples import Inputs, Samples, map_tensors, tensors_of
+from stabkit.samples import Inputs, Samples, layout, map_tensors, tensors_of
 from stabkit.sampling import batch_streams
 
 CLIP_EPSILON = 1e-6  # added to a norm before it divides, as torch.nn.utils.clip_grad_norm_ does
@@ -283,7 +282,7 @@ class Steps:
                 now = problem.outputs({**parameters, **state.statistics}, inputs)
                 leakage = problem.loss.divergence(before, now, targets).mean()
         joint = self._mask is None and problem.batchnorm == "frozen"
-        together = joint and len(parts) == 2 and _same_layout(parts[0].inputs, parts[1].inputs)
+        together = joint and len(parts) == 2 and layout(parts[0].inputs) == layout(parts[1].inputs)
         gradient = torch.zeros_like(theta)
         losses: dict[bool, float] = {}
         # One pass over both batches: half the kernel launches.
@@ -311,7 +310,8 @@ class Steps:
         recorded, leaves = None, list(parameters.values())
         if self._graphs is not None:
             leaf = theta.detach().requires_grad_()
-            recorded = self._graphs.outputs(leaf, inputs)
+            with torch.enable_grad():
+                recorded = self._graphs.outputs(leaf, inputs)
             leaves = leaves if recorded is None else [leaf]
         lowered = torch.autocast(self._problem.device.type, torch.bfloat16, enabled=self._autocast)
         with torch.enable_grad(), lowered:
@@ -360,14 +360,6 @@ class _Part:
     weight: float
     forget: bool
     step: int
-
-
-def _same_layout(left: Inputs, right: Inputs) -> bool:
-    """Whether two batches can be joined tensor by tensor: the same keys in the same order, shapes and dtypes."""
-    plain = [inputs.inputs if isinstance(inputs, Reading) else inputs for inputs in (left, right)]
-    keys = [list(inputs) if isinstance(inputs, dict) else None for inputs in plain]
-    shapes = [[(t.shape[1:], t.dtype) for t in tensors_of(inputs)] for inputs in (left, right)]
-    return keys[0] == keys[1] and shapes[0] == shapes[1]
 
 
 def _join(left: Inputs, right: Inputs) -> Inputs:

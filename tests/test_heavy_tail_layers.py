@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import stabkit.heavy_tail.layers
 from stabkit.heavy_tail import LayerExponents, fit_power_law, layer_exponents
 from stabkit.heavy_tail.layers import gram_eigenvalues, layer_seed, marchenko_pastur, shuffle
 from stabkit.heavy_tail.matrices import block_index
@@ -586,26 +587,35 @@ def test_model_must_be_a_module():
 
 def test_layers_side_by_side_are_those_one_by_one(monkeypatch):
     model = seeded(cnn)
-    places = set()
+    places, solved = set(), set()
+    plain = stabkit.heavy_tail.layers._gram_eigenvalues
 
     def seen(matrices, seed):
         places.add(threading.current_thread().name)
         return shuffle(matrices, seed)
 
+    def solving(matrix, *, step):
+        solved.add(threading.current_thread().name)
+        return plain(matrix, step=step)
+
     monkeypatch.setattr("stabkit.heavy_tail.layers.shuffle", seen)
+    monkeypatch.setattr("stabkit.heavy_tail.layers._gram_eigenvalues", solving)
     wide = nn.Sequential(*[planted(512, 256, 3.0, seed) for seed in range(4)], model)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = layer_exponents(wide, bootstrap=20)
-        assert places == {threading.main_thread().name}
+        assert places == solved == {threading.main_thread().name}
         places.clear()
+        solved.clear()
         torch.set_num_threads(3)
         together = layer_exponents(wide, bootstrap=20)
     finally:
         torch.set_num_threads(before)
     assert len(places) > 1
     assert threading.main_thread().name not in places
+    assert len(solved) > 1
+    assert not solved & {*places, threading.main_thread().name}  # a convolution's matrices have threads of their own
     assert together == alone
 
 

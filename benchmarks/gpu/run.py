@@ -29,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -234,19 +235,31 @@ def work(
                     break
                 if begin(job):
                     waiting.remove(job)
-                elif job.alone and not set(job.needs) & {other.key for other in running.values()}:
+                elif job.alone and running and all(map(store.ready, job.needs)):
                     break  # what is timed by itself is waited for
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, outcome = running.pop(future), future.result()
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool as error:
+                    # A process was killed, which ends the others too: what was at work is noted as failed.
+                    for lost in running.values():
+                        store.write_failure(lost.key, f"its process, or one beside it, died: {error}")
+                        say(f"!! {lost.key}: its process, or one beside it, died")
+                    running.clear()
+                    pool.renew()
+                    store.pack()
+                    break
+                job = running.pop(future)
                 if outcome.trouble is None:
                     finished.append(job.key)
                     say(f"ok {job.key}: {outcome.seconds:.1f} s")
-                else:  # one job's trouble is no other's; it is kept to be read
-                    store.write_failure(job.key, outcome.trouble)
-                    say(f"!! {job.key}: {outcome.headline}")
+                else:
+                    say(f"!! {job.key}: {outcome.trouble}")
                 store.pack()
+        for job in waiting:
+            say(f"-- {job.key}: waits for what is not done")
     return finished
 
 
@@ -256,17 +269,18 @@ class Outcome:
 
     Attributes:
         seconds: How long it took.
-        trouble: The error with its traceback; None if it left its result.
-        headline: The error in a line.
+        trouble: The error in a line; None if it left its result.
     """
 
     seconds: float
     trouble: str | None = None
-    headline: str = ""
 
 
 class _Here:
     """Does a job in this process, at once."""
+
+    def renew(self) -> None:
+        """Nothing that could be lost."""
 
     def __init__(self, store: Store, scale: Scale) -> None:
         self._store, self._scale, self._tasks = store, scale, dict[str, Task]()
@@ -287,13 +301,10 @@ class _Here:
             estimate = job.minutes if self._scale.name == "full" else SMALL_MINUTES
             store.write(job.key, content, started=started, seconds=seconds, minutes=estimate)
             return Outcome(seconds=seconds)
-        except Exception as error:
+        except Exception as error:  # one job's trouble is no other's; it is kept to be read
+            store.write_failure(job.key, traceback.format_exc())
             first = str(error).splitlines()[0] if str(error) else ""
-            return Outcome(
-                seconds=time.perf_counter() - start,
-                trouble=traceback.format_exc(),
-                headline=f"{type(error).__name__}: {first}",
-            )
+            return Outcome(seconds=time.perf_counter() - start, trouble=f"{type(error).__name__}: {first}")
         finally:
             gc.collect()
             if store.device.type == "cuda":
@@ -304,12 +315,19 @@ class _Here:
 class _Beside:
     """Does jobs in processes beside this one: small batches leave an accelerator waiting for its next kernel."""
 
-    def __init__(self, executor: ProcessPoolExecutor) -> None:
-        self._executor = executor
+    def __init__(self, store: Store, scale: Scale, workers: int) -> None:
+        self._place = (os.fspath(store.folder), scale.name, str(store.device), workers)
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin with new processes."""
+        self.executor = ProcessPoolExecutor(
+            self._place[-1], mp_context=get_context("spawn"), initializer=_begin_worker, initargs=self._place
+        )
 
     def submit(self, job: Job) -> Future[Outcome]:
         """Have it done."""
-        return self._executor.submit(_in_worker, job.key)
+        return self.executor.submit(_in_worker, job.key)
 
 
 @contextmanager
@@ -318,11 +336,11 @@ def _pool(store: Store, scale: Scale, workers: int) -> Iterator[_Here | _Beside]
     if workers == 1:
         yield _Here(store, scale)
         return
-    place = (os.fspath(store.folder), scale.name, str(store.device), workers)
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=place
-    ) as pool:
-        yield _Beside(pool)
+    pool = _Beside(store, scale, workers)
+    try:
+        yield pool
+    finally:
+        pool.executor.shutdown()
 
 
 _WORKER: dict[str, Any] = {}  # what a worker process does jobs with
@@ -331,7 +349,7 @@ _WORKER: dict[str, Any] = {}  # what a worker process does jobs with
 def _begin_worker(folder: str, scale: str, device: str, workers: int) -> None:
     """Make a process ready for jobs."""
     quiet()
-    store = Store(folder, scale, torch.device(device), beside=workers)
+    store = Store(folder, scale, torch.device(device), beside=workers, gathered=False)
     _WORKER.update(
         here=_Here(store, SCALES[scale]), jobs={job.key: job for job in jobs()}, store=store, workers=workers
     )

@@ -41,13 +41,18 @@ class Store:
         scale: "full" or "small"; a folder holds one of them.
         device: Where the jobs compute.
         beside: Jobs that may be at work at the same time, on the same device.
+
+    What was gathered in a few files is taken up, unless `gathered` is False, as in a process that another one has begun.
     """
 
-    def __init__(self, folder: str | Path, scale: str, device: torch.device, *, beside: int = 1) -> None:
+    def __init__(
+        self, folder: str | Path, scale: str, device: torch.device, *, beside: int = 1, gathered: bool = True
+    ) -> None:
         self.folder, self.scale, self.device, self.beside = Path(folder), scale, device, beside
         for name in ("jobs", "failures", "predictions", "weights"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._unpack()
+        if gathered:
+            self._unpack()
         for path in sorted((self.folder / "jobs").glob("*.json"))[:1]:
             found = json.loads(path.read_text(encoding="utf-8"))["scale"]
             if found != scale:
@@ -121,8 +126,10 @@ class Store:
             found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             for key, value in found.items():
                 place = self.folder / kind / f"{key}.json"
-                # A prediction that no run followed is made anew: the network that it was about may be lost.
-                if not place.exists() and (kind != "predictions" or self.done(key)):
+                # A prediction that no run followed is made anew: the network that it was about may be lost. What was done
+                # since has not failed.
+                wanted = {"jobs": True, "predictions": self.done(key), "failures": not self.done(key)}[kind]
+                if wanted and not place.exists():
                     # Predictions in the very text that was hashed.
                     write_atomically(place, canonical(value) if kind == "predictions" else dumps(value) + "\n")
 

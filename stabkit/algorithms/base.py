@@ -95,7 +95,8 @@ class Batch:
     Attributes:
         outputs: Current outputs of C·b samples, shape (C·b, ...); the b samples of one batch follow those of another.
         targets: Their targets, shape (C·b, ...).
-        original: Outputs at θ*, of the outputs' shape; None in a run of an algorithm without `needs_original`.
+        original: Outputs at θ*, of the outputs' shape; None for an algorithm without `needs_original`, unless its rollout
+            watches the leakage.
         copies: C; 1 in a run.
         step: Number of the step, from 1.
         seeds: Seeds of the runs, each for equally many of the batches.

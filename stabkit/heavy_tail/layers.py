@@ -140,7 +140,8 @@ def _in_threads(
     measured: Callable[..., LayerExponent], entries: Sequence[WeightMatrix], device: torch.device | str | None
 ) -> tuple[LayerExponent, ...]:
     """The rows; several layers at once, and on the CPU several matrices of each: LAPACK's own threads gain little."""
-    kinds = {(entry.weight.device if device is None else torch.device(device)).type for entry in entries}
+    devices = {entry.weight.device if device is None else torch.device(device) for entry in entries}
+    kinds = {place.type for place in devices}
     threads = torch.get_num_threads()
     small = all(entry.weight.numel() <= SIDE_BY_SIDE for entry in entries)  # others fill memory, and LAPACK's threads
     if not (small and kinds <= {"cpu", "cuda"} and min(threads, len(entries)) > 1):
@@ -148,7 +149,10 @@ def _in_threads(
             return tuple(map(measured, entries))
     workers = min(threads, len(entries))
     at_once = min(threads, sum(entry.stack[0] for entry in entries))
-    streams = [torch.cuda.current_stream()] if "cuda" in kinds else []
+    accelerators = [place for place in devices if place.type == "cuda"]
+    streams = [torch.cuda.current_stream(place) for place in accelerators]
+    for place in accelerators:  # PyTorch loads its solvers at the first call, which must not come from two threads
+        torch.linalg.eigvalsh(torch.eye(1, dtype=torch.float64, device=place))
 
     def on_stream(entry: WeightMatrix) -> LayerExponent:
         with contextlib.ExitStack() as stack:
