@@ -397,7 +397,8 @@ def test_shuffles_stop_where_they_decide_nothing_more(monkeypatch):
             # All copies but the last have larger exponents, and the last one's says why it is not trusted.
             fits = [fit_power_law(gram_eigenvalues(shuffle(noise.weight[None], s))).exponent for s in drawn]
             assert all(value > row.exponent for value in fits[:-1])
-            assert fits[-1] == row.null_low <= row.exponent
+            assert fits[-1] == pytest.approx(row.null_low, rel=1e-9)  # to rounding, which hangs on LAPACK's threads
+            assert row.null_low <= row.exponent
             assert f"not below the exponent of shuffled entries, {row.null_low:.2f}" in row.reason
     assert stopped > 0
 
