@@ -105,7 +105,9 @@ def _forward_over_reverse(
 
     direction = problem.unflatten(vector)
     plain = median(lambda: torch.func.jvp(gradient, (problem.parameters,), (direction,)), device, repeats)
-    (_, push), tracing = timed(lambda: torch.func.linearize(gradient, problem.parameters), device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of its own bookkeeping
+        (_, push), tracing = timed(lambda: torch.func.linearize(gradient, problem.parameters), device)
     traced = median(lambda: push(direction), device, repeats)
     return {
         "hvp_forward_over_reverse": plain / unit,
