@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from stabkit.coherence import coherence
@@ -443,10 +443,11 @@ def test_mean_stability_counts_rounding_as_zero_and_a_real_negative_not():
 @given(
     value=st.floats(-3, 3), lr=st.floats(0.01, 5), momentum=st.sampled_from([0.0, 0.3, 0.9, 0.99]), steps=st.just(4000)
 )
+@example(value=0.99999, lr=1.0, momentum=0.0, steps=4000)
 def test_mean_growth_is_that_of_the_heavy_ball(value, lr, momentum, steps):
     companion = np.array([[1 + momentum - lr * value, -momentum], [1, 0]])
     expected = np.abs(np.linalg.eigvals(companion)).max()
-    found = float(mean_growth(torch.tensor([value]).double(), lr, momentum=momentum)[0])
+    found = float(mean_growth(torch.tensor([value], dtype=torch.float64), lr, momentum=momentum)[0])
     assert found == pytest.approx(expected, rel=1e-6)
     if momentum == 0:
         assert found == pytest.approx(abs(1 - lr * value), rel=1e-6)
@@ -463,7 +464,7 @@ def test_mean_growth_is_that_of_the_heavy_ball(value, lr, momentum, steps):
 @given(largest=st.floats(0.01, 100), momentum=st.sampled_from([0.0, 0.5, 0.9]))
 def test_the_step_limit_is_where_growth_begins(largest, momentum):
     limit = step_limit(largest, momentum=momentum)
-    values = torch.tensor(largest).double()
+    values = torch.tensor(largest, dtype=torch.float64)
     below, above = (float(mean_growth(values, f * limit, momentum=momentum)) for f in (0.999, 1.001))
     assert below <= 1 < above
     assert step_limit(-largest, momentum=momentum) == step_limit(0.0) == math.inf
