@@ -49,8 +49,8 @@ from benchmarks.gpu.unlearning import GOLDS, PUBLISHED, Cell, cell, published, q
 ALGORITHMS = ("graddiff", "sfr_on", "salun", "scrub", "ga", "agu", "sragu")
 # Minutes that jobs are expected to take at the full scale with six of them at once.
 TRAIN_MINUTES = {"resnet18": 2.0, "vit": 1.5, "lm": 0.7, "lm-gpt2": 1.2}
-MIX_MINUTES = {"resnet18": 0.6, "vit": 0.5, "lm": 0.4, "lm-gpt2": 0.7}  # of a cell, for each mix
-SPEED_MINUTES = {"predictions": 1.2, "exponents": 0.5, "products": 0.3, "precision": 0.2, "spectrum": 0.2, "steps": 0.3}
+MIX_MINUTES = {"resnet18": 2.0, "vit": 1.6, "lm": 1.0, "lm-gpt2": 0.8}  # of a cell, for each mix
+SPEED_MINUTES = {"predictions": 4.3, "exponents": 0.2, "products": 0.4, "precision": 0.3, "spectrum": 0.4, "steps": 0.3}
 SMALL_MINUTES = 0.5  # of any job at the small scale
 WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes
 
@@ -148,7 +148,7 @@ def _networks(task: str, deletion: str) -> tuple[str, ...]:
 
 def _published(name: str) -> Job:
     setting = next(p for p in PUBLISHED if p.name == name)
-    key, minutes = f"published-{name}", 1.5 if setting.task == "resnet18" else 0.4
+    key, minutes = f"published-{name}", 2.0 if setting.task == "resnet18" else 0.5
     make = partial(published, setting=setting, job=key)
     return Job(key=key, task=setting.task, minutes=minutes, needs=_networks(setting.task, setting.deletion), make=make)
 

@@ -86,10 +86,10 @@ class Scale:
 
 
 _IMAGES = {
-    "rank": 80,
-    "retain_samples": 384,
-    "forget_samples": 192,
-    "spectrum_samples": 384,
+    "rank": 60,
+    "retain_samples": 256,
+    "forget_samples": 128,
+    "spectrum_samples": 256,
     "seeds": 3,
     "precision": "tf32",
 }
