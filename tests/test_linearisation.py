@@ -400,6 +400,19 @@ def test_a_pass_is_as_large_as_an_accelerators_memory_allows(monkeypatch, free, 
     assert stabkit._memory.pass_bytes(1000, torch.device("cpu")) == 1000
 
 
+@pytest.mark.parametrize(("fraction", "expected"), [(1.0, 60 + 10 - 4), (0.5, 50 - 4), (0.02, 0), (None, 60 + 10 - 4)])
+def test_free_memory_of_an_accelerator_is_within_the_process_s_share(monkeypatch, fraction, expected):
+    """60 of 100 bytes are free; of the 10 that this process holds it uses 4."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4)
+    if fraction is None:  # before torch 2.8
+        monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction", raising=False)
+    else:
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction, raising=False)
+    assert stabkit._memory.free_memory(torch.device("cuda")) == expected
+
+
 @pytest.mark.parametrize("by", ["rows", "vectors"])
 def test_what_the_loss_does_not_read_is_no_sensitivity(by, monkeypatch):
     """Features, captured share and error are those of the labelled positions; the others' rows are as good as zero."""

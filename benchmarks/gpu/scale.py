@@ -131,7 +131,7 @@ FULL = Scale(
         "resnet18": _IMAGES,
         "vit": _IMAGES,
         "lm": _TEXT,
-        # A QR of more than 2³¹ numbers fails on CUDA (pytorch issue 134326): 25 columns of 85 million.
+        # Each of rank + 19 columns of the sketch takes 0.34 GB, and there are several copies of them.
         "lm-gpt2": {**_TEXT, "rank": 12, "spectrum_samples": 128},
     },
     measured_long={**_IMAGES, "seeds": 1},

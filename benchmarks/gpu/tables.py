@@ -177,7 +177,8 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         "## Predictions against runs",
         "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary that staged rollouts,\n"
         "or else one linearisation, predict for each mix. Ratios are of predicted over observed critical step sizes,\n"
-        "where the grid brackets one. The other real run has other batches.",
+        "where the grid brackets one. Staged rollouts are of one seed, where a thorough `predict` takes several. The other\n"
+        "real run has other batches.",
         _table(
             (
                 "network",

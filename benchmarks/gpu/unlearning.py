@@ -1,7 +1,8 @@
 """Predict first, then run: cells of step sizes and mixes around a predicted boundary, published settings, audits.
 
-A cell's predictions are what `stabkit.predict` would say, from θ* and the data alone; they are on disk before the first
-run starts, and the runs are those that the file names. Real runs draw other batches than the rollouts did.
+A cell's predictions are what `stabkit.predict` would say, from θ* and the data alone, but that staged rollouts are of one
+seed; they are on disk before the first run starts, and the runs are those that the file names. Real runs draw other batches
+than the rollouts did.
 """
 
 from __future__ import annotations
