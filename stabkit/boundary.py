@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ REFINED_POINTS = 7
 STAGED_DOUBLINGS = 10  # either way of the guess
 STAGED_MIXES = 9
 STAGED_HALVINGS = 3
+
+Setting = tuple[float, float]  # step size and mix
+Found = TypeVar("Found")
+Search = Generator[list[Setting], Rollout, Found]  # asks for settings, is sent their rollout, and returns what it found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +85,7 @@ def critical_lr(
         ValueError: If the guess is not a finite number above 0.
     """
     check_real(guess, name="guess", owner="critical_lr", low=0, low_open=True)
-
-    def roll(values: Sequence[float]) -> Rollout:
-        mixes = [algorithm.mix] * len(values)
-        return rollout(network, algorithm, lr=values, mix=mixes, batch_sizes=batch_sizes, seeds=seeds)
-
-    below, above = DECADES_AROUND
-    low = guess * 10.0**-below
-    scan = _Scan(roll, np.geomspace(low, guess * 10.0**above, 1 + POINTS_PER_DECADE * (below + above)))
-    for _ in range(EXTENSIONS):
-        if not scan.pooled[0]:
-            break
-        low = scan.values[0]
-        scan.add(np.geomspace(low * 1e-3, low, 1 + POINTS_PER_DECADE * 3)[:-1])
-    return scan.first_crossing(np.geomspace)
+    return _alone(_search_lr(algorithm.mix, guess), network, algorithm, batch_sizes, seeds)
 
 
 def critical_mix(
@@ -112,12 +103,66 @@ def critical_mix(
         The critical value in [0, 1]; 0 where even fine-tuning at this step diverges. Cost: rollouts of about 35 settings
         a seed.
     """
+    return _alone(_search_mix(algorithm.lr), network, algorithm, batch_sizes, seeds)
 
-    def roll(values: Sequence[float]) -> Rollout:
-        steps = [algorithm.lr] * len(values)
-        return rollout(network, algorithm, lr=steps, mix=values, batch_sizes=batch_sizes, seeds=seeds)
 
-    return _Scan(roll, np.linspace(0, 1, MIX_POINTS)).first_crossing(np.linspace)
+class Surroundings(NamedTuple):
+    """What one linearisation says about a run and the settings around it.
+
+    Attributes:
+        rolled: The rollout of the algorithm as it is.
+        lr: Critical step size at its mix; None where it was not asked for.
+        mix: Critical mix at its step size; its own mix, not found, where that is not one's to choose.
+    """
+
+    rolled: Rollout
+    lr: CriticalValue | None
+    mix: CriticalValue
+
+
+def surroundings(
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    *,
+    batch_sizes: tuple[int, int],
+    seeds: Sequence[int],
+    guess: float | None,
+    progress: bool = False,
+) -> Surroundings:
+    """The run and both critical values, from rollouts of all of their settings side by side.
+
+    Args:
+        network: The compressed network.
+        algorithm: The algorithm.
+        batch_sizes: B_R and B_F.
+        seeds: One rollout each.
+        guess: As `critical_lr` has it; None where the critical step size is not asked for.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        All three, as they would be found one after another. Cost: the same settings in three rollouts instead of seven:
+        48 settings a seed, then 14 and 14.
+
+    Raises:
+        ValueError: If the guess is not a finite number above 0.
+    """
+    if guess is not None:
+        check_real(guess, name="guess", owner="surroundings", low=0, low_open=True)
+    rolled, lr, mix = _together(
+        (
+            _search_one(algorithm.lr, algorithm.mix),
+            _nothing() if guess is None else _search_lr(algorithm.mix, guess),
+            _nothing() if algorithm.fixed_mix else _search_mix(algorithm.lr),
+        ),
+        network,
+        algorithm,
+        batch_sizes,
+        seeds,
+        progress=progress,
+    )
+    own = algorithm.mix
+    fixed = CriticalValue(value=own, low=own, high=own, found=False, scanned=(own, own))
+    return Surroundings(rolled=rolled, lr=lr, mix=mix or fixed)
 
 
 def staged_critical_lr(
@@ -225,35 +270,117 @@ class _StagedSearch:
         return CriticalValue(value=high, low=low, high=high, found=True, scanned=scanned)
 
 
+def _search_one(lr: float, mix: float) -> Search[Rollout]:
+    """One setting."""
+    return (yield [(lr, mix)])
+
+
+def _nothing() -> Search[None]:
+    """Asks for no rollout."""
+    return
+    yield []
+
+
+def _search_lr(mix: float, guess: float) -> Search[CriticalValue]:
+    """Scan step sizes around a guess, further down while even the smallest diverges, then refine."""
+    below, above = DECADES_AROUND
+    low = guess * 10.0**-below
+    scan = _Scan(lambda value: (value, mix))
+    yield from scan.add(np.geomspace(low, guess * 10.0**above, 1 + POINTS_PER_DECADE * (below + above)))
+    for _ in range(EXTENSIONS):
+        if not scan.pooled[0]:
+            break
+        low = scan.values[0]
+        yield from scan.add(np.geomspace(low * 1e-3, low, 1 + POINTS_PER_DECADE * 3)[:-1])
+    return (yield from scan.first_crossing(np.geomspace))
+
+
+def _search_mix(lr: float) -> Search[CriticalValue]:
+    """Scan mixes, then refine."""
+    scan = _Scan(lambda value: (lr, value))
+    yield from scan.add(np.linspace(0, 1, MIX_POINTS))
+    return (yield from scan.first_crossing(np.linspace))
+
+
+def _alone(
+    search: Search[Found],
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    batch_sizes: tuple[int, int],
+    seeds: Sequence[int],
+) -> Found:
+    """What one search finds."""
+    found: Found = _together([search], network, algorithm, batch_sizes, seeds)[0]
+    return found
+
+
+def _together(
+    searches: Sequence[Search[Any]],
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    batch_sizes: tuple[int, int],
+    seeds: Sequence[int],
+    *,
+    progress: bool = False,
+) -> list[Any]:
+    """What each search finds, every round of their settings rolled out side by side: steps cost more than settings do."""
+    found: list[Any] = [None] * len(searches)
+    sent: list[Rollout | None] = [None] * len(searches)
+    going = set(range(len(searches)))
+    while True:
+        asked: list[list[Setting]] = [[] for _ in searches]
+        for i in sorted(going):
+            try:
+                asked[i] = searches[i].send(sent[i])  # type: ignore[arg-type]  # a generator is begun with None
+            except StopIteration as stop:
+                found[i] = stop.value
+                going.remove(i)
+        if not going:
+            return found
+        settings = [setting for part in asked for setting in part]
+        result = rollout(
+            network,
+            algorithm,
+            lr=[lr for lr, _ in settings],
+            mix=[mix for _, mix in settings],
+            batch_sizes=batch_sizes,
+            seeds=seeds,
+            progress=progress,
+        )
+        first = 0
+        for i, part in enumerate(asked):
+            sent[i] = result.settings(first, first + len(part))
+            first += len(part)
+
+
 class _Scan:
     """Values of one setting in ascending order, and at which of them the seeds and their mean P(diverge) cross."""
 
-    def __init__(self, roll: Callable[[Sequence[float]], Rollout], values: np.ndarray) -> None:
-        self._roll = roll
-        self.values: list[float] = values.tolist()
-        self.pooled, self.crossed = self._crossings(self.values)  # (G,) and (S, G)
+    def __init__(self, setting: Callable[[float], Setting]) -> None:
+        self._setting = setting
+        self.values: list[float] = []
+        self.pooled, self.crossed = (
+            torch.zeros(0, dtype=torch.bool),
+            torch.zeros(0, 0, dtype=torch.bool),
+        )  # (G,), (S, G)
 
-    def _crossings(self, values: list[float]) -> tuple[Tensor, Tensor]:
-        """Where P(diverge) passes one half, and where each seed crosses."""
-        result = self._roll(values)
-        return result.probability >= 0.5, result.score >= 0
-
-    def add(self, values: np.ndarray) -> None:
-        """Roll out further values."""
-        pooled, crossed = self._crossings(values.tolist())
+    def add(self, values: np.ndarray) -> Search[None]:
+        """Have further values rolled out: where P(diverge) passes one half, and where each seed crosses."""
+        result = yield [self._setting(value) for value in values.tolist()]
+        pooled, crossed = result.probability >= 0.5, result.score >= 0
+        if self.values:
+            pooled, crossed = torch.cat([self.pooled, pooled]), torch.cat([self.crossed, crossed], dim=1)
         merged = np.array([*self.values, *values.tolist()])
         order = np.argsort(merged)
-        self.values = merged[order].tolist()
-        self.pooled = torch.cat([self.pooled, pooled])[order]
-        self.crossed = torch.cat([self.crossed, crossed], dim=1)[:, order]
+        self.values, self.pooled, self.crossed = merged[order].tolist(), pooled[order], crossed[:, order]
 
-    def first_crossing(self, space: Callable[[float, float, int], np.ndarray]) -> CriticalValue:
+    def first_crossing(self, space: Callable[[float, float, int], np.ndarray]) -> Search[CriticalValue]:
         """Refine where the seeds' mean first crosses, and read the seeds' own first crossings off the same values."""
         for _ in range(REFINEMENTS):
             low, high = _bracket(self.values, self.pooled)
             if low == high:
                 break
-            self.add(space(low, high, REFINED_POINTS + 2)[1:-1])
+            yield from self.add(space(low, high, REFINED_POINTS + 2)[1:-1])
         brackets = [_bracket(self.values, row) for row in (self.pooled, *self.crossed)]
         return CriticalValue(
             value=brackets[0][1],

@@ -102,7 +102,7 @@ def change_checks(measurement: Measurement, rolled: Rollout, seeds: Sequence[int
         seeds: Its seeds.
 
     Returns:
-        Two checks. Cost: two rollouts of one setting.
+        Two checks. Cost: two rollouts of one setting, or one where all samples are linearised.
     """
     network, algorithm = measurement.network, measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
@@ -110,11 +110,13 @@ def change_checks(measurement: Measurement, rolled: Rollout, seeds: Sequence[int
     def again(other: LinearisedNetwork) -> Rollout:
         return rollout(other, algorithm, lr=[algorithm.lr], mix=[algorithm.mix], batch_sizes=batch_sizes, seeds=seeds)
 
+    held = network.retain, network.forget
+    whole = all(part.samples == part.population for part in held)  # so that half of the samples are all of them
     others = (
         ("half the rank", again(network.thinned(rank=math.ceil(network.rank / 2))), "Raise `rank`."),
         (
             "half the samples",
-            again(network.thinned(samples=0.5)),
+            rolled if whole else again(network.thinned(samples=0.5)),
             "Raise `retain_samples` and `forget_samples`.",
         ),
     )

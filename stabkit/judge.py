@@ -18,11 +18,10 @@ from stabkit.algorithms import Algorithm
 from stabkit.boundary import (
     CriticalValue,
     Frontier,
-    critical_lr,
-    critical_mix,
     frontier,
     staged_critical_lr,
     staged_critical_mix,
+    surroundings,
 )
 from stabkit.calibration import calibration
 from stabkit.cause import find_cause, linearisation_errors
@@ -35,7 +34,7 @@ from stabkit.problem import UnlearningProblem
 from stabkit.recommendations import Recommendations
 from stabkit.remedy import recommend
 from stabkit.report import CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
-from stabkit.rollout import Rollout, rollout
+from stabkit.rollout import Rollout
 from stabkit.staged import staged_rollout
 from stabkit.steps import check_coupled
 
@@ -79,31 +78,20 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     start = time.perf_counter()
     problem, algorithm, network = measurement.problem, measurement.algorithm, measurement.network
     batch_sizes = algorithm.batch_sizes(problem)
-    rolled = rollout(
+    rolled, one_lr, mix_detail = surroundings(
         network,
         algorithm,
-        lr=[algorithm.lr],
-        mix=[algorithm.mix],
         batch_sizes=batch_sizes,
         seeds=seeds,
+        guess=None if limits else _guess(measurement),
         progress=progress,
     )
     spent = Cost(stage="staged rollouts", seconds=0.0, gradient_equivalents=0.0)  # on the critical step size
     if limits is None:
-        limits = _limits(measurement, batch_sizes, seeds)
+        assert one_lr is not None
+        limits = _limits(measurement, batch_sizes, seeds, one_lr)
         spent = limits.staged
     lr_detail, thresholds = limits.lr, _thresholds(measurement, batch_sizes, limits)
-    mix_detail = (
-        CriticalValue(
-            value=algorithm.mix,
-            low=algorithm.mix,
-            high=algorithm.mix,
-            found=False,
-            scanned=(algorithm.mix, algorithm.mix),
-        )
-        if algorithm.fixed_mix
-        else critical_mix(network, algorithm, batch_sizes=batch_sizes, seeds=seeds)
-    )
     theory = Cost(
         stage="rollouts and theory",
         seconds=time.perf_counter() - start - spent.seconds,
@@ -328,13 +316,20 @@ def _edges(measurement: Measurement) -> tuple[float, float]:
     return pairs.smallest + float(pulls[0]), pairs.largest + float(pulls[1])
 
 
-def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Sequence[int]) -> _Limits:
-    algorithm, dynamics, limit = measurement.algorithm, _dynamics(measurement, batch_sizes), _step_limit(measurement)
+def _guess(measurement: Measurement) -> float:
+    """A step size of the order of the critical one."""
+    limit = _step_limit(measurement)
+    if math.isfinite(limit):
+        return limit
     # Where no curvature is positive, runs diverge along the most negative one.
     smallest = _edges(measurement)[0]
     clear = -smallest > float(measurement.spectrum.pairs.residuals.max())
-    guess = limit if math.isfinite(limit) else 2 / -smallest if clear else algorithm.lr
-    lr, spent = critical_lr(measurement.network, algorithm, batch_sizes=batch_sizes, seeds=seeds, guess=guess), 0.0
+    return 2 / -smallest if clear else measurement.algorithm.lr
+
+
+def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Sequence[int], lr: CriticalValue) -> _Limits:
+    """The critical step sizes, of which that of one linearisation is known."""
+    algorithm, dynamics, spent = measurement.algorithm, _dynamics(measurement, batch_sizes), 0.0
     start = time.perf_counter()
     if measurement.settings.staged:
         lr, spent = staged_critical_lr(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,21 @@ class Rollout:
     def probability(self) -> Tensor:
         """P(diverge) of every setting, shape (G,): the logistic of each seed's score, averaged over seeds (theory §7)."""
         return calibration(self.kind).probability(self.score)
+
+    def settings(self, first: int, last: int) -> Rollout:
+        """The rollout of some neighbouring settings.
+
+        Args:
+            first: Place of the first of them.
+            last: Place after the last one.
+
+        Returns:
+            Theirs, which shares this one's memory.
+        """
+        kept = slice(first, last)
+        per_seed = ("score", "divergence_step", "stopped_step", "retain_loss", "forget_loss", "coordinates")
+        parts: dict[str, Any] = {name: getattr(self, name)[:, kept] for name in per_seed}
+        return replace(self, lr=self.lr[kept], mix=self.mix[kept], **parts)
 
     def expected_divergence_step(self) -> list[float | None]:
         """Median divergence step over the seeds that cross, per setting; None where fewer than half of them do.
