@@ -34,7 +34,8 @@ from stabkit.algorithms import GradDiff
 from stabkit.bench.cells import Cell, prepared
 from stabkit.boundary import critical_lr
 from stabkit.judge import judge
-from stabkit.measure import MeasureSettings, measure
+from stabkit.measure import measure
+from stabkit.modes import MODES, Sizes
 from stabkit.monitor import Monitor
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Report
@@ -207,9 +208,7 @@ def settings_of(case: Case, seed: int, mixes: tuple[float, ...], factors: tuple[
     measurement = measure(
         problem,
         algorithm,
-        MeasureSettings(
-            curvature="hessian", rank=100, retain_samples=512, forget_samples=256, spectrum_samples=512, seed=seed
-        ),
+        Sizes().settings(MODES["standard"], curvature="hessian", seed=seed),
     )
     base = judge(measurement, ROLLOUT_SEEDS)
     network = measurement.network

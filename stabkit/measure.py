@@ -58,6 +58,7 @@ class MeasureSettings:
         retain_samples: Retain samples to linearise; all when None.
         forget_samples: Forget samples to linearise; all when None.
         spectrum_samples: Samples of each set behind the spectrum; all when None.
+        sketch_samples: Of a set that is a sample itself, how many samples directions are drawn from; all when None.
         seed: Seed of samples, sketches and start vectors.
         mode: Name of what chose the above.
         staged: Whether the verdict is to come from staged rollouts.
@@ -70,6 +71,7 @@ class MeasureSettings:
     forget_samples: int | None
     spectrum_samples: int | None
     seed: int
+    sketch_samples: int | None = None
     mode: str = "standard"
     staged: bool = False
     precision: str = "float32"
@@ -232,6 +234,7 @@ def _measured(
             max_rank=MOST_DIRECTIONS,
             retain_samples=settings.retain_samples,
             forget_samples=settings.forget_samples,
+            sketch_samples=settings.sketch_samples,
             batch_sizes=algorithm.batch_sizes(problem) if problem.batchnorm == "batch" else None,
             seed=settings.seed,
         )

@@ -46,6 +46,7 @@ class Mode:
         retain_samples: Retain samples to linearise.
         forget_samples: Forget samples to linearise.
         spectrum_samples: Samples of each set behind the eigenvalues.
+        sketch_samples: Of a set that is a sample itself, how many samples the directions are drawn from.
         staged: Whether the verdict and the critical step size come from staged rollouts.
     """
 
@@ -54,6 +55,7 @@ class Mode:
     retain_samples: int | None
     forget_samples: int | None
     spectrum_samples: int | None
+    sketch_samples: int
     staged: bool
 
 
@@ -61,16 +63,29 @@ MODES = {
     "fast": Mode(
         name="fast",
         rank=40,
-        retain_samples=128,
-        forget_samples=96,
-        spectrum_samples=64,
+        retain_samples=160,
+        forget_samples=144,
+        spectrum_samples=32,
+        sketch_samples=40,
         staged=False,
     ),
     "standard": Mode(
-        name="standard", rank=100, retain_samples=512, forget_samples=256, spectrum_samples=512, staged=False
+        name="standard",
+        rank=100,
+        retain_samples=896,
+        forget_samples=448,
+        spectrum_samples=256,
+        sketch_samples=96,
+        staged=False,
     ),
     "thorough": Mode(
-        name="thorough", rank=100, retain_samples=512, forget_samples=256, spectrum_samples=512, staged=True
+        name="thorough",
+        rank=100,
+        retain_samples=896,
+        forget_samples=448,
+        spectrum_samples=256,
+        sketch_samples=96,
+        staged=True,
     ),
 }
 
@@ -167,7 +182,14 @@ def estimate_cost(
     gradients = {
         "preconditioner": algorithm.preconditioner_cost(problem),
         "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
-        "linearisation": linearisation_cost(sum(held), outputs, rank, coupled=coupled),
+        "linearisation": linearisation_cost(
+            held,
+            (problem.retain.size, problem.forget.size),
+            outputs,
+            rank,
+            sketch_samples=settings.sketch_samples,
+            coupled=coupled,
+        ),
         "coherence": 0.0,
         "rollouts and theory": sum(held) / 3,
     }
@@ -254,6 +276,7 @@ class Sizes:
             retain_samples=chosen("retain_samples"),
             forget_samples=chosen("forget_samples"),
             spectrum_samples=chosen("spectrum_samples"),
+            sketch_samples=mode.sketch_samples,
             seed=seed,
             mode=mode.name,
             staged=mode.staged,

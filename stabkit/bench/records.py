@@ -18,7 +18,8 @@ from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.bench.cells import Cell, prepared
 from stabkit.boundary import critical_lr
 from stabkit.coherence import coherence
-from stabkit.measure import Measurement, MeasureSettings, measure
+from stabkit.measure import Measurement, measure
+from stabkit.modes import MODES, Sizes
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import Rollout, rollout
 from stabkit.runner import RunResult, run
@@ -222,9 +223,7 @@ class _Bench:
         self.problem, self.algorithm, self.seed = problem, algorithm, seed
         self.batch_sizes = algorithm.batch_sizes(problem)
         start = time.process_time()
-        settings = MeasureSettings(
-            curvature="hessian", rank=100, retain_samples=512, forget_samples=256, spectrum_samples=512, seed=seed
-        )
+        settings = Sizes().settings(MODES["standard"], curvature="hessian", seed=seed)
         self.measurement = measure(problem, algorithm, settings)
         self.measure_seconds = time.process_time() - start
         self.staged_seconds = self.run_seconds = self.staged_gradients = 0.0

@@ -216,6 +216,17 @@ class ScaledJacobian:
         """Number m of samples."""
         return self._indices.numel()
 
+    def whole_batches(self, count: int) -> int:
+        """How many of the first samples to take for at least a number of them, without taking a coupled batch apart.
+
+        Args:
+            count: The number.
+
+        Returns:
+            It, or the end of the coupled batch that it falls into; m at most.
+        """
+        return min([end for end in self._ends if end >= count] or [min(count, len(self))])
+
     def __matmul__(self, block: Tensor) -> Tensor:
         return torch.cat([part for _, part in self.images(block)])
 
@@ -249,12 +260,13 @@ class ScaledJacobian:
             pass
         return self._preconditioner.sqrt(total)
 
-    def images(self, block: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+    def images(self, block: Tensor, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """J P^{1/2} V, batch by batch.
 
         Args:
             block: V of shape (d, k).
             start: First of the m samples to take.
+            stop: The one after the last; all that are left when None.
 
         Yields:
             Samples done so far and the batch's images, (b, O, k). Cost: min(O, k) passes a sample.
@@ -268,18 +280,18 @@ class ScaledJacobian:
                 moved = jvp_block(self._problem, inputs, scaled, at_once=self._at_once, coupled=self._coupled)[1]
             return moved if self.counted is None else moved * self.counted[place].unsqueeze(-1)
 
-        yield from self._batches(image, block.shape[1], start)
+        yield from self._batches(image, block.shape[1], start, stop)
 
     def add_transposed(self, cotangents: Tensor, total: Tensor, start: int = 0) -> Iterator[int]:
         """Add J^T U to a sum, batch by batch; P^{1/2} is left to the caller.
 
         Args:
-            cotangents: U of shape (m, O, k).
+            cotangents: U of the first samples, all of them or fewer: shape (m', O, k).
             total: The sum, shape (d, k); changed in place.
             start: First of the m samples to take.
 
         Yields:
-            Samples done so far. Cost: min(O, k) backward passes a sample.
+            Samples done so far. Cost: min(O, k) backward passes for each of the m' samples.
         """
 
         def add(inputs: Inputs, place: slice) -> None:
@@ -292,7 +304,7 @@ class ScaledJacobian:
             else:
                 total.add_(vjp_block(self._problem, inputs, chosen, at_once=self._at_once, coupled=self._coupled))
 
-        for done, _ in self._batches(add, cotangents.shape[2], start):
+        for done, _ in self._batches(add, cotangents.shape[2], start, cotangents.shape[0]):
             yield done
 
     def passes(self, vectors: int) -> int:
@@ -323,10 +335,13 @@ class ScaledJacobian:
         """Size of one sample's rows."""
         return self.outputs_per_sample * self._problem.size * self._problem.dtype.itemsize
 
-    def _batches(self, function: Callable[[Inputs, slice], T], vectors: int, start: int) -> Iterator[tuple[int, T]]:
+    def _batches(
+        self, function: Callable[[Inputs, slice], T], vectors: int, start: int, stop: int | None = None
+    ) -> Iterator[tuple[int, T]]:
         """Samples done and the function's value for every batch; smaller ones, or fewer vectors, where memory runs out."""
-        while start < len(self):
-            size = min(self.batch_size, len(self) - start)
+        last = len(self) if stop is None else stop
+        while start < last:
+            size = min(self.batch_size, last - start)
             if self._coupled:
                 size = next(end for end in self._ends if end > start) - start
             if self.by_rows(vectors):

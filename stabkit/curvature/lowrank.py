@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,24 +38,43 @@ OWNER = "linearise"
 OVERSAMPLING = 10
 FIRST_RANK = 50  # where the rank is to be found
 EXTRA = 2 + 2 * PROBES  # columns of the first pull that are not Gaussian
+SKETCH_ROWS = 4  # that directions are drawn from, for each of them, at least
 ROWS_AT_ONCE = 2**16  # rotated in float64
 COUPLED_BATCH = 64
 
 
-def linearisation_cost(samples: int, outputs: int, rank: int, *, coupled: bool = False) -> float:
+def linearisation_cost(
+    samples: Sequence[int],
+    populations: Sequence[int],
+    outputs: int,
+    rank: int,
+    *,
+    sketch_samples: int | None = None,
+    coupled: bool = False,
+) -> float:
     """What `linearise` takes where a rank is given and no power iterations are.
 
     Args:
-        samples: Samples of both sets.
+        samples: Samples m of each set.
+        populations: Samples n that each set has.
         outputs: Outputs O of each.
         rank: Directions to keep.
+        sketch_samples: As `linearise` has it.
         coupled: Whether the samples of a batch have no outputs of their own, as with batchnorm="batch".
 
     Returns:
         Per-sample gradients: two walks by rows, or by vectors where those are fewer, and two forward passes.
     """
     vectors = rank + OVERSAMPLING
-    return samples * (2 * (vectors if coupled else min(outputs, vectors)) + 2 / 3)
+    drawn = sum(_drawn_from(m, n, outputs, rank, sketch_samples) for m, n in zip(samples, populations, strict=True))
+    return (drawn + sum(samples)) * (vectors if coupled else min(outputs, vectors)) + sum(samples) * 2 / 3
+
+
+def _drawn_from(samples: int, population: int, outputs: int, rank: int | None, asked: int | None) -> int:
+    """How many of a set's samples directions are drawn from: all of a set that is held whole, where each is met often."""
+    if asked is None or rank is None or samples == population:
+        return samples
+    return min(samples, max(asked, -(-SKETCH_ROWS * (rank + OVERSAMPLING) // outputs)))
 
 
 def linearise(
@@ -67,6 +86,7 @@ def linearise(
     max_rank: int | None = None,
     retain_samples: int | None = 512,
     forget_samples: int | None = 256,
+    sketch_samples: int | None = None,
     batch_sizes: tuple[int, int] | None = None,
     power_iterations: int = 0,
     memory: int | str | None = None,
@@ -90,6 +110,10 @@ def linearise(
         max_rank: Largest rank that is found where the rank is None; no bound when None.
         retain_samples: Retain examples to sample; all when None.
         forget_samples: Forget examples to sample; all when None.
+        sketch_samples: Of a set that is a sample itself, how many of its examples the directions are drawn from, or as many
+            as have four outputs for each direction where those are more. All when None, or where the rank is found. Many
+            examples are needed to tell the curvature along a direction, above all that of one set from the other's, and far
+            fewer to find it.
         batch_sizes: B_R and B_F of the run, which matter with batchnorm="batch" alone: the samples, rounded to whole
             batches, are put at random into batches of these sizes. 64, or the whole set where it is smaller, when None.
         power_iterations: Subspace iterations, which bring the directions nearer the true singular ones where those past r
@@ -106,7 +130,8 @@ def linearise(
 
     Returns:
         The compressed network. Cost: about 2·min(O, r)·m·(1 + power_iterations) per-sample gradients, or 2·r·m·(1 +
-        power_iterations) where a sample's O·d derivatives are too many to hold. A rank that is found multiplies new
+        power_iterations) where a sample's O·d derivatives are too many to hold, and close to half of it where directions are
+        drawn from few samples. A rank that is found multiplies new
         directions alone: it costs the latter just once, but the former for each doubling. Coupled samples have no rows of
         their own, so they cost the latter. Memory: twice (d + m·O)·(r + 28) numbers.
 
@@ -120,7 +145,11 @@ def linearise(
     check_real(tolerance, name="tolerance", owner=OWNER, low=0, high=1)
     if max_rank is not None:
         check_int(max_rank, name="max_rank", owner=OWNER, low=1, remedy="None sets no bound.")
-    for name, count in (("retain_samples", retain_samples), ("forget_samples", forget_samples)):
+    for name, count in (
+        ("retain_samples", retain_samples),
+        ("forget_samples", forget_samples),
+        ("sketch_samples", sketch_samples),
+    ):
         if count is not None:
             check_int(count, name=name, owner=OWNER, low=1, remedy="None takes all of them.")
     check_int(power_iterations, name="power_iterations", owner=OWNER, low=0)
@@ -129,7 +158,7 @@ def linearise(
     both = problem.retain, problem.forget
     coupled = _coupled_sizes(problem, batch_sizes)
     indices = [
-        samples.subset(count, seed + i) if size is None else _in_batches(samples, count, size, seed + i)
+        _chosen(samples, count, size, seed + i, shuffled=sketch_samples is not None)
         for i, (samples, count, size) in enumerate(zip(both, (retain_samples, forget_samples), coupled, strict=True))
     ]
     store = None
@@ -143,6 +172,7 @@ def linearise(
             "power_iterations": power_iterations,
             "seed": seed,
             "batch_sizes": list(coupled),
+            "sketch_samples": sketch_samples,
         }
         store = Checkpoint(checkpoint, "linearisation", settings, owner=OWNER)
 
@@ -168,7 +198,19 @@ def linearise(
         for outputs, (_, targets) in zip(passed, evaluated, strict=True)
     ]
     theta = problem.vector()
-    sketch = RowSketch(jacobians, residuals, preconditioner, theta, power_iterations=power_iterations, seed=seed)
+    drawn_from = [
+        j.whole_batches(_drawn_from(len(j), samples.size, j.outputs_per_sample, rank, sketch_samples))
+        for j, samples in zip(jacobians, both, strict=True)
+    ]
+    sketch = RowSketch(
+        jacobians,
+        residuals,
+        preconditioner,
+        theta,
+        drawn_from=drawn_from,
+        power_iterations=power_iterations,
+        seed=seed,
+    )
     save = None
     if store is not None:
         signs = torch.randn(problem.size, generator=torch.Generator().manual_seed(0)).to(theta)
@@ -188,7 +230,7 @@ def linearise(
         label = f"{OWNER}, rank {asked}"
         for _ in progress_bar(steps, label, progress, total=sketch.samples_to_walk(width)):
             pass
-        energies, rotation, captured = _leading(sketch, asked)
+        energies, rotation, captured = _leading(sketch, asked, drawn_from)
         if rank is not None or captured >= 1 - tolerance or energies.numel() < asked or asked >= most:
             break  # enough, or there are no more
         further = min(2 * asked, most)
@@ -290,10 +332,14 @@ def _coupled_sizes(problem: UnlearningProblem, batch_sizes: tuple[int, int] | No
     return min(sizes[0], problem.retain.size), min(sizes[1], problem.forget.size)
 
 
-def _in_batches(samples: Samples, count: int | None, size: int, seed: int) -> Tensor:
-    """A sample of whole batches, in random order; all where it covers the set."""
-    whole = None if count is None else max(1, round(count / size)) * size
-    chosen = samples.subset(whole, seed)
+def _chosen(samples: Samples, count: int | None, size: int | None, seed: int, *, shuffled: bool) -> Tensor:
+    """A sample, of whole batches where samples are coupled; in random order then, and where the first ones are to be one."""
+    coupled = size is not None
+    if size is not None and count is not None:
+        count = max(1, round(count / size)) * size
+    chosen = samples.subset(count, seed)
+    if not (coupled or (shuffled and chosen.numel() < samples.size)):
+        return chosen
     return chosen[torch.randperm(chosen.numel(), generator=torch.Generator().manual_seed(seed))]
 
 
@@ -364,7 +410,7 @@ def _one_by_one(counts: Iterable[int]) -> Iterator[None]:
             yield
 
 
-def _leading(sketch: RowSketch, rank: int) -> tuple[Tensor, Tensor, float]:
+def _leading(sketch: RowSketch, rank: int, drawn_from: Sequence[int]) -> tuple[Tensor, Tensor, float]:
     """Squared singular values of A Q, descending; the rotation of Q to their directions; the share that they capture."""
     gram = torch.zeros(sketch.basis.shape[1], sketch.basis.shape[1], dtype=torch.float64, device=sketch.basis.device)
     for features in sketch.features:
@@ -381,10 +427,25 @@ def _leading(sketch: RowSketch, rank: int) -> tuple[Tensor, Tensor, float]:
     inside = (rotation.T @ (sketch.basis.T @ sketch.probes).double()).square().sum(0)
     whole = torch.linalg.vector_norm(sketch.probes, dim=0, dtype=torch.float64).square()
     shares = [
-        min(float(part) / float(of), 1.0) if of > 0 else 1.0
-        for part, of in zip(inside.view(-1, PROBES).sum(1), whole.view(-1, PROBES).sum(1), strict=True)
+        min(float(part) / float(of), 1.0) * _kept(features, rotation, drawn) if of > 0 else 1.0
+        for part, of, features, drawn in zip(
+            inside.view(-1, PROBES).sum(1), whole.view(-1, PROBES).sum(1), sketch.features, drawn_from, strict=True
+        )
     ]
-    return energies[:keep], rotation, min(shares)
+    return energies[:keep], rotation, min(*shares, 1.0)
+
+
+def _kept(features: Tensor, rotation: Tensor, drawn: int) -> float:
+    """Sensitivity along the directions of the samples that they were not drawn from, over that of those they were."""
+    if drawn == len(features):
+        return 1.0
+
+    def mean(part: Tensor) -> float:
+        sums = [float((rows.double() @ rotation).square().sum()) for rows in part.flatten(0, 1).split(ROWS_AT_ONCE)]
+        return sum(sums) / len(part)
+
+    own = mean(features[:drawn])
+    return mean(features[drawn:]) / own if own > 0 else 1.0
 
 
 def _rotated(rows: Tensor, rotation: Tensor) -> Tensor:

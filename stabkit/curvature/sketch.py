@@ -2,7 +2,8 @@
 
 With A the rows of J P^{1/2} of both sets, each set's divided by √m, and Ω a block of Gaussian columns, AᵀΩ spans nearly the
 leading right singular directions of A (Halko, Martinsson and Tropp, SIAM Rev. 53, 2011, §4.1); power iterations (AᵀA)^q AᵀΩ
-span them more nearly (§4.5).
+span them more nearly (§4.5). A may be of the first few samples of a set that is a sample itself: many rows tell the
+curvature along a direction, few are enough to find it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ OWN = PROBES + 1  # columns of the very first pull that belong to one set alone:
 class RowSketch:
     """An orthonormal basis Q of what A does to parameters, with J P^{1/2} Q, grown block by block.
 
-    A block takes some walks over the samples of both sets: a pull AᵀΩ, a push A Q and a pull for each power iteration, and a
-    push for the features. Between two batches of a walk a few arrays and a place are all there is to the state.
+    A block takes some walks over the samples that are drawn from: a pull AᵀΩ, and a push A Q and a pull for each power
+    iteration; and a push of all samples for the features. Between two batches of a walk a few arrays and a place are all
+    there is to the state.
 
     Attributes:
         basis: Q, shape (d, c).
@@ -44,6 +46,7 @@ class RowSketch:
         preconditioner: Preconditioner,
         like: Tensor,
         *,
+        drawn_from: Sequence[int],
         power_iterations: int,
         seed: int,
     ) -> None:
@@ -54,11 +57,12 @@ class RowSketch:
             residuals: Derivatives of the losses in the outputs, shapes (m, O): what the mean gradients are pulled from.
             preconditioner: P.
             like: A vector (d,) with the dtype and on the device to compute in.
+            drawn_from: How many of the first samples of either set directions are drawn from.
             power_iterations: Applications of AᵀA to the Gaussian part of each block.
             seed: Seed of signs and Gaussian columns.
         """
         self._jacobians, self._residuals, self._preconditioner = jacobians, residuals, preconditioner
-        self._like = like
+        self._like, self._drawn_from = like, tuple(drawn_from)
         self._walks = [self._pull, *[self._push, self._pull] * power_iterations, self._push]
         self._generator = torch.Generator().manual_seed(seed)
         self._before = self._generator.get_state()  # the draws of the block in the making
@@ -107,7 +111,8 @@ class RowSketch:
         Returns:
             Their number.
         """
-        return len(self._walks) * sum(len(j) for j in self._jacobians) if width > self.drawn else 0
+        every = (len(self._walks) - 1) * sum(self._drawn_from) + sum(len(j) for j in self._jacobians)
+        return every if width > self.drawn else 0
 
     # ------------------------------------------------------------------ one block
 
@@ -148,23 +153,28 @@ class RowSketch:
         """J P^{1/2} times the block, for both sets."""
         columns = self._block.shape[1]
         if (self._set, self._sample) == (0, 0):
-            self._images = [self._like.new_empty(len(j), j.outputs_per_sample, columns) for j in self._jacobians]
+            shapes = zip(self._counts(), self._jacobians, strict=True)
+            self._images = [self._like.new_empty(count, j.outputs_per_sample, columns) for count, j in shapes]
         while self._set < len(self._jacobians):
             yield from self._through(self._filled(self._images[self._set]), columns)
 
     def _filled(self, images: Tensor) -> Iterator[int]:
         """Write a set's images down, batch by batch."""
-        for done, part in self._jacobians[self._set].images(self._block, self._sample):
+        for done, part in self._jacobians[self._set].images(self._block, self._sample, len(images)):
             images[self._sample : done] = part
             yield done
+
+    def _counts(self) -> Sequence[int]:
+        """Samples of either set that the walk at hand goes over."""
+        last = self._walk + 1 == len(self._walks)
+        return [len(j) for j in self._jacobians] if last else self._drawn_from
 
     def _through(self, walk: Iterator[int], columns: int) -> Iterator[int]:
         """Follow a walk over the set, noting the place."""
         for done in walk:
             count, self._sample = done - self._sample, done
             yield count
-        jacobian = self._jacobians[self._set]
-        self.gradients += len(jacobian) * jacobian.passes(columns)
+        self.gradients += self._counts()[self._set] * self._jacobians[self._set].passes(columns)
         self._set, self._sample = self._set + 1, 0
 
     def _cotangents(self) -> list[Tensor]:
@@ -181,7 +191,7 @@ class RowSketch:
     def _draw(self) -> list[Tensor]:
         """Gaussian columns, with signs and loss derivatives before them or after where it is the first block."""
         self._generator.set_state(self._before)
-        shapes = [(len(j), j.outputs_per_sample) for j in self._jacobians]
+        shapes = [(n, j.outputs_per_sample) for n, j in zip(self._drawn_from, self._jacobians, strict=True)]
         own = [] if self.drawn else [self._own(*pair) for pair in zip(shapes, self._residuals, strict=True)]
         # Column by column, so that the first ones are the same whatever their number.
         columns = [
@@ -196,7 +206,7 @@ class RowSketch:
     def _own(self, shape: tuple[int, int], residual: Tensor) -> Tensor:
         """Random signs, and the loss derivatives whose pull is the mean gradient: (m, O, OWN)."""
         signs = 2.0 * torch.randint(0, 2, (*shape, PROBES), generator=self._generator) - 1.0
-        return torch.cat([signs.to(self._like), (residual / shape[0]).unsqueeze(2)], dim=2)
+        return torch.cat([signs.to(self._like), (residual[: shape[0]] / shape[0]).unsqueeze(2)], dim=2)
 
     def _orthonormal(self, pulled: Tensor) -> Tensor:
         """An orthonormal basis of what a pulled block has beyond the basis."""
