@@ -11,7 +11,7 @@ from torch import nn
 import stabkit._memory
 import stabkit.curvature.jacobian
 import stabkit.curvature.linearised
-from stabkit.curvature import linearise
+from stabkit.curvature import linearisation_cost, linearise
 from stabkit.curvature.lowrank import OVERSAMPLING
 from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
@@ -46,6 +46,14 @@ def wide_problem(seed=0, *, interpolated=False, forget=15):
     if interpolated:
         y = model(x).detach()
     return UnlearningProblem(model, (x[:forget], y[:forget]), (x[forget:], y[forget:]), loss="mse")
+
+
+def many_samples(n=300, forget=15):
+    """A retain set from which to sample."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(n, 8, generator=g, dtype=torch.float64)
+    y = torch.randn(n, 2, generator=g, dtype=torch.float64)
+    return UnlearningProblem(wide_problem().new_model(), (x[:forget], y[:forget]), (x[forget:], y[forget:]), loss="mse")
 
 
 def everything(problem, preconditioner, **settings):
@@ -276,11 +284,88 @@ def test_costs_are_those_of_the_passes_made(monkeypatch, counted, by_rows, rank,
         ({"rank": 2.5}, TypeError, r"`rank` of `linearise` .*got 2\.5"),
         ({"retain_samples": 0}, ValueError, "`retain_samples` of `linearise` .*>= 1; got 0. None takes all"),
         ({"forget_samples": -1}, ValueError, "`forget_samples` of `linearise` .*>= 1; got -1. None takes all"),
+        ({"sketch_samples": 0}, ValueError, "`sketch_samples` of `linearise` .*>= 1; got 0. None takes all"),
     ],
 )
 def test_what_is_wrong_is_said(settings, error, message):
     with pytest.raises(error, match=message):
         linearise(CASES[1].problem(), Identity(), **settings)
+
+
+# ---- directions from few samples, features of many
+
+PART = {"rank": 4, "retain_samples": 120, "forget_samples": None}
+
+
+@pytest.mark.parametrize("power_iterations", [0, 1])
+@pytest.mark.parametrize(
+    ("asked", "drawn"),
+    [(10, 4 * (4 + OVERSAMPLING) // 2), (40, 40), (70, 70)],  # four rows a column at least; two outputs a sample
+)
+def test_directions_lie_in_the_rows_they_are_drawn_from_and_features_are_of_all(asked, drawn, power_iterations):
+    problem = many_samples()
+    network = linearise(problem, Identity(), sketch_samples=asked, power_iterations=power_iterations, seed=1, **PART)
+    retain, forget = (dense_jacobian(problem, which)[2].detach() for which in ("retain", "forget"))
+    first = network.retain.indices[:drawn]
+    rows = torch.cat([retain[first].flatten(0, 1), forget.flatten(0, 1)])
+    span = torch.linalg.svd(rows, full_matrices=False)
+    inside = span.Vh[1e-10 * span.S[0] < span.S]
+    assert inside.shape[0] < problem.size  # else the next line could not fail
+    torch.testing.assert_close(inside.T @ (inside @ network.basis), network.basis, rtol=0, atol=1e-8)
+    for held, jacobian in ((network.retain, retain[network.retain.indices]), (network.forget, forget)):
+        torch.testing.assert_close(held.features, jacobian @ network.basis, rtol=1e-8, atol=1e-9)
+    weighted = [part.features.flatten(0, 1) / part.samples**0.5 for part in (network.retain, network.forget)]
+    energy = sum(rows.T @ rows for rows in weighted)
+    torch.testing.assert_close(energy, network.singular_values.square().diag(), rtol=1e-7, atol=1e-7)
+
+
+def test_the_samples_drawn_from_are_no_matter_of_the_data_s_order():
+    """Sorted data sets are common: the first of a sorted sample would be those of the first classes."""
+    network = linearise(many_samples(), Identity(), sketch_samples=30, **PART)
+    places = network.retain.indices[:30].double()
+    assert network.retain.indices.unique().numel() == 120
+    assert float(places.mean()) == pytest.approx(142, abs=4 * 285 / 12**0.5 / 30**0.5)
+
+
+def test_a_set_held_whole_and_a_rank_that_is_found_are_drawn_from_all():
+    problem = many_samples()
+    whole = {"retain_samples": None, "forget_samples": None, "rank": 5}
+    first, second = (linearise(problem, Identity(), sketch_samples=s, **whole) for s in (None, 10))
+    assert torch.equal(first.basis, second.basis)
+    part = {"retain_samples": 60, "forget_samples": None, "rank": None, "tolerance": 0.3}
+    first, second = (linearise(problem, Identity(), sketch_samples=s, **part) for s in (None, 10))
+    assert first.gradient_equivalents == second.gradient_equivalents
+    assert first.rank == second.rank
+
+
+def test_what_is_captured_of_samples_that_were_not_drawn_from_is_averaged_right():
+    problem = many_samples(forget=1)  # captured nearly whole, so that the smaller share is the retain set's
+    rows = dense_jacobian(problem, "retain")[2].detach()
+    found, shares = [], []
+    for seed in range(60):
+        network = linearise(problem, Identity(), sketch_samples=20, seed=seed, **{**PART, "retain_samples": 200})
+        found.append(network.captured)
+        others = rows[network.retain.indices[28:]]
+        shares.append(float((others @ network.basis).square().sum() / others.square().sum()))
+    own = rows[network.retain.indices[:28]]
+    assert float((own @ network.basis).square().sum() / own.square().sum()) > shares[-1]  # they are fitted better
+    assert torch.tensor(found).mean() == pytest.approx(float(torch.tensor(shares).mean()), abs=0.02)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("asked", [5, 50])
+def test_few_samples_to_draw_from_save_as_much_as_is_said(monkeypatch, counted, by_rows, asked):
+    problem = many_samples()
+    if not by_rows:
+        monkeypatch.setattr(stabkit.curvature.jacobian, "ROW_BYTES", 0)
+    counted.update(derivatives=0, forward=0)
+    network = linearise(problem, Identity(), sketch_samples=asked, **PART)
+    drawn = max(asked, 28) + 15
+    assert counted["derivatives"] == (2 * (drawn + 135) if by_rows else (14 + 9) * drawn + (14 + 2) * 135)
+    assert network.gradient_equivalents == pytest.approx(counted["derivatives"] + counted["forward"] / 3)
+    if by_rows:
+        told = linearisation_cost((120, 15), (285, 15), 2, 4, sketch_samples=asked)
+        assert network.gradient_equivalents == pytest.approx(told, rel=0.15)  # passes that are counted once, not twice
 
 
 @pytest.mark.parametrize("tolerance", [0.3, 0.05, 0.01, 0.0])

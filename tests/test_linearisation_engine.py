@@ -169,9 +169,11 @@ SETTINGS = {"rank": 12, "power_iterations": 1, "seed": 4, "retain_samples": 30, 
         *((p, b, False) for p in (7, 12, 20, 33, 45) for b in (True, False)),
         *((p, False, True) for p in (12, 70, 115, 145)),
         (70, True, True),
+        *((p, b, None) for p in (7, 20, 33, 45) for b in (True, False)),
     ],
 )
 def test_a_killed_run_resumes_with_the_same_result(tmp_path, monkeypatch, passes, by_rows, growing):
+    """Where it grows, where it does not, and where directions are drawn from few of the samples (None)."""
     problem, path = wide_problem(), tmp_path / "state.npz"
     p = random_diagonal(problem)
     monkeypatch.setattr(lowrank_module, "FIRST_RANK", 5)
@@ -179,6 +181,8 @@ def test_a_killed_run_resumes_with_the_same_result(tmp_path, monkeypatch, passes
     if not by_rows:
         monkeypatch.setattr(jacobian_module, "ROW_BYTES", 0)
     settings = {**SETTINGS, "rank": None, "tolerance": 0.15} if growing else SETTINGS
+    if growing is None:
+        settings = {**SETTINGS, "rank": 2, "sketch_samples": 25}
     whole = linearise(problem, p, **settings)
     with monkeypatch.context() as patch:
         killed_after(patch, problem, passes)
@@ -238,6 +242,7 @@ def written(tmp_path):
         ({"power_iterations": 1}, r"with power_iterations 0, not 1"),
         ({"retain_samples": 20}, r"with retain_samples 35, not 20"),
         ({"forget_samples": 3}, r"with forget_samples 15, not 3"),
+        ({"sketch_samples": 20}, r"with sketch_samples None, not 20"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(written, setting, message):

@@ -427,25 +427,27 @@ def _leading(sketch: RowSketch, rank: int, drawn_from: Sequence[int]) -> tuple[T
     inside = (rotation.T @ (sketch.basis.T @ sketch.probes).double()).square().sum(0)
     whole = torch.linalg.vector_norm(sketch.probes, dim=0, dtype=torch.float64).square()
     shares = [
-        min(float(part) / float(of), 1.0) * _kept(features, rotation, drawn) if of > 0 else 1.0
+        _share(float(part) / PROBES, float(of) / PROBES, features, rotation, drawn)
         for part, of, features, drawn in zip(
             inside.view(-1, PROBES).sum(1), whole.view(-1, PROBES).sum(1), sketch.features, drawn_from, strict=True
         )
     ]
-    return energies[:keep], rotation, min(*shares, 1.0)
+    return energies[:keep], rotation, min(shares)
 
 
-def _kept(features: Tensor, rotation: Tensor, drawn: int) -> float:
-    """Sensitivity along the directions of the samples that they were not drawn from, over that of those they were."""
-    if drawn == len(features):
+def _share(inside: float, whole: float, features: Tensor, rotation: Tensor, drawn: int) -> float:
+    """What the directions capture of a set's sensitivity; of the other samples' where they were drawn from some of them."""
+    if whole <= 0:
         return 1.0
+    if drawn == len(features):
+        return min(inside / whole, 1.0)
 
     def mean(part: Tensor) -> float:
         sums = [float((rows.double() @ rotation).square().sum()) for rows in part.flatten(0, 1).split(ROWS_AT_ONCE)]
         return sum(sums) / len(part)
 
-    own = mean(features[:drawn])
-    return mean(features[drawn:]) / own if own > 0 else 1.0
+    # Both kinds of samples are as sensitive on average, and what the drawn ones have inside is known, not estimated.
+    return min(mean(features[drawn:]) / (mean(features[:drawn]) + max(whole - inside, 0.0) / drawn), 1.0)
 
 
 def _rotated(rows: Tensor, rotation: Tensor) -> Tensor:
