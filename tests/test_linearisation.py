@@ -453,7 +453,7 @@ def test_a_thinned_linearisation_is_its_leading_directions_and_some_of_its_sampl
     half = network.thinned(samples=0.5)
     assert (half.retain.samples, half.retain.population) == (51, network.retain.population)
     assert half.forget.samples == network.forget.samples == network.forget.population  # held whole, and left so
-    places = torch.searchsorted(network.retain.indices, half.retain.indices)
+    places = (half.retain.indices.unsqueeze(1) == network.retain.indices).nonzero()[:, 1]
     assert torch.equal(network.retain.indices[places], half.retain.indices)
     for name in ("outputs", "features", "targets"):
         assert torch.equal(getattr(network.retain, name)[places], getattr(half.retain, name))

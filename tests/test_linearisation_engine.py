@@ -242,7 +242,7 @@ def written(tmp_path):
         ({"power_iterations": 1}, r"with power_iterations 0, not 1"),
         ({"retain_samples": 20}, r"with retain_samples 35, not 20"),
         ({"forget_samples": 3}, r"with forget_samples 15, not 3"),
-        ({"sketch_samples": 20}, r"with sketch_samples None, not 20"),
+        ({"sketch_samples": 20}, r"with sketch_samples 96, not 20"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(written, setting, message):

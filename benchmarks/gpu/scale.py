@@ -87,16 +87,16 @@ class Scale:
 
 _IMAGES = {
     "rank": 60,
-    "retain_samples": 256,
-    "forget_samples": 128,
+    "retain_samples": 448,
+    "forget_samples": 224,
     "spectrum_samples": 256,
     "seeds": 3,
     "precision": "tf32",
 }
 _TEXT = {
     "rank": 50,
-    "retain_samples": 128,
-    "forget_samples": 64,
+    "retain_samples": 160,
+    "forget_samples": 80,
     "spectrum_samples": 256,
     "seeds": 3,
     "precision": "tf32",

@@ -27,7 +27,8 @@ from stabkit.algorithms import GradDiff, SFROn
 from stabkit.boundary import frontier
 from stabkit.curvature import DataOperator, GGNOperator, HessianOperator, curvature_gram
 from stabkit.heavy_tail import layer_exponents
-from stabkit.measure import MeasureSettings, measure
+from stabkit.measure import measure
+from stabkit.modes import MODES, Sizes
 from stabkit.precision import arithmetic
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.runner import run
@@ -36,7 +37,10 @@ from stabkit.stability import LinearDynamics, stability_map
 
 BLOCK, ENDS, TOLERANCE, MAP_POINTS = 8, 5, 1e-3, 20
 GRAM_SAMPLES = (4, 2)  # times the batch over 8: retain and forget samples of the Gram
-LINEARISED = {"full": (100, 512, 256, 512), "small": (16, 40, 20, 16)}  # rank, retain, forget and spectrum samples
+LINEARISED = {  # what one linearisation of the standard mode holds
+    "full": Sizes(),
+    "small": Sizes(rank=16, retain_samples=40, forget_samples=20, spectrum_samples=16),
+}
 STEP_BATCHES = (32, 128)
 NOT_INSTALLED = "not installed"
 
@@ -177,10 +181,7 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
     sizes = dict(scale.measured[task.name])
     rows: dict[str, Any] = {"kind": "predictions", "run_steps": list(scale.run_steps)}
 
-    rank, retain, forget, watched = LINEARISED[scale.name]
-    settings = MeasureSettings(
-        curvature="hessian", rank=rank, retain_samples=retain, forget_samples=forget, spectrum_samples=watched, seed=0
-    )
+    settings = LINEARISED[scale.name].settings(MODES["standard"], curvature="hessian", seed=0)
     shortest = plain.replace(steps=scale.run_steps[0])
     measurement, rows["measure"] = timed(lambda: measure(problem, shortest, settings), device)
     rows["measure_stages"] = {cost.stage: cost.seconds for cost in measurement.costs}

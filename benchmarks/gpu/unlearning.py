@@ -11,7 +11,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ from benchmarks.gpu.tasks import Sets, Task
 from stabkit.algorithms import SCRUB, Algorithm, GradDiff, GradientAscent, SalUn, SFROn, resolve_algorithm
 from stabkit.boundary import CriticalValue, staged_critical_lr
 from stabkit.judge import judge
-from stabkit.measure import Measurement, MeasureSettings, measure
+from stabkit.measure import Measurement, measure
 from stabkit.metrics import audit
+from stabkit.modes import MODES, Sizes
 from stabkit.precision import arithmetic
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
@@ -182,8 +183,8 @@ def _predict_cell(problem: UnlearningProblem, task: Task, spec: Cell, algorithm:
     """
     scale, device = task.scale, task.device
     sizes = dict(scale.measured[spec.task])
-    seeds = range(sizes.pop("seeds"))
-    settings = MeasureSettings(curvature="hessian", seed=0, **sizes)
+    seeds, precision = range(sizes.pop("seeds")), sizes.pop("precision", "float32")
+    settings = replace(Sizes(**sizes).settings(MODES["standard"], curvature="hessian", seed=0), precision=precision)
     measurement, measuring = timed(lambda: measure(problem, algorithm, settings), device)
     report, judging = timed(lambda: judge(measurement, seeds), device)
     mixes = (algorithm.mix,) if algorithm.fixed_mix else scale.mixes[: spec.mixes]
