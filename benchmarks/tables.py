@@ -6,6 +6,7 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,54 @@ def confidence(found: dict[str, Any]) -> str:
         f"{used['stable']:g} where it says stable, and of {used['diverging']:g} where it says diverging.",
         "",
         table(("bound", *(f"called {name}, {where} it" for name, where in places)), rows),
+    ])
+
+
+def samples(found: dict[str, Any]) -> str:
+    """Critical step sizes of linearisations of several sizes, over the real ones."""
+    rows = []
+    for case in found["cases"]:
+        real = statistics.median(case["real"])
+        for size in case["sizes"]:
+            said = size["predictions"]
+
+            def ratios(name: str, said: list[dict[str, Any]] = said, real: float = real) -> str:
+                return " ".join(f"{row[name] / real:.2f}" for row in said) if name in said[0] else "–"
+
+            drawn = "all" if size["drawn_from"] is None else str(size["drawn_from"])
+            rows.append((
+                f"{case['dataset']}, {case['deletion']}",
+                size["name"],
+                f"{size['rank']}, {size['retain']} + {size['forget']}, {drawn}",
+                f"{statistics.mean(row['gradient_equivalents'] for row in said):,.0f}",
+                f"{statistics.mean(row['captured'] for row in said):.2f}",
+                ratios("critical_lr"),
+                ratios("staged_critical_lr"),
+            ))
+    observed = "; ".join(
+        f"{case['dataset']}, {case['deletion']} {' '.join(f'{lr:.3g}' for lr in case['real'])}"
+        for case in found["cases"]
+    )
+    return "\n".join([
+        "## How many samples a linearisation needs",
+        "",
+        f"`python benchmarks/samples.py`: a small CNN on all of MNIST and of CIFAR-10, GradDiff at mix {found['mix']:g}, "
+        f"{found['steps']} steps, batches of {found['batch']}.",
+        "Critical step sizes over the median of the real ones, three seeds of the linearisation each. Observed, of three",
+        f"seeds of real runs: {observed}.",
+        "",
+        table(
+            (
+                "case",
+                "size",
+                "directions, samples, of which drawn from",
+                "gradients",
+                "captured",
+                "one linearisation / observed",
+                "staged / observed",
+            ),
+            rows,
+        ),
     ])
 
 
@@ -711,6 +760,7 @@ def main() -> None:
         ("gram.json", gram),
         ("parallel.json", parallel),
         ("confidence.json", confidence),
+        ("samples.json", samples),
         ("frontier.json", frontier),
         ("dexter.json", dexter),
         ("mulayoff.json", mulayoff),

@@ -24,7 +24,7 @@ from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.steps import StepRecord, Steps, StepState, check_coupled, copies
 
 CHECK_EVERY = 10
-MONITOR_SAMPLES = 2048
+MONITOR_SAMPLES = 512
 PRECISIONS = ("full", "bfloat16")
 
 

@@ -72,7 +72,9 @@ def test_the_parts_are_those_of_the_modules_below():
     problem, algorithm = problem_of(0), AGU(mix=0.4)
     found = measure(problem, algorithm, SMALL)
     assert torch.equal(found.preconditioner.diagonal, algorithm.preconditioner(problem).diagonal)
-    network = linearise(problem, found.preconditioner, rank=12, retain_samples=9, forget_samples=5, seed=3)
+    network = linearise(
+        problem, found.preconditioner, rank=12, retain_samples=9, forget_samples=5, sketch_samples=None, seed=3
+    )
     assert torch.equal(found.network.basis, network.basis)
     for which in ("retain", "forget"):
         factors = getattr(network, which).factors(problem.loss)

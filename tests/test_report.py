@@ -184,7 +184,6 @@ def test_the_summary_holds_every_number_a_decision_needs(report):
         report.thresholds.step_limit,
         report.thresholds.largest,
         report.coherence.retain,
-        report.linearisation_error,
     ):
         assert number(value) in text
     for layer in report.layers:
@@ -193,6 +192,12 @@ def test_the_summary_holds_every_number_a_decision_needs(report):
         assert line in text
     assert MECHANISMS[report.cause.mechanism] in text
     assert str(report) == text
+
+
+def test_the_summary_of_one_linearisation_holds_its_error(digits_mlp, class_deletion):
+    """A staged one goes on with real steps where the error is large, and does not rest on it."""
+    report = stabkit.predict(digits_mlp, *class_deletion, algorithm="agu", lr=0.5, mix=0.5, mode="standard", **QUICK)
+    assert re.search(rf"linearisation error.*{re.escape(number(report.linearisation_error))}", report.summary())
 
 
 @pytest.mark.parametrize(("value", "text"), [(None, "–"), (math.inf, "∞"), (-math.inf, "-∞"), (0.12345, "0.123")])

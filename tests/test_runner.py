@@ -410,7 +410,7 @@ def test_the_last_good_model_is_kept(digits_mlp, random_deletion):
     problem = UnlearningProblem(digits_mlp, *random_deletion)
     algorithm = GradDiff(lr=0.3, mix=0.9, steps=60, batch_size=32)
     for stop in (True, False):
-        result = run(problem, algorithm, check_every=5, stop_on_divergence=stop)
+        result = run(problem, algorithm, check_every=5, monitor_samples=None, stop_on_divergence=stop)
         good = [c for c in result.trajectory if c.step < result.divergence_step]
         assert result.last_good_step == good[-1].step < result.divergence_step
         own = dict(result.last_good_model.named_parameters())

@@ -230,6 +230,9 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
         lambda: stabkit.predict(model, sets.forget, sets.retain, algorithm=sfr_on, mode="fast", **own), device
     )
     rows["predict_sfr_on_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
+    rows["predict_sfr_on_mask_gradients"] = sum(
+        cost.gradient_equivalents for cost in report.costs if cost.stage == "preconditioner"
+    )
     rows["predict_sfr_on_critical_lr"] = report.critical_lr
     rows["predict_sfr_on_stages"] = {cost.stage: cost.seconds for cost in report.costs}
     return rows

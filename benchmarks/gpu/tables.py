@@ -333,6 +333,15 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: dict[str, A
             _number(r["predict_sfr_on"] / r["run_sfr_on"]),
             _number(r["predict_sfr_on_gradients"] / r["run_sfr_on_gradients"]),
         ))
+        if "predict_sfr_on_mask_gradients" in r:
+            own = r["predict_sfr_on_gradients"] - r["predict_sfr_on_mask_gradients"]
+            rows.append((
+                "the same without SFR-on's mask, which the run makes too",
+                "–",
+                "–",
+                "–",
+                _number(own / r["run_sfr_on_gradients"]),
+            ))
         for way in ("rolled_out", "exact"):
             rows.append((
                 f"map of 400 settings, {way.replace('_', ' ')}, against a run of {r['run_steps'][0]} steps",

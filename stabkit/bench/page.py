@@ -10,6 +10,7 @@ from typing import Any
 from stabkit._serialise import write_atomically
 from stabkit.bench.misses import NEAR, draw_worst
 from stabkit.bench.records import HALVINGS, ROLLOUT_SEEDS, SPAN
+from stabkit.modes import MODES
 
 PREDICTORS = (
     ("stabkit, staged rollout (mode thorough)", "staged"),
@@ -34,7 +35,7 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
     Returns:
         The path.
     """
-    target = Path(path)
+    target, standard = Path(path), MODES["standard"]
     parts = [
         "# Predictions against real runs",
         f"Seeds {summary['seeds']}, each of which adds as many runs to a cell as it has settings; versions "
@@ -43,6 +44,8 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         f"differ by a factor of {_number(summary['grid_factor'])} (median).\n"
         f"Where the grid brackets a boundary, its interval is halved {HALVINGS} times, by further runs for the observed "
         "one and by further predictions for the predicted one.\n"
+        f"Linearised were up to {summary['linearised_samples'][0]} retain and {summary['linearised_samples'][1]} forget "
+        f"samples; `predict` takes up to {standard.retain_samples} and {standard.forget_samples} unless its mode is fast.\n"
         "P(diverge) comes from the scores recorded before the runs. Constants were chosen on the calibration cells alone; "
         "that staged rollouts go on with real steps was decided after misses on evaluation cells of seed 0 had been seen, "
         "and so was the stretch of half-trained models' scores, which moves P but never to the other side of one half; that "

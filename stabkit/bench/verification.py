@@ -113,6 +113,7 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         "device": "cpu",
         "seeds": sorted({result.seed for result in results}),
         "missing": [cell.key for cell in CELLS if cell.key not in {result.cell.key for result in results}],
+        "linearised_samples": [max(result.linearised_samples[i] for result in results) for i in (0, 1)],
         "grid_factor": float(np.median([_grid_factor(result) for result in results])),
         "roles": {},
     }
