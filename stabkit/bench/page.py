@@ -35,7 +35,7 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
     Returns:
         The path.
     """
-    target, standard = Path(path), MODES["standard"]
+    target = Path(path)
     parts = [
         "# Predictions against real runs",
         f"Seeds {summary['seeds']}, each of which adds as many runs to a cell as it has settings; versions "
@@ -44,8 +44,6 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         f"differ by a factor of {_number(summary['grid_factor'])} (median).\n"
         f"Where the grid brackets a boundary, its interval is halved {HALVINGS} times, by further runs for the observed "
         "one and by further predictions for the predicted one.\n"
-        f"Linearised were up to {summary['linearised_samples'][0]} retain and {summary['linearised_samples'][1]} forget "
-        f"samples; `predict` takes up to {standard.retain_samples} and {standard.forget_samples} unless its mode is fast.\n"
         "P(diverge) comes from the scores recorded before the runs. Constants were chosen on the calibration cells alone; "
         "that staged rollouts go on with real steps was decided after misses on evaluation cells of seed 0 had been seen, "
         "and so was the stretch of half-trained models' scores, which moves P but never to the other side of one half; that "
@@ -64,11 +62,14 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
 def _section(role: str, found: dict[str, Any], figure: str, worst: str) -> list[str]:
     """Paragraphs of one role."""
     pool, boundary, cost = found["pooled"], found["boundary"], found["cost"]
+    held, standard = found["linearised_samples"], MODES["standard"]
     return [
         f"## {role.capitalize()}",
         f"{pool['settings']:,} real runs on the grids, a share of {_number(pool['share_diverged'])} diverged, and "
         f"{found['boundary_runs']:,} more at the boundaries; each was run again with "
         "other batches, which is as far as a prediction that does not know the batches can go.\n"
+        f"Up to {held[0]} retain and {held[1]} forget samples were linearised; `predict` takes up to "
+        f"{standard.retain_samples} and {standard.forget_samples} unless its mode is fast.\n"
         f"A map of all settings from one linearisation costs {_number(cost['measure_over_run'])} + "
         f"{_number(cost['frontier_over_run'])} real runs (measuring + rolling out, medians, in CPU seconds). One staged "
         f"prediction, {len(ROLLOUT_SEEDS)} seeds, costs {_number(cost['staged_over_run'])} runs in CPU seconds and "

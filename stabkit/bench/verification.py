@@ -113,7 +113,6 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         "device": "cpu",
         "seeds": sorted({result.seed for result in results}),
         "missing": [cell.key for cell in CELLS if cell.key not in {result.cell.key for result in results}],
-        "linearised_samples": [max(result.linearised_samples[i] for result in results) for i in (0, 1)],
         "grid_factor": float(np.median([_grid_factor(result) for result in results])),
         "roles": {},
     }
@@ -127,6 +126,7 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         everything = {kind: [ratio for values in ratios[kind].values() for ratio in values] for kind in BOUNDARIES}
         summary["roles"][role] = {
             "pooled": asdict(pooled(mine)),
+            "linearised_samples": [max(result.linearised_samples[i] for result in mine) for i in (0, 1)],
             "boundary_runs": HALVINGS * sum(b.observed is not None for r in mine for b in r.boundaries),
             "boundary": {kind: _boundary(everything[kind]) for kind in BOUNDARIES},
             "ratios": everything,
