@@ -168,8 +168,8 @@ def measure(
         progress: Whether to show a progress bar over the stages.
 
     Returns:
-        The measurement. Cost: some 25 Hessian-vector products over the spectrum's samples, 2·O per-sample gradients of
-        the linearised ones, and what the preconditioner takes.
+        The measurement. Cost: some 25 Hessian-vector products over the spectrum's samples, O per-sample gradients of
+        each linearised one and of each that directions are drawn from, and what the preconditioner takes.
 
     Raises:
         RuntimeError: If the model fails otherwise.

@@ -103,8 +103,8 @@ def predict(
         progress: Whether to show progress bars.
 
     Returns:
-        The report. Cost: some 25 Hessian-vector products over the spectrum's samples and 2·O per-sample gradients of the
-        linearised ones; the rest needs no network pass, but for the staged rollouts of a thorough one: one for each seed and
+        The report. Cost: some 25 Hessian-vector products over the spectrum's samples and some O per-sample gradients of
+        each linearised one; the rest needs no network pass, but for the staged rollouts of a thorough one: one a seed and
         some sixteen for the critical step size and mix, each between a few forward passes and a run. `predict_cost` tells
         it before, `report.costs` after.
 

@@ -233,6 +233,7 @@ class _Search:
             max_rank=MOST_DIRECTIONS,
             retain_samples=settings.retain_samples,
             forget_samples=settings.forget_samples,
+            sketch_samples=settings.sketch_samples,
             batch_sizes=algorithm.batch_sizes(self._problem) if self._problem.batchnorm == "batch" else None,
             seed=settings.seed,
         )

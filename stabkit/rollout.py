@@ -27,6 +27,7 @@ from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
 from stabkit.calibration import calibration
 from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet
+from stabkit.losses import Loss
 from stabkit.runner import CHECK_EVERY, check_steps
 from stabkit.sampling import batch_streams
 from stabkit.steps import CLIP_EPSILON
@@ -36,6 +37,7 @@ PLAYERS_SEED = 2**31  # added to a stream's seed, so that who stands in for whom
 ROWS_AT_ONCE = 2**16  # of the basis, that are masked
 DRAWN_AT_ONCE = 64  # steps whose batches are drawn together
 DRAWN_INDICES = 2**18  # of those batches, together
+LOOK_BYTES = 64 * 2**20  # of the outputs that losses are looked at of together
 STEP_BYTES = 16 * 2**20  # of a step's outputs and features: more than that leaves a CPU's caches
 
 
@@ -138,7 +140,8 @@ def rollout(
         progress: Whether to show a progress bar.
 
     Returns:
-        The rollout. Cost a step: 4·S·G·(B_R + B_F)·O·r operations; no network pass. Memory G·(m_R + m_F)·O at a check,
+        The rollout. Cost a step: 4·S·G·(B_R + B_F)·O·r operations; no network pass. Memory G·m·O of one set at a check, for
+        as many of the G settings as make 64 MB of it,
         S·(G + r)·(B_R + B_F)·O at a step, for as many of the S seeds as make 16 MB of it, or an eighth of what is free on an
         accelerator; indices of both sets, and of the batches of up to 64 steps, for each seed.
 
@@ -237,6 +240,16 @@ class _Part:
         moved = torch.baddbmm(base.flatten(1).unsqueeze(1), c, rows.mT)  # f_i + Φ_i c: (S, G, b·O)
         return moved.reshape(-1, *base.shape[2:]), _repeat(self.targets[indices], c.shape[1]), rows
 
+    def mean_losses(self, loss: Loss, c: Tensor) -> Tensor:
+        """Mean losses of the whole set at coordinates c (G, r): (G,), float64 on the CPU."""
+        size = self.outputs.numel() * self.outputs.element_size()
+        means = []
+        for some in c.split(max(1, pass_bytes(LOOK_BYTES, c.device) // size)):
+            targets = self.targets.repeat(len(some), *[1] * (self.targets.dim() - 1))
+            each = loss.per_sample(self.looked_at(some.unsqueeze(0)), targets)
+            means.append(each.reshape(len(some), -1).mean(1))
+        return torch.cat(means).double().cpu()
+
     def looked_at(self, c: Tensor, indices: Tensor | None = None) -> Tensor:
         """Outputs in eval mode of batches (S, b), or of the whole set, at coordinates c (S, G, r), as (S·G·b, ...)."""
         if indices is None:
@@ -332,9 +345,7 @@ def _roll_seeds(
                 continue
             rows, at = (alive, c[i]) if bool(chosen.all()) else (alive[chosen], c[i][chosen.to(device)])
             for place, part in enumerate((retain, forget)):
-                targets = part.targets.repeat(rows.numel(), *[1] * (part.targets.dim() - 1))
-                each = network.loss.per_sample(part.looked_at(at.unsqueeze(0)), targets)
-                mean = each.reshape(rows.numel(), -1).mean(1).double().cpu()
+                mean = part.mean_losses(network.loss, at)
                 losses[place, i, rows, position:] = mean.nan_to_num(nan=math.inf, posinf=math.inf).unsqueeze(1)
             now = losses[:, i, rows, position]
             reached = scale.score(now[0])

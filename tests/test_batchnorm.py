@@ -9,7 +9,7 @@ from torch import nn
 
 import stabkit
 from stabkit.algorithms import AGU, SCRUB, FineTune, GradDiff
-from stabkit.curvature import ScaledJacobian, linearise, ritz_residuals
+from stabkit.curvature import ScaledJacobian, linearisation_cost, linearise, ritz_residuals
 from stabkit.curvature import jacobian as jacobian_module
 from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
@@ -282,6 +282,20 @@ def test_linearisations_are_of_whole_batches(sizes):
         assert torch.equal(part.targets, targets)
     assert network.captured == pytest.approx(1.0)
     assert float(ritz_residuals(problem, network).max()) < 1e-10
+
+
+@pytest.mark.parametrize("asked", [None, 1, 9])
+def test_directions_are_drawn_from_whole_batches_and_that_is_what_is_told(asked):
+    model, x, y = trained()
+    problem = problem_of(model, x, y)
+    settings = {"rank": 2, "retain_samples": 15, "forget_samples": 8, "sketch_samples": asked}
+    network = linearise(problem, Identity(), batch_sizes=(5, 4), **settings)
+    outputs = network.retain.features.shape[1]
+    told = linearisation_cost((15, 8), SIZES, outputs, 2, sketch_samples=asked, batch_sizes=(5, 4))
+    assert network.gradient_equivalents == pytest.approx(told)
+    part = network.retain
+    _, jacobian = dense(model, x, part.indices.split(5))
+    torch.testing.assert_close(part.features, jacobian @ network.basis, atol=1e-8, rtol=1e-6)
 
 
 def test_a_resumed_linearisation_is_the_whole_one(tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ def test_what_was_calibrated_on_is_never_pooled():
     assert summary["roles"]["evaluation"]["pooled"]["settings"] == 4
     assert summary["roles"]["calibration"]["pooled"]["settings"] == 2
     assert summary["grid_factor"] == pytest.approx(2.0)
-    assert summary["roles"]["evaluation"]["linearised_samples"] == [5, 4]
+    assert summary["roles"]["evaluation"]["most_samples"] == [[512, 256]]
     assert summary["missing"] == [cell.key for cell in bench.CELLS if cell.key != "digits-cnn-class-graddiff"]
     assert summary["roles"]["evaluation"]["boundary_runs"] == 6
     assert summary["roles"]["evaluation"]["boundary"]["staged"]["within_2"] == 0.0

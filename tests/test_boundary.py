@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -14,8 +15,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stabkit.boundary
-from stabkit.algorithms import AGU, FineTune, GradDiff
-from stabkit.boundary import POINTS_PER_DECADE, Frontier, critical_lr, critical_mix, frontier
+from stabkit.algorithms import AGU, FineTune, GradDiff, GradientAscent
+from stabkit.boundary import (
+    POINTS_PER_DECADE,
+    CriticalValue,
+    Frontier,
+    critical_lr,
+    critical_mix,
+    frontier,
+    surroundings,
+)
 from stabkit.curvature import linearise
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
@@ -227,6 +236,51 @@ def test_the_critical_mix_is_found_to_a_thousandth(threshold, other):
     assert found.low <= threshold
     assert other - 1e-12 <= found.high <= other + 0.05
     assert asked == ([21] if found.value == 0 else [21, 7, 7])
+
+
+# ------------------------------------------------------------------ searches side by side
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [GradDiff(lr=0.2, mix=0.3, steps=20), AGU(lr=0.4, mix=0.5, steps=20), GradientAscent(lr=0.05, steps=20)],
+    ids=lambda a: a.name,
+)
+@pytest.mark.parametrize("guess", [None, 0.5, 1e4])  # further down by three decades, and once more, from the last one
+def test_side_by_side_everything_is_found_that_is_found_one_after_another(monkeypatch, algorithm, guess):
+    network, batches = held_whole(linear_problem()), {"batch_sizes": (5, 4), "seeds": [0, 1]}
+    rolled = []
+
+    def counted(*args, **options):
+        rolled.append(len(options["lr"]))
+        return rollout(*args, **options)
+
+    monkeypatch.setattr(stabkit.boundary, "rollout", counted)
+    found = surroundings(network, algorithm, guess=guess, **batches)
+    together, rolled[:] = list(rolled), []
+    alone = rollout(network, algorithm, lr=[algorithm.lr], mix=[algorithm.mix], **batches)
+    for name in ("lr", "mix", "divergence_step", "stopped_step"):
+        torch.testing.assert_close(getattr(found.rolled, name), getattr(alone, name), rtol=0, atol=0, equal_nan=True)
+    for name in ("score", "coordinates", "retain_loss", "forget_loss"):
+        torch.testing.assert_close(getattr(found.rolled, name), getattr(alone, name), rtol=1e-9, atol=1e-12)
+    rounds = []
+    if guess is None:
+        assert found.lr is None
+    else:
+        assert found.lr == critical_lr(network, algorithm, guess=guess, **batches)
+        rounds, rolled[:] = [list(rolled)], []
+    if algorithm.fixed_mix:
+        assert found.mix == CriticalValue(value=1.0, low=1.0, high=1.0, found=False, scanned=(1.0, 1.0))
+    else:
+        assert found.mix == critical_mix(network, algorithm, **batches)
+        rounds.append(list(rolled))
+    assert together == [sum(sizes) for sizes in itertools.zip_longest([1], *rounds, fillvalue=0)]
+
+
+@pytest.mark.parametrize("guess", [0.0, -1.0, math.inf])
+def test_a_guess_is_checked_side_by_side_too(guess):
+    with pytest.raises(ValueError, match="`guess` of `surroundings` must be a finite number"):
+        surroundings(None, GradDiff(), batch_sizes=(1, 1), seeds=[0], guess=guess)
 
 
 # ------------------------------------------------------------------ the critical mix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import matplotlib as mpl
@@ -11,6 +12,8 @@ import torch
 
 import stabkit
 from stabkit.algorithms import FineTune, GradientAscent
+from stabkit.curvature import linearise
+from stabkit.modes import MODES
 from stabkit.problem import UnlearningProblem
 from stabkit.recommendations import Recommendations
 from stabkit.remedy import MARGIN, algorithm_at
@@ -157,6 +160,23 @@ def test_held_out_data_are_the_target(digits_mlp, random_deletion, digits_data):
     assert by_data.settings() == pytest.approx(by_number.settings())
     with pytest.raises(ValueError, match=r"`forget_loss` of `tune` must be left out where `test` is given; got 1\.0"):
         stabkit.tune(digits_mlp, forget, retain, test=held_out, forget_loss=1.0)
+
+
+def test_a_damped_network_is_linearised_as_the_first_one_was(digits_cnn, class_deletion, monkeypatch):
+    asked = {"measure": [], "remedy": []}
+    for name, calls in asked.items():
+        module = importlib.import_module(f"stabkit.{name}")
+
+        def noted(problem, preconditioner, calls=calls, **settings):
+            calls.append(settings)
+            return linearise(problem, preconditioner, **settings)
+
+        monkeypatch.setattr(module, "linearise", noted)
+    report = stabkit.predict(digits_cnn, *class_deletion, mode="fast", lr=0.05, mix=0.5, steps=20)
+    report.recommend()
+    assert asked["remedy"]
+    assert all(settings == asked["measure"][0] for settings in asked["remedy"])
+    assert asked["measure"][0]["sketch_samples"] == MODES["fast"].sketch_samples
 
 
 def test_the_layers_that_move_most_are_damped(digits_cnn, class_deletion):

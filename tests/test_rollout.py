@@ -456,6 +456,25 @@ def test_seeds_share_a_step_as_far_as_its_memory_goes(monkeypatch):
         np.testing.assert_allclose(getattr(together, name), getattr(parts, name), rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+def test_looks_are_taken_at_some_settings_at_a_time_where_outputs_are_large(monkeypatch):
+    network = network_of(0)[1]
+    pairs = [(0.1, 0.5), (0.3, 0.2), (0.2, 0.1)]
+    together = roll(network, GradDiff(steps=9), pairs, seeds=range(2))
+    plain, sizes = stabkit.rollout._Part.looked_at, []
+
+    def noted(self, c, indices=None):
+        sizes.append(c.shape[1])
+        return plain(self, c, indices)
+
+    monkeypatch.setattr(stabkit.rollout._Part, "looked_at", noted)
+    outputs = network.retain.outputs
+    monkeypatch.setattr(stabkit.rollout, "LOOK_BYTES", 2 * outputs.numel() * outputs.element_size())
+    parts = roll(network, GradDiff(steps=9), pairs, seeds=range(2))
+    assert {1, 2} <= set(sizes)
+    for name in FIELDS:
+        np.testing.assert_allclose(getattr(together, name), getattr(parts, name), rtol=1e-9, atol=1e-12, err_msg=name)
+
+
 def test_a_set_that_is_not_taken_has_no_part_whatever_its_gradient():
     """At mix 0 beside another mix, where the forget loss has no derivative: a run at mix 0 does not take one."""
     network = linearise(linear_problem("mse"), Identity(), rank=1000, retain_samples=None, forget_samples=None)

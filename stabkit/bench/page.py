@@ -62,13 +62,14 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
 def _section(role: str, found: dict[str, Any], figure: str, worst: str) -> list[str]:
     """Paragraphs of one role."""
     pool, boundary, cost = found["pooled"], found["boundary"], found["cost"]
-    held, standard = found["linearised_samples"], MODES["standard"]
+    held = " or ".join(f"{retain} retain and {forget} forget samples" for retain, forget in found["most_samples"])
+    standard = MODES["standard"]
     return [
         f"## {role.capitalize()}",
         f"{pool['settings']:,} real runs on the grids, a share of {_number(pool['share_diverged'])} diverged, and "
         f"{found['boundary_runs']:,} more at the boundaries; each was run again with "
         "other batches, which is as far as a prediction that does not know the batches can go.\n"
-        f"Up to {held[0]} retain and {held[1]} forget samples were linearised; `predict` takes up to "
+        f"Up to {held} were linearised; `predict` takes up to "
         f"{standard.retain_samples} and {standard.forget_samples} unless its mode is fast.\n"
         f"A map of all settings from one linearisation costs {_number(cost['measure_over_run'])} + "
         f"{_number(cost['frontier_over_run'])} real runs (measuring + rolling out, medians, in CPU seconds). One staged "

@@ -123,6 +123,7 @@ class CellResult:
         run_gradients: Of one real run of all its steps.
         linearised_samples: Retain and forget samples linearised.
         captured: Share of the outputs' sensitivity inside the linearisation.
+        most_samples: Retain and forget samples to linearise at most; the first records, which do not say, took the default.
     """
 
     cell: Cell
@@ -137,6 +138,7 @@ class CellResult:
     run_gradients: float
     linearised_samples: tuple[int, int]
     captured: float
+    most_samples: tuple[int, int] = (512, 256)
 
 
 def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
@@ -213,6 +215,7 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         run_gradients=float(cell.steps * sum(at.batch_sizes)),
         linearised_samples=(network.retain.samples, network.forget.samples),
         captured=network.captured,
+        most_samples=at.most_samples,
     )
 
 
@@ -224,6 +227,10 @@ class _Bench:
         self.batch_sizes = algorithm.batch_sizes(problem)
         start = time.process_time()
         settings = Sizes().settings(MODES["standard"], curvature="hessian", seed=seed)
+        self.most_samples = (
+            settings.retain_samples or problem.retain.size,
+            settings.forget_samples or problem.forget.size,
+        )
         self.measurement = measure(problem, algorithm, settings)
         self.measure_seconds = time.process_time() - start
         self.staged_seconds = self.run_seconds = self.staged_gradients = 0.0

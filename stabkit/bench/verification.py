@@ -126,7 +126,7 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         everything = {kind: [ratio for values in ratios[kind].values() for ratio in values] for kind in BOUNDARIES}
         summary["roles"][role] = {
             "pooled": asdict(pooled(mine)),
-            "linearised_samples": [max(result.linearised_samples[i] for result in mine) for i in (0, 1)],
+            "most_samples": sorted({result.most_samples for result in mine}),
             "boundary_runs": HALVINGS * sum(b.observed is not None for r in mine for b in r.boundaries),
             "boundary": {kind: _boundary(everything[kind]) for kind in BOUNDARIES},
             "ratios": everything,

@@ -114,7 +114,8 @@ class LinearisedNetwork:
         anchor: V^T P^{1/2} θ*, shape (r,): <θ - θ*, θ*> = anchor · c.
         anchor_norm: ‖θ*‖.
         singular_values: Of the (weighted) J P^{1/2}, the r kept, descending.
-        captured: Share of ‖J P^{1/2}‖_F² that the r directions carry, estimated for each set; the smaller of the two.
+        captured: Share of ‖J P^{1/2}‖_F² that the r directions carry, estimated for each set's samples, whether or not the
+            directions were drawn from them; the smaller of the two.
         gradient_equivalents: Per-sample gradient evaluations spent; a forward pass counts as a third.
         dormant: Names of parameter tensors that hardly move the outputs at θ*.
     """

@@ -27,7 +27,7 @@ from stabkit._validate import check_int, check_real
 from stabkit.curvature.dormant import dormant_tensors
 from stabkit.curvature.jacobian import ScaledJacobian
 from stabkit.curvature.linearised import LinearisedNetwork, LinearisedSet
-from stabkit.curvature.sketch import PROBES, RowSketch
+from stabkit.curvature.sketch import OWN, PROBES, RowSketch
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
@@ -38,6 +38,7 @@ OWNER = "linearise"
 OVERSAMPLING = 10
 FIRST_RANK = 50  # where the rank is to be found
 EXTRA = 2 + 2 * PROBES  # columns of the first pull that are not Gaussian
+WHOLE = 256  # samples of a set held whole, up to which directions are drawn from all of them
 SKETCH_ROWS = 4  # that directions are drawn from, for each of them, at least
 ROWS_AT_ONCE = 2**16  # rotated in float64
 COUPLED_BATCH = 64
@@ -47,32 +48,50 @@ def linearisation_cost(
     samples: Sequence[int],
     populations: Sequence[int],
     outputs: int,
-    rank: int,
+    rank: int | None,
     *,
+    max_rank: int | None = None,
     sketch_samples: int | None = None,
-    coupled: bool = False,
+    batch_sizes: Sequence[int] | None = None,
 ) -> float:
-    """What `linearise` takes where a rank is given and no power iterations are.
+    """What `linearise` takes without power iterations.
 
     Args:
         samples: Samples m of each set.
         populations: Samples n that each set has.
         outputs: Outputs O of each.
-        rank: Directions to keep.
+        rank: Directions to keep; when None, as many as `max_rank` are taken to be found.
+        max_rank: As `linearise` has it, where the rank is None.
         sketch_samples: As `linearise` has it.
-        coupled: Whether the samples of a batch have no outputs of their own, as with batchnorm="batch".
+        batch_sizes: Batch sizes of each set, where the samples of a batch have no outputs of their own, as with
+            batchnorm="batch"; None otherwise.
 
     Returns:
-        Per-sample gradients: two walks by rows, or by vectors where those are fewer, and two forward passes.
+        Per-sample gradients: two walks for each block of directions, by rows or by vectors where those are fewer, the mean
+        gradient, and two forward passes.
     """
-    vectors = rank + OVERSAMPLING
-    drawn = sum(_drawn_from(m, n, outputs, rank, sketch_samples) for m, n in zip(samples, populations, strict=True))
-    return (drawn + sum(samples)) * (vectors if coupled else min(outputs, vectors)) + sum(samples) * 2 / 3
+    most = rank or max_rank or FIRST_RANK
+    blocks = [rank or min(FIRST_RANK, most)]
+    while sum(blocks) < most:
+        blocks.append(min(sum(blocks), most - sum(blocks)))
+    drawn = [_drawn_from(m, n, outputs, rank, sketch_samples) for m, n in zip(samples, populations, strict=True)]
+    if batch_sizes is not None:
+        drawn = [min(m, -(-k // size) * size) for m, k, size in zip(samples, drawn, batch_sizes, strict=True)]
+    total = sum(samples) - sum(drawn) + sum(samples) * 2 / 3
+    for place, block in enumerate(blocks):
+        vectors = block + (0 if place else OVERSAMPLING)
+        pulled, pushed = vectors + (0 if place else OWN), vectors + (0 if place else 2)
+        if batch_sizes is None:
+            pulled, pushed = min(outputs, pulled), min(outputs, pushed)
+        total += sum(drawn) * pulled + sum(samples) * pushed
+    return total
 
 
-def _drawn_from(samples: int, population: int, outputs: int, rank: int | None, asked: int | None) -> int:
-    """How many of a set's samples directions are drawn from: all of a set that is held whole, where each is met often."""
-    if asked is None or rank is None or samples == population:
+def _drawn_from(
+    samples: int, population: int, outputs: int, rank: int | None, asked: int | None, power_iterations: int = 0
+) -> int:
+    """How many of a set's samples directions are drawn from: all of a small set held whole, where each is met often."""
+    if asked is None or rank is None or power_iterations or samples == population <= WHOLE:
         return samples
     return min(samples, max(asked, -(-SKETCH_ROWS * (rank + OVERSAMPLING) // outputs)))
 
@@ -110,10 +129,10 @@ def linearise(
         max_rank: Largest rank that is found where the rank is None; no bound when None.
         retain_samples: Retain examples to sample; all when None.
         forget_samples: Forget examples to sample; all when None.
-        sketch_samples: Of a set that is a sample itself, how many of its examples the directions are drawn from, or as many
-            as have four outputs for each direction where those are more. All when None, or where the rank is found. Many
-            examples are needed to tell the curvature along a direction, above all that of one set from the other's, and far
-            fewer to find it.
+        sketch_samples: How many examples of each set the directions are drawn from, or as many as have four outputs for each
+            direction where those are more. All when None, of a set of up to 256 that is held whole, where the rank is
+            found, and with power iterations. Many examples are needed to tell the curvature along a direction, above all
+            that of one set from the other's, and far fewer to find it.
         batch_sizes: B_R and B_F of the run, which matter with batchnorm="batch" alone: the samples, rounded to whole
             batches, are put at random into batches of these sizes. 64, or the whole set where it is smaller, when None.
         power_iterations: Subspace iterations, which bring the directions nearer the true singular ones where those past r
@@ -130,8 +149,8 @@ def linearise(
 
     Returns:
         The compressed network. Cost: about 2·min(O, r)·m·(1 + power_iterations) per-sample gradients, or 2·r·m·(1 +
-        power_iterations) where a sample's O·d derivatives are too many to hold, and close to half of it where directions are
-        drawn from few samples. A rank that is found multiplies new
+        power_iterations) where a sample's O·d derivatives are too many to hold, and little more than half of it where
+        directions are drawn from few samples. A rank that is found multiplies new
         directions alone: it costs the latter just once, but the former for each doubling. Coupled samples have no rows of
         their own, so they cost the latter. Memory: twice (d + m·O)·(r + 28) numbers.
 
@@ -199,7 +218,7 @@ def linearise(
     ]
     theta = problem.vector()
     drawn_from = [
-        j.whole_batches(_drawn_from(len(j), samples.size, j.outputs_per_sample, rank, sketch_samples))
+        j.whole_batches(_drawn_from(len(j), samples.size, j.outputs_per_sample, rank, sketch_samples, power_iterations))
         for j, samples in zip(jacobians, both, strict=True)
     ]
     sketch = RowSketch(
@@ -436,18 +455,19 @@ def _leading(sketch: RowSketch, rank: int, drawn_from: Sequence[int]) -> tuple[T
 
 
 def _share(inside: float, whole: float, features: Tensor, rotation: Tensor, drawn: int) -> float:
-    """What the directions capture of a set's sensitivity; of the other samples' where they were drawn from some of them."""
+    """What the directions capture of a set's sensitivity, of which that of the samples drawn from is known from probes."""
     if whole <= 0:
         return 1.0
     if drawn == len(features):
         return min(inside / whole, 1.0)
-
-    def mean(part: Tensor) -> float:
-        sums = [float((rows.double() @ rotation).square().sum()) for rows in part.flatten(0, 1).split(ROWS_AT_ONCE)]
-        return sum(sums) / len(part)
-
-    # Both kinds of samples are as sensitive on average, and what the drawn ones have inside is known, not estimated.
-    return min(mean(features[drawn:]) / (mean(features[:drawn]) + max(whole - inside, 0.0) / drawn), 1.0)
+    held = [
+        float(sum((rows.double() @ rotation).square().sum() for rows in part.flatten(0, 1).split(ROWS_AT_ONCE)))
+        for part in (features[:drawn], features[drawn:])
+    ]
+    # The others are as sensitive on average, and what the drawn ones have inside is known, not estimated.
+    each = (held[0] + max(whole - inside, 0.0)) / drawn
+    others = len(features) - drawn
+    return min((held[0] + min(held[1], each * others)) / (each * len(features)), 1.0)
 
 
 def _rotated(rows: Tensor, rotation: Tensor) -> Tensor:

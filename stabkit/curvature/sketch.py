@@ -27,13 +27,14 @@ class RowSketch:
     """An orthonormal basis Q of what A does to parameters, with J P^{1/2} Q, grown block by block.
 
     A block takes some walks over the samples that are drawn from: a pull AᵀΩ, and a push A Q and a pull for each power
-    iteration; and a push of all samples for the features. Between two batches of a walk a few arrays and a place are all
-    there is to the state.
+    iteration; and a push of all samples for the features. The very first pull goes over all of them, the others with their
+    mean gradient alone. Between two batches of a walk a few arrays and a place are all there is to the state.
 
     Attributes:
         basis: Q, shape (d, c).
         features: J P^{1/2} Q of the retain and of the forget set, shapes (m, O, c).
-        probes: P^{1/2} Jᵀu for random signs u, of the retain and then of the forget set, shape (d, 2·PROBES).
+        probes: P^{1/2} Jᵀu for random signs u of the samples drawn from, of the retain and then of the forget set, shape
+            (d, 2·PROBES).
         rank: What the basis was last grown for; 0 at the beginning.
         drawn: Gaussian columns behind it.
         gradients: Per-sample gradients spent.
@@ -111,8 +112,9 @@ class RowSketch:
         Returns:
             Their number.
         """
-        every = (len(self._walks) - 1) * sum(self._drawn_from) + sum(len(j) for j in self._jacobians)
-        return every if width > self.drawn else 0
+        every, drawn = sum(len(j) for j in self._jacobians), sum(self._drawn_from)
+        gradients = 0 if self.drawn else every - drawn
+        return gradients + (len(self._walks) - 1) * drawn + every if width > self.drawn else 0
 
     # ------------------------------------------------------------------ one block
 
@@ -138,8 +140,16 @@ class RowSketch:
             total, chosen = self._block, cotangents[self._set]
             if first:  # the sets share the columns in the middle
                 total = total[:, OWN:] if self._set else total[:, :-OWN]
-            walk = self._jacobians[self._set].add_transposed(chosen, total, self._sample)
-            yield from self._through(walk, chosen.shape[2])
+            if self._sample <= len(chosen):  # at the last one its walk may have been put down before it was counted
+                walk = self._jacobians[self._set].add_transposed(chosen, total, self._sample)
+                yield from self._through(walk, len(chosen), chosen.shape[2])
+            if first:  # the mean gradient is that of all samples
+                residual = self._residuals[self._set].unsqueeze(2)
+                place = self._block.shape[1] - OWN if self._set else PROBES
+                total, count = self._block[:, place : place + 1], len(residual) - len(chosen)
+                walk = self._jacobians[self._set].add_transposed(residual / len(residual), total, self._sample)
+                yield from self._through(walk, count, 1)
+            self._set, self._sample = self._set + 1, 0
         pulled = self._preconditioner.sqrt(self._block)
         if first:
             self.probes = torch.cat([pulled[:, :PROBES], pulled[:, -PROBES:]], 1)
@@ -156,7 +166,9 @@ class RowSketch:
             shapes = zip(self._counts(), self._jacobians, strict=True)
             self._images = [self._like.new_empty(count, j.outputs_per_sample, columns) for count, j in shapes]
         while self._set < len(self._jacobians):
-            yield from self._through(self._filled(self._images[self._set]), columns)
+            images = self._images[self._set]
+            yield from self._through(self._filled(images), len(images), columns)
+            self._set, self._sample = self._set + 1, 0
 
     def _filled(self, images: Tensor) -> Iterator[int]:
         """Write a set's images down, batch by batch."""
@@ -169,13 +181,12 @@ class RowSketch:
         last = self._walk + 1 == len(self._walks)
         return [len(j) for j in self._jacobians] if last else self._drawn_from
 
-    def _through(self, walk: Iterator[int], columns: int) -> Iterator[int]:
-        """Follow a walk over the set, noting the place."""
+    def _through(self, walk: Iterator[int], samples: int, columns: int) -> Iterator[int]:
+        """Follow a walk over so many of the set's samples, noting the place."""
         for done in walk:
             count, self._sample = done - self._sample, done
             yield count
-        self.gradients += self._counts()[self._set] * self._jacobians[self._set].passes(columns)
-        self._set, self._sample = self._set + 1, 0
+        self.gradients += samples * self._jacobians[self._set].passes(columns)
 
     def _cotangents(self) -> list[Tensor]:
         """What the pull at hand pulls back, (m, O, k) of either set: drawn at first, then the orthonormalised images."""
@@ -206,7 +217,7 @@ class RowSketch:
     def _own(self, shape: tuple[int, int], residual: Tensor) -> Tensor:
         """Random signs, and the loss derivatives whose pull is the mean gradient: (m, O, OWN)."""
         signs = 2.0 * torch.randint(0, 2, (*shape, PROBES), generator=self._generator) - 1.0
-        return torch.cat([signs.to(self._like), (residual[: shape[0]] / shape[0]).unsqueeze(2)], dim=2)
+        return torch.cat([signs.to(self._like), (residual[: shape[0]] / len(residual)).unsqueeze(2)], dim=2)
 
     def _orthonormal(self, pulled: Tensor) -> Tensor:
         """An orthonormal basis of what a pulled block has beyond the basis."""
