@@ -58,7 +58,7 @@ class MeasureSettings:
         retain_samples: Retain samples to linearise; all when None.
         forget_samples: Forget samples to linearise; all when None.
         spectrum_samples: Samples of each set behind the spectrum; all when None.
-        sketch_samples: Of a set that is a sample itself, how many samples directions are drawn from; all when None.
+        sketch_samples: Samples of each set that the directions are drawn from, as `linearise` has it; all when None.
         seed: Seed of samples, sketches and start vectors.
         mode: Name of what chose the above.
         staged: Whether the verdict is to come from staged rollouts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -46,7 +46,7 @@ class Mode:
         retain_samples: Retain samples to linearise.
         forget_samples: Forget samples to linearise.
         spectrum_samples: Samples of each set behind the eigenvalues.
-        sketch_samples: Of a set that is a sample itself, how many samples the directions are drawn from.
+        sketch_samples: Samples of each set that the directions are drawn from, as `linearise` has it.
         staged: Whether the verdict and the critical step size come from staged rollouts.
     """
 
@@ -59,6 +59,15 @@ class Mode:
     staged: bool
 
 
+_STANDARD = Mode(
+    name="standard",
+    rank=100,
+    retain_samples=896,
+    forget_samples=448,
+    spectrum_samples=256,
+    sketch_samples=96,
+    staged=False,
+)
 MODES = {
     "fast": Mode(
         name="fast",
@@ -69,24 +78,8 @@ MODES = {
         sketch_samples=40,
         staged=False,
     ),
-    "standard": Mode(
-        name="standard",
-        rank=100,
-        retain_samples=896,
-        forget_samples=448,
-        spectrum_samples=256,
-        sketch_samples=96,
-        staged=False,
-    ),
-    "thorough": Mode(
-        name="thorough",
-        rank=100,
-        retain_samples=896,
-        forget_samples=448,
-        spectrum_samples=256,
-        sketch_samples=96,
-        staged=True,
-    ),
+    "standard": _STANDARD,
+    "thorough": replace(_STANDARD, name="thorough", staged=True),
 }
 
 
