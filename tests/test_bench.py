@@ -40,6 +40,7 @@ def result(records, *, role="evaluation", name="digits-cnn-class-graddiff", seed
         staged_gradients=10.0,
         run_gradients=40.0,
         linearised_samples=(5, 4),
+        most_samples=(896, 448),
         captured=0.9,
     )
 
@@ -159,6 +160,16 @@ def test_boundaries_are_compared_where_both_are_bracketed():
     assert bench.boundary_ratios(found, "again") == [2.0, 2.0]
 
 
+def test_files_that_do_not_say_were_made_with_fewer_samples(tmp_path):
+    plain = {"schema": verification.SCHEMA, **to_plain(result([record(1.0, 0.5, 0.2, False)]))}
+    path = tmp_path / "cell.json"
+    path.write_text(dumps(plain))
+    assert verification.read_cell(path).most_samples == (896, 448)
+    del plain["most_samples"]
+    path.write_text(dumps(plain))
+    assert verification.read_cell(path).most_samples == (512, 256)
+
+
 def test_what_was_calibrated_on_is_never_pooled():
     one = [record(1.0, 0.5, 0.2, False), record(2.0, 0.5, 0.8, True)]
     with pytest.raises(ValueError, match=r"`results` of `pooled` must be of one role; got calibration, evaluation"):
@@ -170,7 +181,7 @@ def test_what_was_calibrated_on_is_never_pooled():
     assert summary["roles"]["evaluation"]["pooled"]["settings"] == 4
     assert summary["roles"]["calibration"]["pooled"]["settings"] == 2
     assert summary["grid_factor"] == pytest.approx(2.0)
-    assert summary["roles"]["evaluation"]["most_samples"] == [[512, 256]]
+    assert summary["roles"]["evaluation"]["most_samples"] == [[896, 448]]
     assert summary["missing"] == [cell.key for cell in bench.CELLS if cell.key != "digits-cnn-class-graddiff"]
     assert summary["roles"]["evaluation"]["boundary_runs"] == 6
     assert summary["roles"]["evaluation"]["boundary"]["staged"]["within_2"] == 0.0

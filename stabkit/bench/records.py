@@ -123,7 +123,7 @@ class CellResult:
         run_gradients: Of one real run of all its steps.
         linearised_samples: Retain and forget samples linearised.
         captured: Share of the outputs' sensitivity inside the linearisation.
-        most_samples: Retain and forget samples to linearise at most; the first records, which do not say, took the default.
+        most_samples: Retain and forget samples to linearise at most.
     """
 
     cell: Cell
@@ -138,7 +138,7 @@ class CellResult:
     run_gradients: float
     linearised_samples: tuple[int, int]
     captured: float
-    most_samples: tuple[int, int] = (512, 256)
+    most_samples: tuple[int, int]
 
 
 def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
