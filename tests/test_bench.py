@@ -10,6 +10,7 @@ import torch
 
 import stabkit.bench.verification as verification
 from stabkit import bench
+from stabkit._serialise import dumps, from_plain, to_plain
 from stabkit.bench.cells import DATASETS, MODELS, prepared
 from stabkit.cli import main
 
@@ -339,7 +340,6 @@ def test_evaluation_cells_are_no_calibration():
 
 
 def test_the_command_calibrates(tmp_path, capsys):
-    from stabkit._serialise import dumps, from_plain, to_plain
     from stabkit.calibration import Calibration
 
     found, _ = drawn(300, 2.0, 2)
