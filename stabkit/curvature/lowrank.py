@@ -353,11 +353,11 @@ def _coupled_sizes(problem: UnlearningProblem, batch_sizes: tuple[int, int] | No
 
 def _chosen(samples: Samples, count: int | None, size: int | None, seed: int, *, shuffled: bool) -> Tensor:
     """A sample, of whole batches where samples are coupled; in random order then, and where the first ones are to be one."""
-    coupled = size is not None
     if size is not None and count is not None:
         count = max(1, round(count / size)) * size
     chosen = samples.subset(count, seed)
-    if not (coupled or (shuffled and chosen.numel() < samples.size)):
+    small = chosen.numel() == samples.size <= WHOLE
+    if size is None and (small or not shuffled):
         return chosen
     return chosen[torch.randperm(chosen.numel(), generator=torch.Generator().manual_seed(seed))]
 

@@ -2,8 +2,8 @@
 
 With A the rows of J P^{1/2} of both sets, each set's divided by √m, and Ω a block of Gaussian columns, AᵀΩ spans nearly the
 leading right singular directions of A (Halko, Martinsson and Tropp, SIAM Rev. 53, 2011, §4.1); power iterations (AᵀA)^q AᵀΩ
-span them more nearly (§4.5). A may be of the first few samples of a set that is a sample itself: many rows tell the
-curvature along a direction, few are enough to find it.
+span them more nearly (§4.5). A may be of the first few samples of each set: many rows tell the curvature along a
+direction, few are enough to find it.
 """
 
 from __future__ import annotations
