@@ -331,8 +331,8 @@ def samples(found: dict[str, Any]) -> str:
             rows,
         ),
         "",
-        "What more samples settle at is the linearised network's own boundary. Where that is not the real one, features move,",
-        "which staged rollouts follow.",
+        "More samples settle at the linearised network's own boundary. Where that is not the real one, features move, and",
+        "staged rollouts follow them.",
     ])
 
 
