@@ -1,6 +1,6 @@
 """How many samples a linearisation needs on whole data sets, and what its directions should be drawn from.
 
-    STABKIT_DATA=... python benchmarks/samples.py            # some forty minutes on one core
+    STABKIT_DATA=... python benchmarks/samples.py            # some half an hour on one core
 
 Trains a small CNN on all of MNIST and of CIFAR-10, deletes a random tenth or a class, and predicts the critical step size of
 GradDiff from linearisations of several sizes, three seeds each, and from staged rollouts of the sizes that `predict` takes;

@@ -359,10 +359,8 @@ class _Scan:
     def __init__(self, setting: Callable[[float], Setting]) -> None:
         self._setting = setting
         self.values: list[float] = []
-        self.pooled, self.crossed = (
-            torch.zeros(0, dtype=torch.bool),
-            torch.zeros(0, 0, dtype=torch.bool),
-        )  # (G,), (S, G)
+        self.pooled = torch.zeros(0, dtype=torch.bool)  # (G,)
+        self.crossed = torch.zeros(0, 0, dtype=torch.bool)  # (S, G)
 
     def add(self, values: np.ndarray) -> Search[None]:
         """Have further values rolled out: where P(diverge) passes one half, and where each seed crosses."""

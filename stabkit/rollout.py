@@ -141,9 +141,9 @@ def rollout(
 
     Returns:
         The rollout. Cost a step: 4·S·G·(B_R + B_F)·O·r operations; no network pass. Memory G·m·O of one set at a check, for
-        as many of the G settings as make 64 MB of it,
-        S·(G + r)·(B_R + B_F)·O at a step, for as many of the S seeds as make 16 MB of it, or an eighth of what is free on an
-        accelerator; indices of both sets, and of the batches of up to 64 steps, for each seed.
+        as many of the G settings as make 64 MB of it, and S·(G + r)·(B_R + B_F)·O at a step, for as many of the S seeds as
+        make 16 MB of it, or an eighth of what is free on an accelerator; indices of both sets, and of the batches of up to
+        64 steps, for each seed.
 
     Raises:
         ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, or a value is out of its domain.
@@ -304,9 +304,8 @@ def _roll_seeds(
         batch_streams((sets[0].population, sets[1].population), batch_sizes, algorithm.sampling, s) for s in seeds
     ]
     most = max(1, DRAWN_INDICES // (count * max(batch_sizes)))
-    at_once = (
-        1 if algorithm.sampling == "poisson" else min(DRAWN_AT_ONCE, most, algorithm.steps)
-    )  # those differ in length
+    # Poisson batches differ in length.
+    at_once = 1 if algorithm.sampling == "poisson" else min(DRAWN_AT_ONCE, most, algorithm.steps)
     retain, forget = (
         _Part(
             sets[i],

@@ -68,7 +68,7 @@ def linearisation_cost(
 
     Returns:
         Per-sample gradients: two walks for each block of directions, by rows or by vectors where those are fewer, the mean
-        gradient, and two forward passes.
+        gradient, and a forward pass, or two of coupled samples.
     """
     most = rank or max_rank or FIRST_RANK
     blocks = [rank or min(FIRST_RANK, most)]
@@ -77,7 +77,8 @@ def linearisation_cost(
     drawn = [_drawn_from(m, n, outputs, rank, sketch_samples) for m, n in zip(samples, populations, strict=True)]
     if batch_sizes is not None:
         drawn = [min(m, -(-k // size) * size) for m, k, size in zip(samples, drawn, batch_sizes, strict=True)]
-    total = sum(samples) - sum(drawn) + sum(samples) * 2 / 3
+    passes = 1 if batch_sizes is None else 2  # forward
+    total = sum(samples) - sum(drawn) + sum(samples) * passes / 3
     for place, block in enumerate(blocks):
         vectors = block + (0 if place else OVERSAMPLING)
         pulled, pushed = vectors + (0 if place else OWN), vectors + (0 if place else 2)
