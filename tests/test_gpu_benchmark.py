@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import shards, speed, tables
 from benchmarks.gpu.run import Job, jobs, work
-from benchmarks.gpu.scale import FULL, SMALL, Scale, Training
+from benchmarks.gpu.scale import FULL, REDUCED, SCALES, SMALL, Scale, Training
 from benchmarks.gpu.store import Store, arithmetic_now, canonical, sha256
 from benchmarks.gpu.tasks import PADDING, Task, augmented, fit
 from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of
@@ -102,6 +102,29 @@ def test_the_full_scale_has_the_networks_that_it_speaks_of():
     assert (settings["width"], settings["depth"], settings["heads"]) == (768, 12, 12)
     columns = FULL.measured["lm-gpt2"]["rank"] + OVERSAMPLING + OWN
     assert columns * 4 * 85.1e6 < 0.1 * 139e9  # of an H200's bytes: a sketch is there several times over
+
+
+def test_the_reduced_scale_has_the_same_networks_but_narrower_and_as_long_runs_where_its_cost_is_set_beside():
+    for name, settings in FULL.networks.items():
+        assert REDUCED.networks[name].keys() <= settings.keys() | {"width"}, name
+    resnet = Task("resnet18", REDUCED, CPU)
+    resnet.__dict__["_split"] = (torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    found, full = resnet.build(0), ResNet(3, 10)
+    names = [name for name, _ in full.named_parameters()]
+    assert [name for name, _ in found.named_parameters()] == names
+    for name, p in found.named_parameters():
+        assert p.shape[0] in {full.get_parameter(name).shape[0] // 8, 10}, name
+    assert (REDUCED.run_steps, REDUCED.batch) == (FULL.run_steps, FULL.batch)
+    assert REDUCED.published_share == REDUCED.images / 50_000  # the published number of epochs
+
+
+def test_every_scale_says_what_each_network_needs_and_is_what_a_folder_can_hold():
+    assert list(SCALES) == ["full", "reduced", "small"]
+    for name, scale in SCALES.items():
+        assert scale.name == name
+        tables_of = (scale.networks, scale.training, scale.steps, scale.batch_size, scale.measured)
+        assert {tuple(sorted(table)) for table in tables_of} == {tuple(sorted({job.task for job in jobs()}))}
+        assert tables.NETWORKS[name].keys() == scale.networks.keys()
 
 
 # ---------------------------------------------------------------------- predictions first
@@ -318,7 +341,7 @@ def test_what_fails_stops_nothing_else_and_is_not_tried_again_unasked(tmp_path):
 
 def test_no_job_is_begun_that_would_outlast_the_call(tmp_path):
     store, said = Store(tmp_path, "full", CPU), []
-    scale = OnDigits(**{**TINY.__dict__, "name": "full"})
+    scale = OnDigits(**{**TINY.__dict__, "minutes": None})
     done = [Job(key=f"n{m}", task="lm", minutes=m, needs=(), make=lambda store, task: {"kind": "none"}) for m in (8, 2)]
     assert work(store, scale, done, minutes=7.9, say=said.append) == ["n2"]
     assert said[0] == "-- n8: would take some 8.0 minutes of the 7.9 left"
@@ -327,6 +350,12 @@ def test_no_job_is_begun_that_would_outlast_the_call(tmp_path):
     assert store.pace() == pytest.approx(2)
     assert work(store, scale, done[:1], minutes=15.9, say=said.append) == []
     assert said[-1] == "-- n8: would take some 16.0 minutes of the 15.9 left"
+    # A scale may have its own estimate of all of them.
+    scale = OnDigits(**{**TINY.__dict__, "minutes": 3})
+    assert work(store, scale, done[:1], minutes=5.9, say=said.append) == []
+    assert said[-1] == "-- n8: would take some 6.0 minutes of the 5.9 left"
+    assert work(store, scale, done[:1], minutes=6.1, say=said.append) == ["n8"]
+    assert store.result("n8")["estimated_minutes"] == 3
 
 
 def test_a_folder_holds_one_scale(folder):

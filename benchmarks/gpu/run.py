@@ -1,13 +1,14 @@
 """The GPU experiments of stabkit: predict first, then run. ResNet-18, a vision transformer and a language model.
 
     PYTHONPATH=. STABKIT_DATA=... python benchmarks/gpu/run.py --folder OUT --minutes 9 --workers 6
-    PYTHONPATH=. STABKIT_DATA=... python benchmarks/gpu/run.py --folder OUT --scale small --device cpu --workers 2
+    PYTHONPATH=. STABKIT_DATA=... python benchmarks/gpu/run.py --folder OUT --minutes 150 --scale reduced --workers 2
 
-The second takes the same way on a CPU. Works through jobs in order of importance and stops beginning them when the minutes
-are used up; called again with the same folder it goes on where it was. Each job leaves one file. What they left is gathered
-in OUT/results.json, OUT/predictions.json and, as a page, OUT/page.md. Of a folder these two files alone need to be kept:
-called on a folder that holds no more, it goes on after what they tell, and trains anew the networks that further jobs need.
-Estimates are of an H200; where the jobs so far took longer, the others are expected to.
+The second takes the same way on a CPU with narrow networks and a fifth of the images; `--scale small`, with tiny ones and
+some hundred, only shows that every job runs. Works through jobs in order of importance and stops beginning them when the
+minutes are used up; called again with the same folder it goes on where it was. Each job leaves one file. What they left is
+gathered in OUT/results.json, OUT/predictions.json and, as a page, OUT/page.md. Of a folder these two files alone need to be
+kept: called on a folder that holds no more, it goes on after what they tell, and trains anew the networks that further jobs
+need. Estimates are of an H200; where the jobs so far took longer, the others are expected to.
 
 Several workers fill the device, which waits for the next kernel most of the time where batches are small. On NVIDIA's GPUs
 start its multi-process service before (`nvidia-cuda-mps-control -d`): without it processes take turns at the device, and
@@ -51,7 +52,6 @@ ALGORITHMS = ("graddiff", "sfr_on", "salun", "scrub", "ga", "agu", "sragu")
 TRAIN_MINUTES = {"resnet18": 2.0, "vit": 2.2, "lm": 0.7, "lm-gpt2": 1.2}
 MIX_MINUTES = {"resnet18": 2.0, "vit": 1.6, "lm": 1.0, "lm-gpt2": 0.8}  # of a cell, for each mix
 SPEED_MINUTES = {"predictions": 4.3, "exponents": 0.2, "products": 0.4, "precision": 0.3, "spectrum": 0.4, "steps": 0.3}
-SMALL_MINUTES = 0.5  # of any job at the small scale
 WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes
 
 
@@ -193,7 +193,7 @@ def work(
     waiting, running = list(wanted), dict[Future[Outcome], Job]()
 
     def expected(job: Job) -> float:
-        return (job.minutes if scale.name == "full" else SMALL_MINUTES) * store.pace()
+        return (scale.minutes or job.minutes) * store.pace()
 
     def left() -> float:
         return minutes - (time.perf_counter() - begun) / 60
@@ -302,7 +302,7 @@ class _Here:
         try:
             content = job.make(store, task)
             seconds = time.perf_counter() - start
-            estimate = job.minutes if self._scale.name == "full" else SMALL_MINUTES
+            estimate = self._scale.minutes or job.minutes
             store.write(job.key, content, started=started, seconds=seconds, minutes=estimate)
             return Outcome(seconds=seconds)
         except Exception as error:  # one job's trouble is no other's; it is kept to be read

@@ -1,4 +1,8 @@
-"""Sizes of the experiments: the full one for a GPU, and a small one that takes the same way on one core."""
+"""Sizes of the experiments: the full one for a GPU, and two that take the same way on a CPU.
+
+The reduced one has trained networks of the same build on a part of the data and takes some three hours of a core; the small
+one only shows that every job runs.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,8 @@ class Scale:
     """One size of everything.
 
     Attributes:
-        name: "full" or "small".
+        name: "full", "reduced" or "small".
+        minutes: What any job is expected to take; what it says itself when None.
         images: Training images of CIFAR-10; all when None.
         test_images: Test images; all when None.
         people: Settings of the made-up profiles.
@@ -50,13 +55,15 @@ class Scale:
         measured: What `predict` is given for short runs, by task.
         measured_long: The same for runs of published lengths, which are rolled out at length.
         published_share: Share of the published numbers of steps, and of batch sizes, that is run.
-        batch: Samples of a timed product.
+        linearised: What a timed prediction is given of its mode's sizes; the mode's own when empty.
+        batch: Samples of a timed product, and the most in a batch of either set of the runs that a cost is set beside.
         run_steps: Lengths of the runs that a prediction's cost is set beside: GradDiff's and SFR-on's.
         repeats: Of a timing.
         replicates: Bootstrap resamples of an audit.
     """
 
     name: str
+    minutes: float | None
     images: int | None
     test_images: int | None
     people: Mapping[str, int]
@@ -73,6 +80,7 @@ class Scale:
     measured: Mapping[str, Mapping[str, Any]]
     measured_long: Mapping[str, Any]
     published_share: float
+    linearised: Mapping[str, Any]
     batch: int
     run_steps: tuple[int, ...]
     repeats: int
@@ -104,6 +112,7 @@ _TEXT = {
 
 FULL = Scale(
     name="full",
+    minutes=None,
     images=None,
     test_images=None,
     people={"people": 200, "test_people": 50, "facts": 5},
@@ -136,15 +145,54 @@ FULL = Scale(
     },
     measured_long={**_IMAGES, "seeds": 1},
     published_share=1.0,
+    linearised={},
     batch=256,
     run_steps=(500, 1500),
     repeats=7,
     replicates=200,
 )
+_FEW = {"rank": 60, "retain_samples": 448, "forget_samples": 224, "spectrum_samples": 64, "seeds": 3}
+_FEW_TEXT = {"rank": 40, "retain_samples": 96, "forget_samples": 48, "spectrum_samples": 48, "seeds": 3}
+REDUCED = Scale(
+    name="reduced",
+    minutes=4.0,
+    images=10_000,
+    test_images=2_000,
+    people={"people": 60, "test_people": 15, "facts": 4},
+    networks={
+        "resnet18": {"width": 8},
+        "vit": {"patch": 4, "width": 48, "depth": 4, "heads": 4},
+        "lm": {"width": 48, "depth": 2, "heads": 4},
+        "lm-gpt2": {"width": 96, "depth": 4, "heads": 6},
+    },
+    training={
+        "resnet18": Training(epochs=16, batch_size=128, lr=0.2, optimiser="sgd", weight_decay=5e-4),
+        "vit": Training(epochs=16, batch_size=128, lr=2e-3, optimiser="adamw", weight_decay=0.05),
+        "lm": Training(epochs=60, batch_size=16, lr=5e-3, optimiser="adamw", weight_decay=0.0),
+        "lm-gpt2": Training(epochs=60, batch_size=16, lr=3e-3, optimiser="adamw", weight_decay=0.0),
+    },
+    steps={"resnet18": 40, "vit": 40, "lm": 40, "lm-gpt2": 40},
+    batch_size={"resnet18": 32, "vit": 32, "lm": 8, "lm-gpt2": 8},
+    mixes=(0.2, 0.5),
+    points=4,
+    span=4.0,
+    seeds=(0, 1),
+    halvings=1,
+    watched=128,
+    measured={"resnet18": _FEW, "vit": _FEW, "lm": _FEW_TEXT, "lm-gpt2": _FEW_TEXT},
+    measured_long={**_FEW, "seeds": 1},
+    published_share=0.2,  # the published epochs, on a fifth of the images
+    linearised={},
+    batch=256,
+    run_steps=(500, 1500),
+    repeats=3,
+    replicates=100,
+)
 _TINY = {"rank": 16, "retain_samples": 40, "forget_samples": 20, "spectrum_samples": 16, "seeds": 2}
 _TINY_TEXT = {"rank": 8, "retain_samples": 6, "forget_samples": 3, "spectrum_samples": 6, "seeds": 2}
 SMALL = Scale(
     name="small",
+    minutes=0.5,
     images=600,
     test_images=200,
     people={"people": 20, "test_people": 4, "facts": 2},
@@ -171,9 +219,10 @@ SMALL = Scale(
     measured={"resnet18": _TINY, "vit": _TINY, "lm": _TINY_TEXT, "lm-gpt2": _TINY_TEXT},
     measured_long=_TINY,
     published_share=0.015,
+    linearised=_TINY,
     batch=8,
     run_steps=(10, 30),
     repeats=2,
     replicates=50,
 )
-SCALES = {scale.name: scale for scale in (FULL, SMALL)}
+SCALES = {scale.name: scale for scale in (FULL, REDUCED, SMALL)}

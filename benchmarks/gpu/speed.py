@@ -37,10 +37,6 @@ from stabkit.stability import LinearDynamics, stability_map
 
 BLOCK, ENDS, TOLERANCE, MAP_POINTS = 8, 5, 1e-3, 20
 GRAM_SAMPLES = (4, 2)  # times the batch over 8: retain and forget samples of the Gram
-LINEARISED = {  # what one linearisation of the standard mode holds
-    "full": Sizes(),
-    "small": Sizes(rank=16, retain_samples=40, forget_samples=20, spectrum_samples=16),
-}
 STEP_BATCHES = (32, 128)
 NOT_INSTALLED = "not installed"
 
@@ -176,12 +172,13 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
     """`predict` in two modes, a map of 400 settings both ways, and the runs that they are about."""
     problem, device, scale = subject(store, task), store.device, task.scale
     model, sets = problem.new_model(), task.sets("random10")
-    batch = min(PUBLISHED_BATCH, scale.batch_size[task.name] * 2)
+    batch = min(PUBLISHED_BATCH, scale.batch)
     plain = GradDiff(mix=0.2, batch_size=batch)
     sizes = dict(scale.measured[task.name])
     rows: dict[str, Any] = {"kind": "predictions", "run_steps": list(scale.run_steps)}
 
-    settings = LINEARISED[scale.name].settings(MODES["standard"], curvature="hessian", seed=0)
+    given = {key: value for key, value in scale.linearised.items() if key != "seeds"}
+    settings = Sizes(**given).settings(MODES["standard"], curvature="hessian", seed=0)
     shortest = plain.replace(steps=scale.run_steps[0])
     measurement, rows["measure"] = timed(lambda: measure(problem, shortest, settings), device)
     rows["measure_stages"] = {cost.stage: cost.seconds for cost in measurement.costs}
@@ -203,8 +200,7 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
     )
     _, rows["map_of_400_exact"] = timed(lambda: stability_map(dynamics, {"lr": lrs, "mix": mixes}), device)
     sizes.pop("precision", None)
-    # The modes' own sizes where there is time for them.
-    own = sizes if scale.name == "small" else {"seeds": sizes["seeds"]}
+    own = dict(scale.linearised) or {"seeds": sizes["seeds"]}
     for name, mode, multiplied, given in (
         ("predict_tf32", "standard", "tf32", sizes),
         ("predict_fast", "fast", "float32", own),

@@ -38,7 +38,7 @@ class Store:
 
     Attributes:
         folder: The folder.
-        scale: "full" or "small"; a folder holds one of them.
+        scale: "full", "reduced" or "small"; a folder holds one of them.
         device: Where the jobs compute.
         beside: Jobs that may be at work at the same time, on the same device.
 
