@@ -126,6 +126,7 @@ def _trained(store: Store, task: Task, *, deletion: str | None) -> dict[str, Any
         "lr": how.lr,
         "batch_size": how.batch_size,
         "optimiser": how.optimiser,
+        "augmented": how.augment and not task.name.startswith("lm"),
         "train_seconds": time.perf_counter() - started,
     }
 

@@ -23,6 +23,7 @@ class Training:
         lr: Peak step size of a one-cycle schedule.
         optimiser: "sgd" (Nesterov's momentum 0.9) or "adamw".
         weight_decay: Of every parameter.
+        augment: Whether images are moved and mirrored; narrow networks then remember few of them, and little is to forget.
     """
 
     epochs: int
@@ -30,6 +31,7 @@ class Training:
     lr: float
     optimiser: str
     weight_decay: float
+    augment: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +168,10 @@ REDUCED = Scale(
         "lm-gpt2": {"width": 96, "depth": 4, "heads": 6},
     },
     training={
-        "resnet18": Training(epochs=16, batch_size=128, lr=0.2, optimiser="sgd", weight_decay=5e-4),
-        "vit": Training(epochs=16, batch_size=128, lr=2e-3, optimiser="adamw", weight_decay=0.05),
+        "resnet18": Training(
+            epochs=16, batch_size=128, lr=0.2, optimiser="sgd", weight_decay=5e-4, augment=False
+        ),
+        "vit": Training(epochs=16, batch_size=128, lr=2e-3, optimiser="adamw", weight_decay=0.05, augment=False),
         "lm": Training(epochs=60, batch_size=16, lr=5e-3, optimiser="adamw", weight_decay=0.0),
         "lm-gpt2": Training(epochs=60, batch_size=16, lr=3e-3, optimiser="adamw", weight_decay=0.0),
     },

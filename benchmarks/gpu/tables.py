@@ -109,7 +109,8 @@ def _head(results: dict[str, Any], failures: dict[str, Any], total: int) -> str:
     if "reduced" in scales:
         lines.append(
             "**This is the reduced experiment on a CPU and no GPU result**: ResNet-18 with an eighth of its channels and\n"
-            "other narrow networks, trained on a fifth of CIFAR-10's images or on sixty people; two seeds of every run."
+            "other narrow networks, trained on a fifth of CIFAR-10's images, without augmentation so that they\n"
+            "remember them, or on sixty people; two seeds of every run."
         )
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in last["versions"].items())
     multiplied = ", ".join(f"{name} {how}" for name, how in last["arithmetic"].items())

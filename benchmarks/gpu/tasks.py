@@ -114,21 +114,20 @@ class Task:
             sets = self.sets(deletion)
             (x, y), (x_test, y_test) = sets.retain, sets.test
         model = self.build(seed).to(self.device)
-        fit(model, x, y, self.scale.training[self.name], loss=self.loss, augment=x.dim() == 4, seed=seed)
+        fit(model, x, y, self.scale.training[self.name], loss=self.loss, seed=seed)
         found = {"train_accuracy": accuracy(model, x, y), "test_accuracy": accuracy(model, x_test, y_test)}
         return model, found
 
 
-def fit(model: nn.Module, x: Tensor, y: Tensor, how: Training, *, loss: str, augment: bool, seed: int) -> None:
+def fit(model: nn.Module, x: Tensor, y: Tensor, how: Training, *, loss: str, seed: int) -> None:
     """Train a network in place and leave it in eval mode.
 
     Args:
         model: The network.
         x: Inputs, on its device.
         y: Targets, likewise.
-        how: Epochs, batches and step sizes.
+        how: Epochs, batches, step sizes, and whether images are moved and mirrored.
         loss: Name of the loss.
-        augment: Whether to move and mirror images.
         seed: Seed of order and augmentation.
 
     Raises:
@@ -157,7 +156,7 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, how: Training, *, loss: str, aug
         for k in range(steps):
             place = slice(k * how.batch_size, (k + 1) * how.batch_size)
             rows = order[place]
-            inputs = augmented(x[rows], moved[:, place], mirrored[place]) if augment else x[rows]
+            inputs = augmented(x[rows], moved[:, place], mirrored[place]) if how.augment and images else x[rows]
             with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda):
                 outputs = model(inputs)
             value = objective.per_sample(outputs.float(), y[rows]).mean()
