@@ -168,9 +168,7 @@ REDUCED = Scale(
         "lm-gpt2": {"width": 96, "depth": 4, "heads": 6},
     },
     training={
-        "resnet18": Training(
-            epochs=16, batch_size=128, lr=0.2, optimiser="sgd", weight_decay=5e-4, augment=False
-        ),
+        "resnet18": Training(epochs=16, batch_size=128, lr=0.2, optimiser="sgd", weight_decay=5e-4, augment=False),
         "vit": Training(epochs=16, batch_size=128, lr=2e-3, optimiser="adamw", weight_decay=0.05, augment=False),
         "lm": Training(epochs=60, batch_size=16, lr=5e-3, optimiser="adamw", weight_decay=0.0),
         "lm-gpt2": Training(epochs=60, batch_size=16, lr=3e-3, optimiser="adamw", weight_decay=0.0),
