@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stabkit._progress import progress_bar
 from stabkit.algorithms import SRAGU, Algorithm
+from stabkit.algorithms.base import PlainSteps
 from stabkit.coherence import Coherence, coherence
 from stabkit.curvature import (
     LinearisedNetwork,
@@ -131,9 +132,9 @@ class Measurement:
             algorithm: The changed algorithm.
 
         Returns:
-            This measurement about the other settings, and free of charge, if step size, steps, batches, sampling or momentum
-            changed. A new mix, or another algorithm where P = I for both, has its spectrum and coherence measured; any other
-            setting, or another algorithm, everything.
+            This measurement about the other settings, and free of charge, if step size, steps, batches, sampling, momentum
+            or a weight decay that was there already changed. A new mix, or another algorithm where P = I for both, has its
+            spectrum and coherence measured; any other setting, or another algorithm, everything.
         """
         if type(algorithm) is not type(self.algorithm):
             plain = type(algorithm).preconditioner is type(self.algorithm).preconditioner is Algorithm.preconditioner
@@ -141,7 +142,8 @@ class Measurement:
             return measure(self.problem, algorithm, self.settings, reuse=self if plain else None)
         changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
         sizes = {"batch_size", "forget_batch_size"} if self.problem.batchnorm == "batch" else set()
-        if changed & (algorithm.preconditioner_reads | sizes):
+        begins = algorithm.weight_decay and not self.algorithm.weight_decay  # along a direction that is not there yet
+        if begins or changed & (algorithm.preconditioner_reads | sizes):
             return measure(self.problem, algorithm, self.settings)
         if changed <= FREE_SETTINGS:
             free = tuple(replace(cost, seconds=0.0, gradient_equivalents=0.0) for cost in self.costs)
@@ -235,6 +237,7 @@ def _measured(
             retain_samples=settings.retain_samples,
             forget_samples=settings.forget_samples,
             sketch_samples=settings.sketch_samples,
+            landmarks=landmarks(problem, algorithm, preconditioner),
             batch_sizes=algorithm.batch_sizes(problem) if problem.batchnorm == "batch" else None,
             seed=settings.seed,
         )
@@ -267,6 +270,23 @@ def _measured(
         layers=layers,
         costs=tuple(costs),
     )
+
+
+def landmarks(problem: UnlearningProblem, algorithm: Algorithm, preconditioner: Preconditioner) -> list[Tensor]:
+    """Where a run's parameters go whatever the gradients: along θ* by weight decay, along its signs by an L1 penalty.
+
+    Args:
+        problem: The unlearning problem.
+        algorithm: The algorithm.
+        preconditioner: P of the algorithm.
+
+    Returns:
+        Vectors of shape (d,).
+    """
+    found = [problem.vector()] if algorithm.weight_decay else []
+    if isinstance(preconditioner, PlainSteps) and preconditioner.signs is not None:
+        found.append(preconditioner.signs)
+    return found
 
 
 def _spectrum(

@@ -183,6 +183,7 @@ def estimate_cost(
             max_rank=MOST_DIRECTIONS,
             sketch_samples=settings.sketch_samples,
             batch_sizes=algorithm.batch_sizes(problem) if coupled else None,
+            landmarks=bool(algorithm.weight_decay),
         ),
         "coherence": 0.0,
         "rollouts and theory": sum(held) / 3,

@@ -113,11 +113,13 @@ class LinearisedNetwork:
         metric: V^T P V, shape (r, r): ‖θ - θ*‖² = c^T metric c.
         anchor: V^T P^{1/2} θ*, shape (r,): <θ - θ*, θ*> = anchor · c.
         anchor_norm: ‖θ*‖.
-        singular_values: Of the (weighted) J P^{1/2}, the r kept, descending.
+        singular_values: Of the (weighted) J P^{1/2}, the r kept, descending, but for the last ones of the landmarks'
+            directions, which are ‖J P^{1/2} v‖.
         captured: Share of ‖J P^{1/2}‖_F² that the r directions carry, estimated for each set's samples, whether or not the
             directions were drawn from them; the smaller of the two.
         gradient_equivalents: Per-sample gradient evaluations spent; a forward pass counts as a third.
         dormant: Names of parameter tensors that hardly move the outputs at θ*.
+        landmarks: How many of the directions, the last ones, are there to span the landmarks that `linearise` was given.
     """
 
     retain: LinearisedSet
@@ -133,6 +135,7 @@ class LinearisedNetwork:
     captured: float
     gradient_equivalents: float
     dormant: tuple[str, ...] = ()
+    landmarks: int = 0
 
     @property
     def rank(self) -> int:
@@ -143,24 +146,29 @@ class LinearisedNetwork:
         """The leading directions and a random part of the samples, from which to see how much either matters.
 
         Args:
-            rank: Directions to keep; all when None.
+            rank: Directions to keep, of which the landmarks' are the last to go; all when None.
             samples: Part of the samples to keep, in (0, 1], of each set that is a sample itself; a whole set stays whole.
 
         Returns:
             The smaller network, which shares this one's memory where it can. `captured` stays that of all directions.
         """
         r = self.rank if rank is None else min(rank, self.rank)
+        last = min(self.landmarks, r)
+        kept: slice | Tensor = slice(r)
+        if last and r < self.rank:
+            kept = torch.cat([torch.arange(r - last), torch.arange(self.rank - last, self.rank)]).to(self.basis.device)
         sets = [
             part.thinned(samples) if part.samples < part.population else part for part in (self.retain, self.forget)
         ]
         return replace(
             self,
-            retain=replace(sets[0], features=sets[0].features[..., :r]),
-            forget=replace(sets[1], features=sets[1].features[..., :r]),
-            basis=self.basis[:, :r],
-            metric=self.metric[:r, :r],
-            anchor=self.anchor[:r],
-            singular_values=self.singular_values[:r],
+            retain=replace(sets[0], features=sets[0].features[..., kept]),
+            forget=replace(sets[1], features=sets[1].features[..., kept]),
+            basis=self.basis[:, kept],
+            metric=self.metric[kept][:, kept],
+            anchor=self.anchor[kept],
+            singular_values=self.singular_values[kept],
+            landmarks=last,
         )
 
     def output_error(self, coordinates: Tensor, outputs: Sequence[Tensor], *, evaluated: bool = False) -> float:

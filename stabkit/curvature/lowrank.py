@@ -53,6 +53,7 @@ def linearisation_cost(
     max_rank: int | None = None,
     sketch_samples: int | None = None,
     batch_sizes: Sequence[int] | None = None,
+    landmarks: int = 0,
 ) -> float:
     """What `linearise` takes without power iterations.
 
@@ -65,6 +66,7 @@ def linearisation_cost(
         sketch_samples: As `linearise` has it.
         batch_sizes: Batch sizes of each set, where the samples of a batch have no outputs of their own, as with
             batchnorm="batch"; None otherwise.
+        landmarks: How many there are.
 
     Returns:
         Per-sample gradients: two walks for each block of directions, by rows or by vectors where those are fewer, the mean
@@ -81,7 +83,7 @@ def linearisation_cost(
     total = sum(samples) - sum(drawn) + sum(samples) * passes / 3
     for place, block in enumerate(blocks):
         vectors = block + (0 if place else OVERSAMPLING)
-        pulled, pushed = vectors + (0 if place else OWN), vectors + (0 if place else 2)
+        pulled, pushed = vectors + (0 if place else OWN), vectors + (0 if place else 2 + landmarks)
         if batch_sizes is None:
             pulled, pushed = min(outputs, pulled), min(outputs, pushed)
         total += sum(drawn) * pulled + sum(samples) * pushed
@@ -109,6 +111,7 @@ def linearise(
     sketch_samples: int | None = 96,
     batch_sizes: tuple[int, int] | None = None,
     power_iterations: int = 0,
+    landmarks: Sequence[Tensor] = (),
     memory: int | str | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -138,6 +141,8 @@ def linearise(
             batches, are put at random into batches of these sizes. 64, or the whole set where it is smaller, when None.
         power_iterations: Subspace iterations, which bring the directions nearer the true singular ones where those past r
             are not small (Halko et al. 2011, §4.5); `ritz_residuals` measures how near.
+        landmarks: Vectors u of shape (d,) whose P^{1/2} u the coordinates have to span besides the r directions: θ* where
+            weights decay, so that what the decay does outside of the r directions is not lost.
         memory: Bytes, or text such as "4GB", that basis, sketch, features and passes may take together; the activations of
             a pass come on top. When None, whatever the device has.
         seed: Seed of the sample and of the sketch.
@@ -157,8 +162,8 @@ def linearise(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument is out of its domain, basis and features do not fit into memory, or the checkpoint is
-            unreadable or of another problem or other settings.
+        ValueError: If an argument is out of its domain or a landmark of another shape, basis and features do not fit into
+            memory, or the checkpoint is unreadable or of another problem or other settings.
     """
     if rank is not None:
         check_int(rank, name="rank", owner=OWNER, low=1, remedy="None finds one.")
@@ -193,6 +198,7 @@ def linearise(
             "seed": seed,
             "batch_sizes": list(coupled),
             "sketch_samples": sketch_samples,
+            "landmarks": len(landmarks),
         }
         store = Checkpoint(checkpoint, "linearisation", settings, owner=OWNER)
 
@@ -202,7 +208,8 @@ def linearise(
         )
         for samples, chosen, size in zip(both, indices, coupled, strict=True)
     ]
-    room = _Room(problem, sum(len(j) * j.outputs_per_sample for j in jacobians), budget)
+    rows = sum(len(j) * j.outputs_per_sample for j in jacobians)
+    room = _Room(problem, rows, budget, beside=EXTRA + len(landmarks))
     most = max_rank or problem.size
     asked = rank or min(FIRST_RANK, most)
     room.check(asked, memory)
@@ -222,11 +229,13 @@ def linearise(
         j.whole_batches(_drawn_from(len(j), samples.size, j.outputs_per_sample, rank, sketch_samples, power_iterations))
         for j, samples in zip(jacobians, both, strict=True)
     ]
+    beside = _beside(problem, preconditioner, landmarks)
     sketch = RowSketch(
         jacobians,
         residuals,
         preconditioner,
         theta,
+        landmarks=beside,
         drawn_from=drawn_from,
         power_iterations=power_iterations,
         seed=seed,
@@ -265,6 +274,9 @@ def linearise(
             break
         asked = further
 
+    leading = rotation.shape[1]
+    if beside.shape[1]:
+        energies, rotation = _with_landmarks(sketch, beside, energies, rotation)
     basis = _rotated(sketch.basis, rotation)
     root = preconditioner.sqrt(basis)
     sets = [
@@ -292,6 +304,7 @@ def linearise(
         anchor=(root.T @ theta).double(),
         anchor_norm=float(theta.double().norm()),
         singular_values=energies.sqrt(),
+        landmarks=rotation.shape[1] - leading,
         captured=captured,
         gradient_equivalents=sketch.gradients + passes * sum(map(len, jacobians)) / 3,
         dormant=dormant_tensors(problem, sketch.probes),
@@ -310,7 +323,8 @@ def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, pr
         progress: Whether to show a progress bar over the samples.
 
     Returns:
-        Residuals of shape (r,), float64. Cost: min(O, r)·m per-sample gradients; memory: 2·d·r numbers beside the basis.
+        Residuals of shape (r,), float64; of landmarks' directions too, which are no singular ones. Cost: min(O, r)·m
+        per-sample gradients; memory: 2·d·r numbers beside the basis.
 
     Raises:
         ValueError: If the linearisation is of another problem.
@@ -363,10 +377,25 @@ def _chosen(samples: Samples, count: int | None, size: int | None, seed: int, *,
     return chosen[torch.randperm(chosen.numel(), generator=torch.Generator().manual_seed(seed))]
 
 
+def _beside(problem: UnlearningProblem, preconditioner: Preconditioner, landmarks: Sequence[Tensor]) -> Tensor:
+    """P^{1/2} u of every landmark u, (d, l), without those that P takes nothing of."""
+    for u in landmarks:
+        if tuple(u.shape) != (problem.size,):
+            raise ValueError(
+                f"`landmarks` of `{OWNER}` must be vectors of shape ({problem.size},); got one of shape {tuple(u.shape)}."
+            )
+    theta = problem.vector()
+    if not landmarks:
+        return theta.new_empty(problem.size, 0)
+    rooted = preconditioner.sqrt(torch.stack([u.to(theta) for u in landmarks], 1))
+    return rooted[:, torch.linalg.vector_norm(rooted, dim=0) > 0]
+
+
 class _Room:
     """How wide a sketch may be."""
 
-    def __init__(self, problem: UnlearningProblem, rows: int, budget: int | None) -> None:
+    def __init__(self, problem: UnlearningProblem, rows: int, budget: int | None, *, beside: int) -> None:
+        self._beside = beside  # columns that are not Gaussian
         self._full = min(rows, problem.size)
         self._column = 2 * (problem.size + rows) * problem.dtype.itemsize  # each is there as it was and as it becomes
         self._bytes = _device_bytes(problem.device) if budget is None else budget - budget // 4  # a quarter for passes
@@ -377,18 +406,18 @@ class _Room:
 
     def holds(self, rank: int) -> bool:
         """Whether the memory suffices for a rank."""
-        return self._column * (self.width(rank) + EXTRA) <= self._bytes
+        return self._column * (self.width(rank) + self._beside) <= self._bytes
 
     def check(self, rank: int, memory: int | str | None) -> None:
         """Refuse a rank for which it does not."""
         if self.holds(rank):
             return
-        fits = self._bytes // self._column - EXTRA - OVERSAMPLING
+        fits = self._bytes // self._column - self._beside - OVERSAMPLING
         lower = f"`rank` to {fits}, or " if fits >= 1 else ""
         raise ValueError(
             f"`memory` of `{OWNER}` must hold the basis and the features of rank {rank}, "
-            f"{_text(self._column * (self.width(rank) + EXTRA))}; got {memory!r}, of which {_text(self._bytes)} are for "
-            f"them. Lower {lower}`retain_samples` and `forget_samples`, or give more memory."
+            f"{_text(self._column * (self.width(rank) + self._beside))}; got {memory!r}, of which {_text(self._bytes)} are "
+            f"for them. Lower {lower}`retain_samples` and `forget_samples`, or give more memory."
         )
 
 
@@ -453,6 +482,22 @@ def _leading(sketch: RowSketch, rank: int, drawn_from: Sequence[int]) -> tuple[T
         )
     ]
     return energies[:keep], rotation, min(shares)
+
+
+def _with_landmarks(sketch: RowSketch, beside: Tensor, energies: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with what the landmarks have outside of the leading directions, after those."""
+    columns = (sketch.basis.T @ beside).double()
+    columns = columns / torch.linalg.vector_norm(columns, dim=0)
+    for _ in range(2):  # once more for what rounding leaves
+        columns = columns - rotation @ (rotation.T @ columns)
+    added, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
+    added = added[:, sizes > torch.finfo(sketch.basis.dtype).eps ** 0.5]
+    moved = [
+        sum((part.double() @ added).square().sum(0) for part in features.flatten(0, 1).split(ROWS_AT_ONCE))
+        / len(features)
+        for features in sketch.features
+    ]
+    return torch.cat([energies, moved[0] + moved[1]]), torch.cat([rotation, added], 1)
 
 
 def _share(inside: float, whole: float, features: Tensor, rotation: Tensor, drawn: int) -> float:

@@ -47,6 +47,7 @@ class RowSketch:
         preconditioner: Preconditioner,
         like: Tensor,
         *,
+        landmarks: Tensor,
         drawn_from: Sequence[int],
         power_iterations: int,
         seed: int,
@@ -58,12 +59,13 @@ class RowSketch:
             residuals: Derivatives of the losses in the outputs, shapes (m, O): what the mean gradients are pulled from.
             preconditioner: P.
             like: A vector (d,) with the dtype and on the device to compute in.
+            landmarks: Columns (d, l) that the basis is to span besides.
             drawn_from: How many of the first samples of either set directions are drawn from.
             power_iterations: Applications of AᵀA to the Gaussian part of each block.
             seed: Seed of signs and Gaussian columns.
         """
         self._jacobians, self._residuals, self._preconditioner = jacobians, residuals, preconditioner
-        self._like, self._drawn_from = like, tuple(drawn_from)
+        self._like, self._landmarks, self._drawn_from = like, landmarks, tuple(drawn_from)
         self._walks = [self._pull, *[self._push, self._pull] * power_iterations, self._push]
         self._generator = torch.Generator().manual_seed(seed)
         self._before = self._generator.get_state()  # the draws of the block in the making
@@ -156,7 +158,8 @@ class RowSketch:
             self._mean_gradients = torch.cat([pulled[:, PROBES:OWN], pulled[:, -OWN:-PROBES]], 1)
             pulled = pulled[:, OWN:-OWN]
         if self._walk + 2 == len(self._walks):
-            pulled = torch.cat([pulled, self._mean_gradients], 1)  # as they are, however many power iterations
+            # As they are, however many power iterations.
+            pulled = torch.cat([pulled, self._mean_gradients, *([] if self.drawn else [self._landmarks])], 1)
         self._block = self._orthonormal(pulled)
 
     def _push(self) -> Iterator[int]:
