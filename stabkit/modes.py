@@ -11,7 +11,7 @@ import torch
 from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import Algorithm
-from stabkit.curvature import linearisation_cost
+from stabkit.curvature import forward_size, linearisation_cost, rows_pay
 from stabkit.measure import (
     COHERENCE_ROWS,
     COHERENCE_SAMPLES,
@@ -158,8 +158,7 @@ def estimate_cost(
     """
     read = problem.reading(algorithm.reads)
     inputs, _ = read.retain.batch(torch.zeros(1, dtype=torch.int64))
-    with torch.no_grad():
-        outputs = read.outputs(read.parameters, inputs).numel()
+    outputs, passed = forward_size(read, inputs)
     held = [
         size if asked is None else min(asked, size)
         for asked, size in (
@@ -188,13 +187,19 @@ def estimate_cost(
         "coherence": 0.0,
         "rollouts and theory": sum(held) / 3,
     }
-    # Work of these two that is none of the network's.
+    # Work of these that is none of the network's.
     curvature_rows = min(outputs, rank)  # of a sample's factor
     compared = min(COHERENCE_SAMPLES, max(FEWEST_SAMPLES, COHERENCE_ROWS // curvature_rows))
     kept = sum(min(size, max(FEWEST_SAMPLES, THEORY_ROWS // curvature_rows)) for size in held)
     rolled = algorithm.steps * 4 * sum(algorithm.batch_sizes(problem))
     rolled += len(check_steps(algorithm.steps, CHECK_EVERY)) * 2 * sum(held)
+    # Beside the passes: rows times the block, or what goes through the network with each vector.
+    each_pass = 2 * problem.size * rank
+    if not rows_pay(outputs, rank, size=problem.size, operations=passed):
+        each_pass = 2 * passed * rank // outputs
     operations = {
+        "linearisation": each_pass * gradients["linearisation"] * (outputs < rank and not coupled)
+        + 8 * problem.size * rank**2,
         "coherence": 2 * rank * (sum(min(size, compared) for size in held) * curvature_rows) ** 2,
         "rollouts and theory": THEORY_PRODUCTS * 6 * kept * curvature_rows * rank**2
         + ROLLED_SETTINGS * seeds * outputs * rank * rolled,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import stabkit.curvature.jacobian as jacobian_module
 from stabkit.losses import Loss
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
@@ -191,3 +193,12 @@ def compare_products(operator: object, dense: Tensor, *, rtol: float, seed: int 
     torch.testing.assert_close(operator @ block[:, 0], dense @ block[:, 0], rtol=rtol, atol=rtol * scale)
     symmetric = block[:, 1] @ (operator @ block[:, 2]) - block[:, 2] @ (operator @ block[:, 1])
     assert abs(float(symmetric)) <= rtol * scale * d
+
+
+def go_by_rows(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
+    """Have products with the Jacobian go by its rows wherever those are fewer than the vectors, or never."""
+    if not yes:
+        monkeypatch.setattr(jacobian_module, "ROW_BYTES", 0)
+        return
+    known = jacobian_module.forward_size
+    monkeypatch.setattr(jacobian_module, "forward_size", lambda *given: (known(*given)[0], 0))

@@ -17,7 +17,7 @@ from stabkit.curvature.lowrank import OVERSAMPLING
 from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
-from tests.cases import CASES, TiedLanguageModel, dense_jacobian
+from tests.cases import CASES, TiedLanguageModel, dense_jacobian, go_by_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -260,8 +260,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("power_iterations", [0, 2])
 def test_costs_are_those_of_the_passes_made(monkeypatch, counted, by_rows, rank, power_iterations):
     problem = wide_problem()
-    if not by_rows:
-        monkeypatch.setattr(stabkit.curvature.jacobian, "ROW_BYTES", 0)
+    go_by_rows(monkeypatch, by_rows)
     counted.update(derivatives=0, forward=0)
     network = linearise(
         problem,
@@ -380,8 +379,7 @@ def test_what_is_captured_where_few_samples_are_drawn_from_is_averaged_right(hel
 @pytest.mark.parametrize("asked", [5, 50])
 def test_few_samples_to_draw_from_save_as_much_as_is_said(monkeypatch, counted, by_rows, asked):
     problem = many_samples()
-    if not by_rows:
-        monkeypatch.setattr(stabkit.curvature.jacobian, "ROW_BYTES", 0)
+    go_by_rows(monkeypatch, by_rows)
     counted.update(derivatives=0, forward=0)
     network = linearise(problem, Identity(), sketch_samples=asked, **PART)
     drawn = max(asked, 28) + 15
@@ -397,8 +395,7 @@ def test_few_samples_to_draw_from_save_as_much_as_is_said(monkeypatch, counted, 
 def test_what_a_rank_that_is_found_takes_is_told_for_the_largest(monkeypatch, columns, most):
     problem = many_samples()
     monkeypatch.setattr(stabkit.curvature.lowrank, "FIRST_RANK", 10)
-    if columns:  # O times d is too much
-        monkeypatch.setattr(stabkit.curvature.jacobian, "ROW_BYTES", 0)
+    go_by_rows(monkeypatch, not columns)
     network = linearise(
         problem, Identity(), rank=None, tolerance=0.0, max_rank=most, retain_samples=60, forget_samples=None
     )

@@ -17,10 +17,10 @@ import stabkit
 from stabkit.curvature import ScaledJacobian, linearise, ritz_residuals
 from stabkit.curvature import jacobian as jacobian_module
 from stabkit.curvature import lowrank as lowrank_module
-from stabkit.models import MLP
+from stabkit.models import MLP, SmallCNN
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
-from tests.cases import CASES
+from tests.cases import CASES, go_by_rows
 from tests.test_linearisation import dense_rows, everything, wide_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
@@ -56,8 +56,7 @@ def test_ritz_residuals_are_those_of_the_dense_matrix(case, rank, power_iteratio
     problem = case.problem()
     p = random_diagonal(problem, seed)
     with pytest.MonkeyPatch.context() as patch:
-        if not by_rows:
-            patch.setattr(jacobian_module, "ROW_BYTES", 0)
+        go_by_rows(patch, by_rows)
         network = everything(problem, p, rank=rank, power_iterations=power_iterations, seed=seed)
         residuals = ritz_residuals(problem, network)
     rows = torch.cat(dense_rows(problem, p.diagonal))
@@ -178,8 +177,7 @@ def test_a_killed_run_resumes_with_the_same_result(tmp_path, monkeypatch, passes
     p = random_diagonal(problem)
     monkeypatch.setattr(lowrank_module, "FIRST_RANK", 5)
     monkeypatch.setattr(jacobian_module, "PRODUCT_BATCH", 4)
-    if not by_rows:
-        monkeypatch.setattr(jacobian_module, "ROW_BYTES", 0)
+    go_by_rows(monkeypatch, by_rows)
     settings = {**SETTINGS, "rank": None, "tolerance": 0.15} if growing else SETTINGS
     if growing is None:
         settings = {**SETTINGS, "rank": 2, "sketch_samples": 25}
@@ -193,6 +191,7 @@ def test_a_killed_run_resumes_with_the_same_result(tmp_path, monkeypatch, passes
 
 
 def test_a_resumed_run_repeats_no_more_than_it_says(tmp_path, monkeypatch):
+    go_by_rows(monkeypatch, True)
     problem, path = wide_problem(), tmp_path / "state"
     monkeypatch.setattr(jacobian_module, "PRODUCT_BATCH", 4)
     rows, done, killed = jacobian_module.jacobian_rows, [0], []
@@ -377,6 +376,7 @@ def test_the_memory_of_a_pass_decides_on_rows_and_batches(monkeypatch, memory, b
         seen["columns"].append(at_once)
         return pull(problem, inputs, cotangents, at_once=at_once, **settings)
 
+    go_by_rows(monkeypatch, True)
     monkeypatch.setattr(jacobian_module, "jacobian_rows", noted_rows)
     monkeypatch.setattr(jacobian_module, "vjp_block", noted_pull)
     jacobian = ScaledJacobian(problem, problem.retain, torch.arange(35), Identity(), memory=memory)
@@ -394,8 +394,7 @@ def test_the_memory_of_a_pass_decides_on_rows_and_batches(monkeypatch, memory, b
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_out_of_memory_halves_the_samples_of_a_pass_and_is_told(monkeypatch, error, by_rows):
     problem = wide_problem()
-    if not by_rows:
-        monkeypatch.setattr(jacobian_module, "ROW_BYTES", 0)
+    go_by_rows(monkeypatch, by_rows)
     expected = everything(problem, Identity(), rank=8, seed=1)
     passes = {n: getattr(jacobian_module, n) for n in ("jacobian_rows", "vjp_block", "jvp_block")}
     taken = []
@@ -445,6 +444,7 @@ def test_memory_that_runs_out_is_not_taken_for_a_missing_derivative(monkeypatch,
 
 
 def test_nothing_left_to_halve_is_an_error_and_other_errors_pass(monkeypatch):
+    go_by_rows(monkeypatch, True)
     problem = wide_problem()
     jacobian = ScaledJacobian(problem, problem.retain, torch.arange(2), Identity())
 
@@ -492,3 +492,47 @@ def test_nothing_is_touched(tmp_path):
         ritz_residuals(problem, network)
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(weights, problem.vector())
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("dense", False), ("convolutions", True)])
+def test_rows_are_multiplied_where_that_is_less_work(monkeypatch, kind, expected):
+    """Of fully connected layers a pass is no more work than a row times a vector; convolutions use weights many times."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), MLP(144, 3, hidden=(20,))) if kind == "dense" else SmallCNN(1, 12, 3)
+    x, y = torch.randn(14, 1, 12, 12, generator=torch.Generator().manual_seed(1)), torch.arange(14) % 3
+    problem = UnlearningProblem(model.double(), (x[:4].double(), y[:4]), (x[4:].double(), y[4:]))
+    inputs, _ = problem.retain.batch(torch.arange(1))
+    outputs, operations = jacobian_module.forward_size(problem, inputs)
+    assert outputs == 3
+    if kind == "dense":
+        assert operations == 2 * sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    g = torch.Generator().manual_seed(2)
+    block = torch.randn(problem.size, 30, generator=g, dtype=torch.float64)
+    cotangents = torch.randn(10, 3, 30, generator=g, dtype=torch.float64)
+    made = []
+    rows = jacobian_module.jacobian_rows
+    monkeypatch.setattr(jacobian_module, "jacobian_rows", lambda *given: made.append(1) or rows(*given))
+    jacobian = ScaledJacobian(problem, problem.retain, torch.arange(10), Identity())
+    pushed, pulled = jacobian @ block, jacobian.transpose_matmul(cotangents)
+    assert bool(made) == expected == jacobian.by_rows(30)
+    assert jacobian.passes(30) == 3  # what is less work than three passes counts as three
+    other = ScaledJacobian(problem, problem.retain, torch.arange(10), Identity())
+    monkeypatch.setattr(other, "by_rows", lambda vectors: not expected)
+    torch.testing.assert_close(other @ block, pushed)
+    torch.testing.assert_close(other.transpose_matmul(cotangents), pulled)
+    assert not jacobian.by_rows(2)  # fewer vectors than outputs
+    assert jacobian.passes(2) == 2
+
+
+@given(outputs=st.integers(1, 50), vectors=st.integers(1, 200), size=st.integers(1, 10**6), reuse=st.floats(0.5, 300))
+def test_rows_pay_the_more_often_a_pass_uses_each_weight(outputs, vectors, size, reuse):
+    operations = int(2 * size * reuse) + 1
+
+    def pays(operations):
+        return jacobian_module.rows_pay(outputs, vectors, size=size, operations=operations)
+
+    assert pays(operations) == (outputs * (operations + size * vectors) <= vectors * operations)
+    assert pays(0)
+    if outputs < vectors and pays(operations):
+        assert pays(2 * operations)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stabkit
-import stabkit.curvature.jacobian
 from stabkit.algorithms import GradDiff, L1Sparse, SalUn
 from stabkit.curvature import linearisation_cost, linearise
 from stabkit.measure import landmarks, measure
@@ -21,6 +20,7 @@ from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout
 from stabkit.runner import run
+from tests.cases import go_by_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
 SIZES = {"retain_samples": None, "forget_samples": None, "sketch_samples": None}
@@ -112,8 +112,7 @@ def test_half_the_rank_keeps_the_landmarks():
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_landmarks_cost_what_is_said(monkeypatch, by_rows):
     problem = problem_of()
-    if not by_rows:
-        monkeypatch.setattr(stabkit.curvature.jacobian, "ROW_BYTES", 0)
+    go_by_rows(monkeypatch, by_rows)
     network = linearise(problem, Identity(), rank=4, landmarks=[problem.vector()], **SIZES)
     told = linearisation_cost((45, 15), (45, 15), 2 if by_rows else 10**9, 4, landmarks=1)
     assert network.gradient_equivalents == pytest.approx(told)
@@ -142,7 +141,7 @@ def test_decay_moves_the_parameters_as_in_the_run(share, momentum, schedule, mas
     real = run(problem, algorithm, preconditioner=p)
     there = torch.cat([v.detach().reshape(-1) for v in real.model.parameters()]) - problem.vector()
     assert real.steps == steps
-    assert there.norm() > 0.01 * problem.vector().norm()
+    assert there.norm() > 0.003 * problem.vector().norm()
     assert (moved - there).norm() < 1e-4 * there.norm()
     without = linearise(problem, p, rank=4, **SIZES)
     lost = rollout(without, algorithm, lr=[lr], mix=[0.3], batch_sizes=(5, 5), seeds=[0])

@@ -9,7 +9,7 @@ from stabkit.curvature.data_operators import (
 )
 from stabkit.curvature.factors import SampleFactors
 from stabkit.curvature.gram import Gram, curvature_gram
-from stabkit.curvature.jacobian import ScaledJacobian
+from stabkit.curvature.jacobian import ScaledJacobian, forward_size, rows_pay
 from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet, linearisation_cost, linearise, ritz_residuals
 from stabkit.curvature.operators import (
     CurvatureOperator,
@@ -34,7 +34,9 @@ __all__ = [
     "ScaledJacobian",
     "curvature_gram",
     "curvature_operator",
+    "forward_size",
     "linearisation_cost",
     "linearise",
     "ritz_residuals",
+    "rows_pay",
 ]

@@ -1,7 +1,9 @@
 """Products with the Jacobian of the network's outputs in its parameters, J of shape (m, O, d), which is never held whole.
 
 Two ways to the same product. Forward and reverse mode cost k passes for k vectors. Rows cost O reverse passes, whatever
-k is, and hold the Jacobian of a few samples at a time; they win when a sample has fewer outputs than there are vectors.
+k is, hold the Jacobian of a few samples at a time, and multiply its O·d numbers with k vectors. They win where a sample has
+fewer outputs than there are vectors and its passes use each weight many times, as convolutions do; of fully connected
+layers a pass costs no more than a row times a vector.
 """
 
 import warnings
@@ -11,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.func import jacrev, jvp, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from stabkit._errors import MemoryWarning
 from stabkit._memory import is_out_of_memory, pass_bytes
@@ -160,6 +163,40 @@ def _rows_of_one(
     return torch.stack(rows)
 
 
+def forward_size(problem: UnlearningProblem, inputs: Inputs) -> tuple[int, int]:
+    """How many numbers a forward pass gives and takes.
+
+    Args:
+        problem: The unlearning problem.
+        inputs: Inputs of the samples.
+
+    Returns:
+        Outputs, and floating-point operations of products and convolutions, 2 for a multiplication with its addition; 0
+        where PyTorch counts none of the model's. Cost: one forward pass.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outputs = problem.outputs(problem.parameters, inputs)
+    return outputs.numel(), int(counter.get_total_flops())
+
+
+def rows_pay(outputs: int, vectors: int, *, size: int, operations: int) -> bool:
+    """Whether a product of J with a block takes less work by J's rows than vector by vector.
+
+    A derivative's pass takes some two forward passes either way, so the work of a sample is 2·O·(F + d·k) or 2·k·F: of fully
+    connected layers, F = 2·d, vectors are less for any k that matters, of convolutions rows.
+
+    Args:
+        outputs: O.
+        vectors: Number k of vectors in the block.
+        size: d.
+        operations: F, those of one sample's forward pass; 0 where they are not known.
+
+    Returns:
+        Whether it does; taken to where F is not known.
+    """
+    return not operations or outputs * (operations + size * vectors) <= vectors * operations
+
+
 class ScaledJacobian:
     """J P^{1/2} over chosen samples of one set: (m, O, d), known by its products with blocks.
 
@@ -205,7 +242,7 @@ class ScaledJacobian:
         self.batch_size = max(1, min(PRODUCT_BATCH, block // widest))
         self._at_once = max(1, min(block // vector, block // (self.batch_size * widest)))
         first, _ = samples.batch(indices[:1])
-        self.outputs_per_sample = problem.outputs(problem.parameters, first).numel()
+        self.outputs_per_sample, self._operations = forward_size(problem, first)
         self._coupled = coupled is not None
         self._ends: list[int] = []
         if coupled is not None:
@@ -251,7 +288,7 @@ class ScaledJacobian:
             cotangents: U of shape (m, O, k).
 
         Returns:
-            Block of shape (d, k). Cost: min(O, k) backward passes a sample.
+            Block of shape (d, k). Cost: O or k backward passes a sample, as `passes` says.
         """
         total = torch.zeros(
             self._problem.size, cotangents.shape[2], dtype=self._problem.dtype, device=self._problem.device
@@ -269,7 +306,7 @@ class ScaledJacobian:
             stop: The one after the last; all that are left when None.
 
         Yields:
-            Samples done so far and the batch's images, (b, O, k). Cost: min(O, k) passes a sample.
+            Samples done so far and the batch's images, (b, O, k). Cost: O or k passes a sample.
         """
         scaled = self._preconditioner.sqrt(block)
 
@@ -291,7 +328,7 @@ class ScaledJacobian:
             start: First of the m samples to take.
 
         Yields:
-            Samples done so far. Cost: min(O, k) backward passes for each of the m' samples.
+            Samples done so far. Cost: O or k backward passes for each of the m' samples.
         """
 
         def add(inputs: Inputs, place: slice) -> None:
@@ -314,9 +351,10 @@ class ScaledJacobian:
             vectors: Number k of vectors in the block.
 
         Returns:
-            O by rows, k otherwise.
+            O where rows fit into memory and are fewer, k otherwise. Vectors that are taken because they are less work than
+            O rows count as those.
         """
-        return self.outputs_per_sample if self.by_rows(vectors) else vectors
+        return self.outputs_per_sample if self._rows_are_fewer(vectors) else vectors
 
     def by_rows(self, vectors: int) -> bool:
         """Whether a product goes by rows of the Jacobian.
@@ -325,9 +363,12 @@ class ScaledJacobian:
             vectors: Number k of vectors in the block.
 
         Returns:
-            True where that takes fewer passes, O instead of k, and one sample's rows fit into memory; never where batches
-            are coupled.
+            True where that is less work and one sample's rows fit into memory; never where batches are coupled.
         """
+        pay = rows_pay(self.outputs_per_sample, vectors, size=self._problem.size, operations=self._operations)
+        return pay and self._rows_are_fewer(vectors)
+
+    def _rows_are_fewer(self, vectors: int) -> bool:
         fits = self._row_bytes() <= self._row_budget
         return not self._coupled and self.outputs_per_sample < vectors and fits
 
