@@ -37,7 +37,7 @@ from stabkit.algorithms import (
 from stabkit.boundary import Frontier
 from stabkit.heavy_tail import layer_exponents
 from stabkit.metrics import Audit, audit
-from stabkit.monitor import Monitor
+from stabkit.monitor import Alert, Monitor
 from stabkit.predict import predict, predict_cost
 from stabkit.problem import UnlearningProblem
 from stabkit.recommendations import Recommendations
@@ -51,6 +51,7 @@ __all__ = [
     "NPO",
     "SCRUB",
     "SRAGU",
+    "Alert",
     "Algorithm",
     "Audit",
     "ExponentWarning",

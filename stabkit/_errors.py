@@ -32,7 +32,7 @@ class LowConfidenceWarning(StabkitWarning):
 
 
 class TargetWarning(StabkitWarning):
-    """No setting reaches the target that `tune` was given."""
+    """No setting reaches the target that `tune` was given, or it was reached before the run."""
 
 
 class ExponentWarning(StabkitWarning):

@@ -14,7 +14,7 @@ import torch
 from stabkit import stability
 from stabkit._rng import preserved_rng
 from stabkit._version import __version__
-from stabkit.algorithms import Algorithm
+from stabkit.algorithms import ALGORITHMS, Algorithm
 from stabkit.boundary import (
     CriticalValue,
     Frontier,
@@ -281,6 +281,7 @@ def _run(measurement: Measurement, batch_sizes: tuple[int, int], seed: int) -> R
             "numpy": np.__version__,
             "scipy": scipy.__version__,
         },
+        own=ALGORITHMS.get(algorithm.name) is not type(algorithm),
     )
 
 

@@ -207,13 +207,9 @@ def _measured(
     next(stages)
     start = time.perf_counter()
     preconditioner = reuse.preconditioner if reuse else algorithm.step_preconditioner(problem.whole)
-    costs.append(
-        Cost(
-            stage="preconditioner",
-            seconds=time.perf_counter() - start,
-            gradient_equivalents=0.0 if reuse else algorithm.preconditioner_cost(problem),
-        )
-    )
+    told = preconditioner.gradient_equivalents
+    spent = 0.0 if reuse else algorithm.preconditioner_cost(problem) if told is None else told
+    costs.append(Cost(stage="preconditioner", seconds=time.perf_counter() - start, gradient_equivalents=spent))
 
     if problem.reading_gradients:
         spent = 0.0 if reuse else problem.reading_gradients

@@ -85,6 +85,18 @@ class Monitor:
     and has c - s steps to go; the alarm is raised at `warn_ahead` or fewer. After the step size was shrunk the prediction is
     of another run, and the rule rests.
 
+    A loop of one's own asks before each step, and takes the factor of the original step size, not of the last one:
+
+        monitor = stabkit.Monitor(report, action="shrink")
+        for step in range(steps):
+            ...  # losses of this step's batches, and their gradients
+            alert = monitor.update(retain_loss, forget_loss, gradient_norm)
+            if alert.stop:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = lr * alert.lr_factor
+            optimizer.step()
+
     Attributes:
         level: Retain loss that counts as diverged.
         step: Number of updates so far.
@@ -106,8 +118,8 @@ class Monitor:
             report: A prediction for this very run.
             level: Retain loss that counts as diverged, in place of a report; ln C for C balanced classes.
             warn_ahead: How many steps ahead of a crossing to look, >= 4; more steps, more warnings and more false ones.
-            action: What an alarm does beyond saying so: "warn" nothing, "shrink" multiplies the step size, "stop" ends the
-                run. At the level "shrink" stops as well, "warn" never does.
+            action: What an alarm does: "warn" says so once, as a Python warning, "shrink" multiplies the step size, "stop"
+                ends the run. At the level "shrink" stops as well, "warn" never does.
             shrink: Factor of "shrink", in (0, 1); applied at most once in two updates.
 
         Raises:
@@ -160,12 +172,31 @@ class Monitor:
             gradient_norm: Norm of the gradient that the step follows, before it is clipped or normalised; its unit is free.
 
         Returns:
-            What to make of it. Cost: some dozen operations on numbers; a value on an accelerator is waited for.
+            What to make of it; with action="warn" the first alarm is a Python warning too. Cost: some dozen operations on
+            numbers; a value on an accelerator is waited for.
 
         Raises:
             TypeError: If a value is not a number.
             ValueError: If none is given.
         """
+        alert = self._taken_in(retain_loss, forget_loss, gradient_norm)
+        if self.action == "warn":
+            self._warn(alert)
+        return alert
+
+    def _warn(self, alert: Alert) -> None:
+        """Say so once where something is wrong."""
+        if alert.state != CALM and not self._told:
+            self._told = True
+            warnings.warn(f"the run is watched: {alert.message}", StabkitWarning, stacklevel=caller_level())
+
+    def _taken_in(
+        self,
+        retain_loss: SupportsFloat | None,
+        forget_loss: SupportsFloat | None,
+        gradient_norm: SupportsFloat | None,
+    ) -> Alert:
+        """What the values say."""
         given = {"retain loss": retain_loss, "forget loss": forget_loss, "gradient norm": gradient_norm}
         values = {name: _number(value, name) for name, value in given.items() if value is not None}
         if not values:
@@ -216,9 +247,7 @@ class Monitor:
                 "in a loop of your own, or lower `lr`."
             )
         self.alert = self.update(record.retain_loss, record.forget_loss, record.gradient_norm)
-        if self.alert.state != CALM and not self._told:
-            self._told = True
-            warnings.warn(f"the run is watched: {self.alert.message}", StabkitWarning, stacklevel=caller_level())
+        self._warn(self.alert)
         if self.alert.stop:
             raise StopIteration
 

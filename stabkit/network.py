@@ -222,6 +222,7 @@ def check_stateless(
     Raises:
         ValueError: If outputs or gradients are not those of the copy.
     """
+    _check_buffers(parameters, inputs, outputs)
     try:
         with torch.enable_grad(), differentiable_attention():
             leaves = {name: value.requires_grad_() for name, value in _moved(parameters).items()}
@@ -254,6 +255,22 @@ def check_stateless(
                 f"`model` must {why}: its {what} at other parameters than its own are off by {apart / size:.2g} of their "
                 f"size. {remedy}"
             )
+
+
+def _check_buffers(
+    parameters: dict[str, Tensor], inputs: Inputs, outputs: Callable[[dict[str, Tensor]], Tensor]
+) -> None:
+    """Refuse a forward pass that writes into what the module holds, which transformed functions must not."""
+    try:
+        torch.func.vjp(outputs, parameters)
+    except RuntimeError as error:
+        if "in-place" in str(error):
+            raise ValueError(
+                "`model` must not write into its buffers or weights in eval mode, as a counter of calls does; its forward "
+                f"pass did ({str(error).splitlines()[0]:.160}). Count in a plain Python attribute, or in training mode only."
+            ) from error
+    except Exception:
+        return
 
 
 def _moved(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -226,8 +226,11 @@ class UnlearningProblem:
         """Whatever the network returns."""
         tensors = {**self._constants, **self.parameters, **parameters}
         placed = {place: tensors[name] for place, name in self._places.items()}
+        own = map_tensors(
+            torch.clone, inputs
+        )  # a first layer may work in place, which transformed functions do not forgive
         with differentiable_attention():
-            return functional_call(self._module, placed, *arguments(inputs), tie_weights=False)
+            return functional_call(self._module, placed, *arguments(own), tie_weights=False)
 
     def outputs_of(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """What another model says in eval mode, by its own forward pass and not by the problem's.
@@ -470,6 +473,11 @@ class UnlearningProblem:
 
     def _check(self) -> None:
         for name, value in (*self.parameters.items(), *self._constants.items()):
+            if value.is_meta:
+                raise ValueError(
+                    f"`model` of `UnlearningProblem` must hold its weights; {name!r} is on the meta device. Give it memory "
+                    "with model.to_empty(device='cpu') and load its state_dict."
+                )
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise ValueError(
                     f"`model` of `UnlearningProblem` must have finite weights; {name!r} holds NaN or infinity. Load the "
@@ -556,12 +564,8 @@ class UnlearningProblem:
                     ProbabilityWarning,
                     stacklevel=caller_level(),
                 )
-        losses = self.loss.per_sample(outputs, targets)
-        if not bool(torch.isfinite(losses).all()):
-            raise ValueError(
-                f"losses of `{samples.name}` must be finite at the trained parameters; got {losses.tolist()}. Check the "
-                "loss and the inputs' scale."
-            )
+        self._check_losses(outputs, targets, samples.name)
+        self._check_differentiable(inputs, targets, samples.name)
         alone = self._first_outputs(samples.batch(torch.zeros(1, dtype=torch.int64))[0], samples.name)
         if alone.shape != outputs[:1].shape:
             raise ValueError(
@@ -575,6 +579,41 @@ class UnlearningProblem:
                 f"`{samples.name}` alone differ by {float((alone - outputs[:1]).abs().max()):.3g}. Remove layers that mix "
                 "samples, such as normalisation by the batch's own mean."
             )
+
+    def _check_losses(self, outputs: Tensor, targets: Tensor, name: str) -> None:
+        """Losses of a few samples: finite, each of its own sample, and the outputs left as they are."""
+        before = outputs.clone()
+        losses = self.loss.per_sample(outputs, targets)
+        if not torch.equal(outputs.nan_to_num(), before.nan_to_num()):
+            raise ValueError(
+                f"`loss` must leave the outputs as they are; got {self.loss.name!r}, which writes into them. Use o - t in "
+                "place of o.sub_(t)."
+            )
+        if not bool(torch.isfinite(losses).all()):
+            raise ValueError(
+                f"losses of `{name}` must be finite at the trained parameters; got {losses.tolist()}. Check the "
+                "loss and the inputs' scale."
+            )
+        alone = self.loss.per_sample(outputs[:1], targets[:1])
+        if not torch.allclose(alone, losses[:1], rtol=COUPLING, atol=COUPLING * float(losses.abs().max())):
+            raise ValueError(
+                f"`loss` must give a sample the same loss whatever else is in its batch; got {self.loss.name!r}, whose "
+                f"first one of `{name}` is {float(losses.flatten()[0]):.4g} among others and "
+                f"{float(alone.flatten()[0]):.4g} alone. Leave means over the batch out of it."
+            )
+
+    def _check_differentiable(self, inputs: Inputs, targets: Tensor, name: str) -> None:
+        """Whether derivatives reach the parameters, through the model and through the loss."""
+        with torch.enable_grad():
+            leaves = {key: p.detach().requires_grad_() for key, p in self.parameters.items()}
+            outputs = self.outputs(leaves, inputs)
+            losses = self.loss.per_sample(outputs, targets) if outputs.requires_grad else outputs
+        for what, found, owner in (("outputs", outputs, "model"), (f"losses of {self.loss.name!r}", losses, "loss")):
+            if not found.requires_grad:
+                raise ValueError(
+                    f"`{owner}` must be differentiable; got {what} without derivatives in the parameters, for `{name}`. "
+                    "Remove torch.no_grad(), detach() and detours through NumPy from it."
+                )
 
     def _check_stateless(self) -> None:
         """Whether the network is a function of its parameters, also in its backward pass."""

@@ -40,6 +40,7 @@ class Run:
         dtype: Dtype of the network's derivatives.
         seed: Seed of the prediction.
         versions: Versions of stabkit, torch, numpy and scipy.
+        own: Whether the algorithm is of a class of the caller's, whatever its name.
     """
 
     algorithm: str
@@ -58,6 +59,7 @@ class Run:
     dtype: str
     seed: int
     versions: dict[str, str]
+    own: bool = False
 
     @property
     def lr(self) -> float:

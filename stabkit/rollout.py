@@ -554,7 +554,14 @@ class _Field:
             seeds=self._seeds,
         )
         chosen = self._algorithm.forget_residual if part is self._forget else self._algorithm.retain_residual
-        residual = chosen(self._loss, batch).reshape(seeds, settings, -1)  # s_i: (S, G, b·O)
+        found = chosen(self._loss, batch)
+        if not isinstance(found, Tensor) or found.shape != outputs.shape:
+            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+            raise ValueError(
+                f"`{chosen.__name__}` of `{type(self._algorithm).__name__}` must return the loss's derivative in the "
+                f"outputs, a tensor of their shape {tuple(outputs.shape)}; got {got:.80}."
+            )
+        residual = found.reshape(seeds, settings, -1)  # s_i: (S, G, b·O)
         weights = share.weights if drawn == 1 else share.weights * drawn
         gradient = (residual @ rows) * weights
         if not (share.all_taken and drawn):  # what is not taken may have left the numbers

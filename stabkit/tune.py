@@ -52,15 +52,15 @@ def tune(
         forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss.
         risk: Largest P(diverge), in (0, 1).
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
-        **settings: Anything else that `predict` takes, as batch_size, steps, seed, progress; its mode is "standard" unless
-            it or a budget is given.
+        **settings: Anything else that `predict` takes but for `lr` and `mix`, which are chosen here: batch_size, steps,
+            seed, progress; its mode is "standard" unless it or a budget is given.
 
     Returns:
         The algorithm, ready for `run`. Cost: one linearisation, the eigenvalues of few samples, and rollouts of some 450
         settings; in mode="thorough" also staged rollouts of the chosen setting, whose step size is lowered until they hold.
 
     Raises:
-        TypeError: If an argument is none of `predict`'s.
+        TypeError: If an argument is none of `predict`'s, or is to be chosen here.
         ValueError: If both `test` and `forget_loss` are given, the risk is out of its domain, or no setting holds.
     """
     if test is not None and forget_loss is not None:
@@ -73,6 +73,10 @@ def tune(
     if unknown:
         raise TypeError(
             f"`tune` must be given what it or `predict` takes; got {unknown[0]!r}. `help(stabkit.predict)` lists it."
+        )
+    for name in sorted({"lr", "mix"} & settings.keys()):
+        raise TypeError(
+            f"`{name}` of `tune` must be left out, as it is what `tune` chooses; got {settings[name]!r}. `predict` takes it."
         )
     target = None if forget_loss is None else check_real(forget_loss, name="forget_loss", owner="tune")
     chosen = resolve_algorithm(algorithm, owner="tune")
@@ -87,7 +91,14 @@ def tune(
     found = report.recommend(risk=risk)
     wanted = report.run.divergence_level if target is None else target
     point = found.reaching(wanted)
-    if target is not None and point.forget_loss < wanted:
+    if report.run.forget_loss >= wanted:
+        warnings.warn(
+            f"the forget loss is {report.run.forget_loss:.4g} before the run, and so past its target, {wanted:.4g}: by this "
+            "measure nothing is left to forget, and what is chosen hardly moves. Give a higher `forget_loss`.",
+            TargetWarning,
+            stacklevel=caller_level(),
+        )
+    elif target is not None and point.forget_loss < wanted:
         warnings.warn(
             f"no setting that is predicted to hold brings the forget loss to {wanted:.4g}; the one chosen brings it to "
             f"{point.forget_loss:.4g}. Raise `risk` or `steps`, or lower the target.",

@@ -20,6 +20,7 @@ from stabkit.algorithms import ALGORITHMS, Algorithm
 from stabkit.boundary import Outcome
 from stabkit.losses import NAMED, Loss, PerSampleLoss
 from stabkit.metrics import Accuracies, accuracies
+from stabkit.metrics.audit import check_held_out
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Report
 from stabkit.runner import run
@@ -220,7 +221,8 @@ def verify(
 
     Raises:
         TypeError: If the report is none.
-        ValueError: If model or data are not those of the report, or the algorithm or the loss is needed and missing.
+        ValueError: If model or data are not those of the report, the test set is not held out, or the algorithm or the loss
+            is needed and missing.
     """
     if not isinstance(report, Report):
         raise TypeError(f"`report` of `verify` must be what `predict` gave; got {type(report).__name__}.")
@@ -239,6 +241,8 @@ def verify(
         dtype=getattr(torch, report.run.dtype) if dtype is None else dtype,
     )
     _check_same(report, problem)
+    if problem.test is not None:
+        check_held_out(problem.test, problem, owner="verify")
     places: list[tuple[str, float, bool | None]] = [
         ("asked", report.run.lr, {"stable": False, "diverges": True}.get(report.verdict))
     ]
@@ -302,10 +306,10 @@ def _algorithm(report: Report, algorithm: Algorithm | None) -> Algorithm:
                 "Leave it out for the library's own algorithms."
             )
         return algorithm.replace(**report.run.settings)
-    if report.run.algorithm not in ALGORITHMS:
+    if report.run.own or report.run.algorithm not in ALGORITHMS:
         raise ValueError(
-            f"`algorithm` of `verify` must be given, as the report's {report.run.algorithm!r} is not one of the library's; "
-            "got None. Pass the object that was predicted."
+            f"`algorithm` of `verify` must be given, as the report's {report.run.algorithm!r} is of a class that is not "
+            "one of the library's; got None. Pass the object that was predicted."
         )
     return ALGORITHMS[report.run.algorithm]().replace(**report.run.settings)
 

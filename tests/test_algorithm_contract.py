@@ -15,8 +15,10 @@ from torch import nn
 
 import stabkit
 from stabkit._serialise import to_plain
-from stabkit.algorithms import AGU, ALGORITHMS, SRAGU, L1Sparse, resolve_algorithm
+from stabkit.algorithms import AGU, ALGORITHMS, SRAGU, Algorithm, GradDiff, L1Sparse, resolve_algorithm
 from stabkit.curvature import linearise
+from stabkit.directions import LowRank
+from stabkit.preconditioner import Diagonal, Identity, Preconditioner, check_preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout
 from stabkit.runner import run
@@ -277,3 +279,82 @@ def test_predict_takes_it(kind, digits_mlp, random_deletion):
     assert kind(**report.run.settings) == algorithm
     assert stabkit.Report.from_json(report.to_json()).run.settings == report.run.settings
     assert report.verdict in {"stable", "marginal", "diverges"}
+
+
+# ---------------------------------------------------------------------- what a subclass states
+
+
+class _Stated(Preconditioner):
+    """A P and a root from functions."""
+
+    def __init__(self, apply, sqrt):
+        self._apply, self._sqrt = apply, sqrt
+
+    def apply(self, vectors):
+        return self._apply(vectors)
+
+    def sqrt(self, vectors):
+        return self._sqrt(vectors)
+
+
+def _entries(d):
+    return torch.linspace(0.1, 2.0, d, dtype=torch.float64)
+
+
+def _skewed(v):
+    return v + torch.cat([v[1:], torch.zeros_like(v[:1])])
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "message"),
+    [
+        (lambda d: torch.ones(d), TypeError, r"must return a stabkit.preconditioner.Preconditioner; got Tensor"),
+        (lambda d: Diagonal(torch.ones(10)), ValueError, r"vectors \(d,\) and blocks \(d, k\) of the model's d = "),
+        (
+            lambda d: _Stated(lambda v: v[:3], lambda v: v),
+            ValueError,
+            r"whose `apply` gives a finite tensor of the arg",
+        ),
+        (lambda d: _Stated(lambda v: v, lambda v: None), ValueError, r"whose `sqrt` gives a finite tensor"),
+        (lambda d: _Stated(lambda v: v / 0, lambda v: v), ValueError, r"whose `apply` gives a finite tensor"),
+        (lambda d: _Stated(_skewed, lambda v: v), ValueError, r"a symmetric P, uᵀPv = vᵀPu"),
+        (lambda d: _Stated(lambda v: -v, lambda v: v), ValueError, r"a P >= 0, vᵀPv >= 0"),
+        (lambda d: _Stated(lambda v: 0.25 * v, lambda v: 0.25 * v), ValueError, r"whose `sqrt` is the root of its"),
+        (
+            lambda d: _Stated(lambda v: v * (1 + (v.dim() > 1)), lambda v: 2**0.5 * v),
+            ValueError,
+            r"does to a column of a block what it does to a vector",
+        ),
+    ],
+)
+def test_a_preconditioner_that_is_none_is_refused_before_anything_is_measured(made, error, message):
+    class Stated(GradDiff):
+        name = "stated"
+
+        def preconditioner(self, problem):
+            return made(problem.size)
+
+    problem = CASES[0].problem()
+    for call in (lambda: Stated().step_preconditioner(problem), lambda: run(problem, Stated(steps=1, batch_size=2))):
+        with pytest.raises(error, match=message) as caught:
+            call()
+        assert "`preconditioner` of `Stated`" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(seed=st.integers(0, 50), rank=st.integers(1, 5))
+def test_preconditioners_that_are_ones_pass(dtype, seed, rank):
+    g = torch.Generator().manual_seed(seed)
+    factor = torch.randn(60, rank, generator=g, dtype=dtype)
+    diagonal = torch.randn(60, generator=g, dtype=dtype).exp()
+    dense = factor @ factor.T + torch.diag(diagonal)
+    values, vectors = torch.linalg.eigh(dense.double())
+    root = ((vectors * values.sqrt()) @ vectors.T).to(dtype)
+    like = torch.ones(60, dtype=dtype)
+    for p in (Identity(), Diagonal(diagonal), LowRank(factor), _Stated(lambda v: dense @ v, lambda v: root @ v)):
+        check_preconditioner(p, like, owner="Mine")
+
+
+def test_the_base_class_itself_is_no_algorithm():
+    with pytest.raises(TypeError, match="`Algorithm` is what algorithms are made from and none itself"):
+        Algorithm(lr=0.05)

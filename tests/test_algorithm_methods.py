@@ -454,10 +454,15 @@ def test_remain_newton_is_its_dense_formula():
     expected = inverse @ forget @ inverse
     expected = expected / torch.linalg.eigvalsh(expected)[-1]
     algorithm = RemainNewton(damping=0.05, rank=2 * problem.forget.size, curvature_samples=None)
-    found = algorithm.preconditioner(problem).apply(eye)
+    made = algorithm.preconditioner(problem)
+    found = made.apply(eye)
     assert float((found - expected).norm() / expected.norm()) < 0.01  # the solves end at a thousandth
-    assert algorithm.preconditioner_cost(problem) == 2 * (8 * 12 + 100) * 6
-    assert RemainNewton(curvature_samples=4).preconditioner_cost(problem) == 2 * 500 * 4
+    retain = problem.retain.size
+    assert algorithm.preconditioner_cost(problem) == 2 * ((8 * 12 + 100) * 6 + (12 + 8) * 120 * retain)
+    assert RemainNewton(rank=20, curvature_samples=4).preconditioner_cost(problem) == 2 * (260 * 4 + 28 * 120 * 4)
+    assert RemainNewton(inverse="diagonal", rank=20, curvature_samples=4).preconditioner_cost(problem) == 2 * 260 * 4
+    spent = 2 * (made.products[0] * retain + made.products[1] * 6)
+    assert made.gradient_equivalents == spent < algorithm.preconditioner_cost(problem)
 
 
 # ------------------------------------------------------------------ settings

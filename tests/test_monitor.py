@@ -20,6 +20,7 @@ from benchmarks.monitor import Case, Setting, Trace, batches, clock, line, warni
 from stabkit.bench.cells import Cell
 from stabkit.monitor import ACTIONS, Alert, Monitor
 
+pytestmark = pytest.mark.filterwarnings("ignore:the run is watched")
 LEVEL = 2.3
 FEEDS = ("retain_loss", "forget_loss", "gradient_norm")
 below = st.floats(1e-9, 2.2)

@@ -21,7 +21,7 @@ from torch import Tensor
 from stabkit import schedules
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.losses import Loss
-from stabkit.preconditioner import Diagonal, Identity, Preconditioner
+from stabkit.preconditioner import Diagonal, Identity, Preconditioner, check_preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.reading import READS
 from stabkit.sampling import SAMPLINGS
@@ -207,6 +207,8 @@ class Algorithm(abc.ABC):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
+        if type(self) is Algorithm:
+            raise TypeError("`Algorithm` is what algorithms are made from and none itself. Use GradDiff for P = I.")
         remedy = "The sign of each part is set by `mix`."
         lr = check_real(self.lr, name="lr", owner=owner, low=0, low_open=True, remedy=remedy)
         remedy = "0 is retain only, 1 is forget only."
@@ -278,9 +280,12 @@ class Algorithm(abc.ABC):
             The preconditioner.
 
         Raises:
-            ValueError: If a name of `layer_lr` fits no parameter, or P is not diagonal.
+            TypeError: If `preconditioner` gives anything but a preconditioner.
+            ValueError: If that is no symmetric positive semi-definite matrix of the problem's size with its root, a name of
+                `layer_lr` fits no parameter, or P is not diagonal.
         """
         plain = self.preconditioner(problem)
+        check_preconditioner(plain, problem.vector(), owner=type(self).__name__)
         if self.layer_lr is None:
             return plain
         for name in self.layer_lr:

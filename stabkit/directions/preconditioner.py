@@ -123,6 +123,7 @@ class RemainPreconditioner(LowRank):
         captured: Share of the trace of P that q eigenpairs have, with the standard error of the rest's estimate.
         eigenpairs: How the search for them ended; those there were make a valid P all the same.
         products: Products spent with H_R and with H_F.
+        gradient_equivalents: Per-sample gradients behind them.
     """
 
     damping: float
@@ -130,6 +131,7 @@ class RemainPreconditioner(LowRank):
     captured: Estimate
     eigenpairs: SolverOutcome
     products: tuple[int, int]
+    gradient_equivalents: float
 
 
 def remain_preconditioner(
@@ -194,6 +196,8 @@ def remain_preconditioner(
     kept = float(factor.double().square().sum())
     total = kept + max(rest.value, 0.0)
     stretch = LowRank(factor).norm
+    spent = inverse.operator.products - before, forget.products
+    samples = inverse.indices.numel(), problem.forget.subset(forget_samples, seed).numel()
     return RemainPreconditioner(
         factor=factor / math.sqrt(stretch),
         damping=inverse.damping,
@@ -205,5 +209,6 @@ def remain_preconditioner(
             products=PROBES,
         ),
         eigenpairs=pairs.outcome,
-        products=(inverse.operator.products - before, forget.products),
+        products=spent,
+        gradient_equivalents=2.0 * sum(p * m for p, m in zip(spent, samples, strict=True)),
     )

@@ -211,9 +211,11 @@ class CrossEntropy(Loss):
             ValueError: If a label is out of range, or the shapes cannot belong together.
         """
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            remedy = "Use targets.long(), or loss='mse' for regression."
+            if targets.dim() > 1 and targets.shape[1:] == outputs.shape[1:]:
+                remedy = "Probabilities of the classes are taken by loss=nn.CrossEntropyLoss(reduction='none')."
             raise TypeError(
-                f"targets of `{name}` must be integer class labels for loss={self.name!r}; got {targets.dtype}. "
-                "Use targets.long(), or loss='mse' for regression."
+                f"targets of `{name}` must be integer class labels for loss={self.name!r}; got {targets.dtype}. {remedy}"
             )
         if self.shift and targets.dim() < 2:
             raise ValueError(
@@ -222,10 +224,12 @@ class CrossEntropy(Loss):
             )
         last, second = outputs.shape[1:-1], outputs.shape[2:]
         if outputs.dim() < 2 or targets.shape[1:] not in {last, second}:
+            remedy = "The class axis of the outputs must be the last or the second one."
+            if outputs.dim() == 2 and targets.shape[1:] == (1,):
+                remedy = "Use targets.squeeze(1)."
             raise ValueError(
                 f"targets of `{name}` must have one label per position of the outputs; got targets "
-                f"{tuple(targets.shape)} for outputs {tuple(outputs.shape)}. The class axis of the outputs must be the "
-                "last or the second one."
+                f"{tuple(targets.shape)} for outputs {tuple(outputs.shape)}. {remedy}"
             )
         logits, _, _ = self._align(outputs[:1], targets[:1])
         classes = logits.shape[-1]

@@ -285,13 +285,27 @@ def _sets(problem: UnlearningProblem, test: Data | Samples | None) -> dict[str, 
     sets = {"forget": problem.forget, "retain": problem.retain}
     if held_out is None:
         return sets
-    for name, samples in sets.items():
-        shared = held_out.overlap(samples)
+    check_held_out(held_out, problem, owner="audit")
+    return {**sets, "test": held_out}
+
+
+def check_held_out(test: Samples, problem: UnlearningProblem, *, owner: str) -> None:
+    """Refuse a test set that is not held out.
+
+    Args:
+        test: The test set.
+        problem: The unlearning problem.
+        owner: The public function that was given it, for the error.
+
+    Raises:
+        ValueError: If it shares samples with the forget or the retain set.
+    """
+    for name, samples in (("forget", problem.forget), ("retain", problem.retain)):
+        shared = test.overlap(samples)
         if shared:
             raise ValueError(
-                f"`test` of `audit` must hold no sample of `{name}`; they share {shared}. Leave them out of the test set."
+                f"`test` of `{owner}` must hold no sample of `{name}`; they share {shared}. Leave them out of the test set."
             )
-    return {**sets, "test": held_out}
 
 
 def _check(problem: object, models: object, gap_attack: str, shadows: Shadows | None) -> None:

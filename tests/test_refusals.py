@@ -1,0 +1,279 @@
+"""What could only be answered wrongly is refused before anything is measured, and says whose fault it is."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import stabkit
+from stabkit.algorithms import AGU, GradDiff
+from stabkit.models import MLP
+from stabkit.preconditioner import Diagonal
+from stabkit.problem import UnlearningProblem
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning"),
+    pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning"),
+]
+
+
+def data(n=60, classes=3):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=g)
+    return x, x[:, :classes].argmax(1)
+
+
+def trained(outputs=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, outputs))
+    x, y = data()
+    rule = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(150):
+        rule.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        rule.step()
+    rule.zero_grad(set_to_none=True)
+    return model
+
+
+def problem_of(model=None, loss="cross_entropy", y=None):
+    x, labels = data()
+    y = labels if y is None else y
+    return UnlearningProblem(model or trained(), (x[:20], y[:20]), (x[20:], y[20:]), loss=loss)
+
+
+# ---------------------------------------------------------------------- losses
+
+
+def test_a_loss_that_knows_the_other_samples_is_refused():
+    def centred(outputs, targets):
+        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return each - each.mean()
+
+    with pytest.raises(ValueError, match=r"`loss` must give a sample the same loss whatever else .* got 'centred'"):
+        problem_of(loss=centred)
+
+
+def test_a_loss_that_writes_into_the_outputs_is_blamed_for_it():
+    x, y = torch.randn(40, 4), torch.randn(40, 3)
+
+    def written(outputs, targets):
+        return outputs.sub_(targets).square().mean(1)
+
+    with pytest.raises(ValueError, match=r"`loss` must leave the outputs as they are; got 'written'"):
+        UnlearningProblem(nn.Linear(4, 3), (x[:10], y[:10]), (x[10:], y[10:]), loss=written)
+
+
+def test_losses_of_very_different_samples_pass():
+    model = trained()
+    with torch.no_grad():
+        model[2].weight.mul_(30)  # losses from 0 to hundreds
+    problem_of(model)
+    problem_of(model, loss=lambda outputs, targets: nn.functional.cross_entropy(outputs, targets, reduction="none"))
+
+
+def test_a_loss_that_cuts_the_graph_is_named():
+    def cut(outputs, targets):
+        return nn.functional.cross_entropy(outputs.detach(), targets, reduction="none")
+
+    with pytest.raises(ValueError, match=r"`loss` must be differentiable; got losses of 'cut' without derivatives"):
+        problem_of(loss=cut)
+
+
+# ---------------------------------------------------------------------- models
+
+
+class Cut(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how = trained(), how
+
+    def forward(self, x):
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return self.inner(x)
+        return torch.from_numpy(self.inner(x).detach().numpy())
+
+
+@pytest.mark.parametrize("how", ["no_grad", "numpy"])
+def test_a_model_that_cuts_the_graph_is_named(how):
+    if how == "numpy":  # which transformed tensors do not have
+        with pytest.raises(ValueError, match=r"`model`"):
+            problem_of(Cut(how))
+        return
+    with pytest.raises(ValueError, match=r"`model` must be differentiable; got outputs without derivatives"):
+        problem_of(Cut(how))
+
+
+def test_a_model_without_memory_is_told_how_to_get_some():
+    with pytest.raises(ValueError, match=r"'0.weight' is on the meta device. .*to_empty\(device='cpu'\)"):
+        problem_of(trained().to("meta"))
+
+
+def test_a_model_that_counts_its_calls_in_a_buffer_is_refused():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = trained()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x)
+
+    model = Counts()
+    with pytest.raises(ValueError, match=r"`model` must not write into its buffers or weights in eval mode"):
+        problem_of(model)
+    assert float(model.calls) == 0
+
+
+def test_a_first_layer_that_works_in_place_is_predicted_like_any_other():
+    class Shifts(nn.Module):
+        """Not the same twice on the same tensor."""
+
+        def __init__(self, *, in_place):
+            super().__init__()
+            self.inner, self.in_place = trained(), in_place
+
+        def forward(self, x):
+            return self.inner(x.add_(0.1) if self.in_place else x + 0.1)
+
+    x, y = data()
+    kept = x.clone()
+    reports = [
+        stabkit.predict(
+            Shifts(in_place=how), (x[:20], y[:20]), (x[20:], y[20:]), lr=0.05, batch_size=8, steps=10, mode="thorough"
+        )
+        for how in (True, False)
+    ]
+    assert torch.equal(x, kept)
+    assert reports[0].critical_lr == reports[1].critical_lr
+    assert reports[0].probability == reports[1].probability
+
+
+# ---------------------------------------------------------------------- targets
+
+
+def test_remedies_for_targets_fit_what_came():
+    _, y = data()
+    soft = torch.softmax(torch.randn(60, 3), 1)
+    with pytest.raises(TypeError, match=r"taken by loss=nn.CrossEntropyLoss\(reduction='none'\)"):
+        problem_of(y=soft)
+    problem_of(y=soft, loss=nn.CrossEntropyLoss(reduction="none"))  # which does take them
+    with pytest.raises(TypeError, match=r"Use targets.long\(\)"):
+        problem_of(y=y.float())
+    with pytest.raises(ValueError, match=r"Use targets.squeeze\(1\)"):
+        problem_of(y=y.unsqueeze(1))
+
+
+# ---------------------------------------------------------------------- algorithms
+
+
+def test_residuals_of_another_shape_are_named():
+    class Odd(GradDiff):
+        name = "odd"
+        given = None
+
+        def forget_residual(self, loss, batch):
+            return type(self).given
+
+    x, y = data()
+    for given, got in ((torch.ones(3), r"shape \(3,\)"), (None, "None")):
+        Odd.given = given
+        with pytest.raises(ValueError, match=rf"`forget_residual` of `Odd` must return .* got {got}"):
+            stabkit.predict(
+                trained(), (x[:20], y[:20]), (x[20:], y[20:]), algorithm=Odd(lr=0.05, batch_size=8), mode="fast", rank=5
+            )
+
+
+class Halved(AGU):
+    """Has the name that it inherits."""
+
+    def preconditioner(self, problem):
+        return Diagonal(torch.full((problem.size,), 0.5))
+
+
+def test_an_algorithm_of_ones_own_is_not_taken_for_the_librarys(tmp_path):
+    x, y = data()
+    forget, retain, model = (x[:20], y[:20]), (x[20:], y[20:]), trained()
+    own = Halved(lr=0.05, batch_size=8, steps=20)
+    report = stabkit.predict(model, forget, retain, algorithm=own, mode="fast")
+    read = stabkit.Report.from_json(report.to_json(tmp_path / "report.json"))
+    for one in (report, read):
+        assert one.run.own
+        with pytest.raises(
+            ValueError, match="`algorithm` of `verify` must be given, as the report's 'agu' is of a class"
+        ):
+            stabkit.verify(one, model, forget, retain)
+        assert stabkit.verify(one, model, forget, retain, algorithm=own).algorithm == "agu"
+    theirs = stabkit.predict(model, forget, retain, algorithm=AGU(lr=0.05, batch_size=8, steps=20), mode="fast")
+    assert not theirs.run.own
+
+
+def test_a_test_set_that_is_not_held_out_is_refused_by_verify_as_by_audit():
+    x, y = data()
+    forget, retain, model = (x[:20], y[:20]), (x[20:], y[20:]), trained()
+    report = stabkit.predict(model, forget, retain, lr=0.05, batch_size=8, mode="fast", steps=10)
+    with pytest.raises(ValueError, match="`test` of `verify` must hold no sample of `retain`; they share 40"):
+        stabkit.verify(report, model, forget, retain, test=retain)
+
+
+# ---------------------------------------------------------------------- tune
+
+
+@pytest.mark.parametrize("name", ["lr", "mix"])
+def test_tune_takes_nothing_that_it_chooses(name):
+    x, y = data()
+    with pytest.raises(TypeError, match=rf"`{name}` of `tune` must be left out, as it is what `tune` chooses; got 0.5"):
+        stabkit.tune(trained(), (x[:20], y[:20]), (x[20:], y[20:]), **{name: 0.5})
+
+
+def test_tune_says_so_where_the_target_is_reached_before_the_run():
+    x, y = data()
+    forget, retain, model = (x[:20], y[:20]), (x[20:], y[20:]), trained()
+    with pytest.warns(stabkit.StabkitWarning, match=r"before the run, and so past its target, 1e-06: by this measure"):
+        stabkit.tune(model, forget, retain, forget_loss=1e-6, batch_size=8, mode="fast", steps=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category=UserWarning)
+        warnings.filterwarnings("ignore", category=stabkit.LowConfidenceWarning)
+        warnings.filterwarnings("ignore", message="no setting that is predicted")
+        stabkit.tune(model, forget, retain, forget_loss=0.8, batch_size=8, mode="fast", steps=10)
+
+
+# ---------------------------------------------------------------------- the guard
+
+
+@pytest.mark.parametrize("action", ["warn", "stop", "shrink"])
+def test_a_guard_that_is_to_warn_does_so_once_in_a_loop_of_ones_own(action):
+    guard = stabkit.Monitor(level=1.0, action=action)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alerts = [guard.update(retain_loss=1e-3 * 1.3**k) for k in range(40)]
+    assert isinstance(alerts[0], stabkit.Alert)
+    assert any(alert.state == "rising" for alert in alerts)
+    said = [str(w.message) for w in caught]
+    assert len(said) == (action == "warn")
+    assert all(text.startswith("the run is watched: step ") for text in said)
+    assert {w.filename for w in caught} <= {__file__}
+
+
+def test_the_weights_of_the_factor_are_those_of_the_docstring():
+    """The loop of the class's docstring, run as it stands."""
+    assert 'group["lr"] = lr * alert.lr_factor' in stabkit.Monitor.__doc__
+    lr, model = 0.5, MLP(4, 3, hidden=(8,))
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    guard, seen = stabkit.Monitor(level=1.0, action="shrink"), []
+    for k in range(40):
+        alert = guard.update(retain_loss=1e-3 * 1.3**k)
+        if alert.stop:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = lr * alert.lr_factor
+        seen.append(optimizer.param_groups[0]["lr"] / lr)
+    assert seen[0] == 1.0
+    assert 0 < seen[-1] < 1
+    assert seen == sorted(seen, reverse=True)
