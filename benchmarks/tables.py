@@ -753,8 +753,8 @@ def main() -> None:
         "# Benchmarks",
         "Every figure below was read from `benchmarks/results/` by `python benchmarks/tables.py`; the command above each "
         "table\nmakes its result anew. `verify.md` has predictions against real runs over many cells (`stabkit bench "
-        "verify`),\n`gpu/results.md` the experiments on a GPU, `gpu/small.md` the same jobs at CPU scale. Speeds are "
-        "ratios\nwithin one run, as absolute times depend on the machine.",
+        "verify`),\n`gpu/results.md` the experiments on a GPU, `gpu/reduced.md` the same jobs with narrow networks on "
+        "a CPU. Speeds are ratios\nwithin one run, as absolute times depend on the machine.",
     ]
     for name, section in (
         ("digits_grid.json", digits_grid),

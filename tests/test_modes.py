@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 import stabkit
+from stabkit.algorithms import GradDiff
 from stabkit.calibration import calibration
-from stabkit.modes import MODES, SMALL_WORK
+from stabkit.curvature import forward_size, rows_pay
+from stabkit.models import SmallCNN
+from stabkit.modes import MODES, OPERATIONS_A_SECOND, SMALL_WORK, Sizes, estimate_cost
+from stabkit.problem import UnlearningProblem
 from stabkit.training import train
 
 SMALL = {"batch_size": 8, "steps": 30, "lr": 0.05, "seeds": 2}
@@ -123,3 +127,24 @@ def test_what_the_caller_asks_for_comes_before_the_mode(case):
 
 def _settings():
     return {key: value for key, value in SMALL.items() if key != "lr"}
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+def test_the_estimate_counts_what_is_multiplied_beside_the_passes(dense):
+    """Of wide networks that is most of the time; with gradients that take none it is all that is left."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 500), nn.ReLU(), nn.Linear(500, 10))
+        if not dense:
+            model = SmallCNN(1, 8, 10)
+    x, y = torch.randn(300, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(300) % 10
+    problem = UnlearningProblem(model, (x[:60], y[:60]), (x[60:], y[60:]))
+    settings = Sizes().settings(MODES["standard"], curvature="hessian", seed=0)
+    found = estimate_cost(problem, GradDiff(steps=10, batch_size=8), settings, seeds=1, seconds_per_gradient=0.0)
+    stage = next(stage for stage in found.stages if stage.stage == "linearisation")
+    d, k, passes = problem.size, 100, stage.gradient_equivalents
+    _, operations = forward_size(problem, problem.retain.batch(torch.arange(1))[0])
+    each = 2 * operations * k / 10 if dense else 2 * d * k  # vectors through the network, or rows times the block
+    assert stage.seconds * OPERATIONS_A_SECOND == pytest.approx(passes * each + 8 * d * k**2, rel=1e-6)
+    assert rows_pay(10, k, size=d, operations=operations) == (not dense)

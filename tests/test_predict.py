@@ -222,7 +222,9 @@ def test_a_users_own_algorithm_is_predicted_and_verified_unchanged(digits_mlp, c
     assert report.run.algorithm == "tripled"
     plain = stabkit.predict(digits_mlp, *class_deletion, lr=0.02, mix=0.4, **QUICK)
     assert report.thresholds.largest > 1.01 * plain.thresholds.largest
-    with pytest.raises(ValueError, match="`algorithm` of `verify` must be given, as the report's 'tripled' is of a class"):
+    with pytest.raises(
+        ValueError, match="`algorithm` of `verify` must be given, as the report's 'tripled' is of a class"
+    ):
         stabkit.verify(report, digits_mlp, *class_deletion)
     checked = stabkit.verify(report, digits_mlp, *class_deletion, algorithm=Tripled())
     assert checked.algorithm == "tripled"
