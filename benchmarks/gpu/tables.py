@@ -117,12 +117,15 @@ def _head(results: dict[str, Any], failures: dict[str, Any], total: int) -> str:
     noted = dict.fromkeys(entry["commit"] for entry in results.values() if entry.get("commit"))
     commits = ", ".join(text[:7] + text[40:] for text in noted)  # "and changes" is kept
     most = max(entry.get("jobs_at_once", 1) for entry in results.values())
+    at_once = f"Up to {most} jobs went on at once, each in a process of its own, which makes their seconds longer"
+    at_once = at_once if most > 1 else "One job went on at a time"
     said = "in TF32 and say its error" if "full" in scales else "in float32"
     lines.append(
         f"`PYTHONPATH=. python benchmarks/gpu/run.py --scale {'/'.join(sorted(scales))}` on {', '.join(sorted(devices))}: "
         f"{len(results)} of {total} jobs done, {len(failures)} failed.\n{versions}; commits {commits or 'not noted'}.\n"
-        f"Up to {most} jobs went on at once, each in a process of its own, which makes their seconds longer; rows under\n"
-        "*Speed and precision* and the first ones under *What a prediction costs* had the device to themselves.\n"
+        f"{at_once}; rows under\n"
+        "*Speed and precision* and the first ones under *What a prediction costs* had the device to themselves. Other seconds\n"
+        "are told as they came, whatever else the machine did.\n"
         "BatchNorm is frozen in runs and predictions, the library's default, but where a cell says `batch`.\n"
         f"Predictions about runs multiply {said}, runs as PyTorch does by default ({multiplied})."
     )
