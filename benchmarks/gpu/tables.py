@@ -124,8 +124,8 @@ def _head(results: dict[str, Any], failures: dict[str, Any], total: int) -> str:
         f"`PYTHONPATH=. python benchmarks/gpu/run.py --scale {'/'.join(sorted(scales))}` on {', '.join(sorted(devices))}: "
         f"{len(results)} of {total} jobs done, {len(failures)} failed.\n{versions}; commits {commits or 'not noted'}.\n"
         f"{at_once}; rows under *Speed and\n"
-        "precision* and the first ones under *What a prediction costs* had the device to themselves. Other seconds are told\n"
-        "as they came, whatever else the machine did.\n"
+        "precision* and the first ones under *What a prediction costs* had the device to themselves. Other seconds are\n"
+        "told as they came, whatever else the machine did.\n"
         "BatchNorm is frozen in runs and predictions, the library's default, but where a cell says `batch`.\n"
         f"Predictions about runs multiply {said}, runs as PyTorch does by default ({multiplied})."
     )
