@@ -106,7 +106,8 @@ def predict(
         The report. Cost: some 25 Hessian-vector products over the spectrum's samples and some O per-sample gradients of
         each linearised one; the rest needs no network pass, but for the staged rollouts of a thorough one: one a seed and
         some sixteen for the critical step size and mix, each between a few forward passes and a run. `predict_cost` tells
-        it before, `report.costs` after.
+        it before, `report.costs` after; either leaves out the forward passes over up to 2,048 samples of each set that
+        checking the problem takes.
 
     Raises:
         ValueError: If an argument is out of its domain.

@@ -37,9 +37,11 @@ Parameters = dict[str, Tensor]
 EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
+EVALUATED = 2048  # samples of each set behind the losses at θ*: of a large set more would cost as much as a prediction
 PROBES = 16  # forget samples that are looked for in the retain set
 MOVED_SAMPLES = 4  # through which gradients away from θ* are compared
 PROBABILITIES = 1e-4  # how far from 1 the sum of outputs may be that are probabilities
+SAME_LOSS = 1e-4  # relative: of a sample alone and among others, from the same outputs
 COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
 
 
@@ -60,8 +62,8 @@ class UnlearningProblem:
             layer.
         statistics: Running statistics of the BatchNorm layers at θ*, by buffer name; empty when frozen.
         model_name: Class of the model.
-        retain_loss: Mean retain loss at θ*.
-        forget_loss: Mean forget loss at θ*.
+        retain_loss: Mean retain loss at θ*, of up to 2,048 samples.
+        forget_loss: Mean forget loss at θ*, of as many.
         divergence_level: Mean retain loss of the best constant predictor (theory §7); a run that reaches it diverges.
         widest_output: Numbers that the network itself gives for a sample, which a pass holds whatever is read of them.
         reading_gradients: What `reading` spent to make this problem; a forward pass counts as a third of a gradient.
@@ -80,6 +82,8 @@ class UnlearningProblem:
         dtype: torch.dtype | None = None,
     ) -> None:
         """Read and check everything. The model is copied; data are read when needed and must stay as they are meanwhile.
+
+        Cost: forward passes over up to 2,048 samples of each set; the data themselves are read in full.
 
         Args:
             model: The trained network. It must return a tensor, or an object with `.logits`. What torch.compile,
@@ -507,11 +511,12 @@ class UnlearningProblem:
                 OverlapWarning,
                 stacklevel=caller_level(),
             )
-        losses = self.losses(self.retain)
         outputs = self.outputs(self.parameters, self.retain.batch(torch.zeros(1, dtype=torch.int64))[0])
         self.divergence_level = self.loss.constant_level(outputs, self.retain.targets())
-        self.retain_loss = float(losses.mean())
-        self.forget_loss = float(self.losses(self.forget).mean())
+        self.retain_loss, self.forget_loss = (
+            float(self.losses(samples, indices=samples.subset(EVALUATED, 0)).mean())
+            for samples in (self.retain, self.forget)
+        )
         if self.retain_loss >= self.divergence_level:
             warnings.warn(
                 f"`model` has retain loss {self.retain_loss:.4g}, no better than the best constant prediction "
@@ -595,7 +600,7 @@ class UnlearningProblem:
                 "loss and the inputs' scale."
             )
         alone = self.loss.per_sample(outputs[:1], targets[:1])
-        if not torch.allclose(alone, losses[:1], rtol=COUPLING, atol=COUPLING * float(losses.abs().max())):
+        if not torch.allclose(alone, losses[:1], rtol=SAME_LOSS, atol=SAME_LOSS * float(losses.abs().max())):
             raise ValueError(
                 f"`loss` must give a sample the same loss whatever else is in its batch; got {self.loss.name!r}, whose "
                 f"first one of `{name}` is {float(losses.flatten()[0]):.4g} among others and "

@@ -698,3 +698,28 @@ def test_running_out_of_memory_is_not_the_models_fault():
 
     with pytest.raises(torch.OutOfMemoryError, match=r"^no room for 7 GiB$"):
         build(Returns(exhausted))
+
+
+def test_the_losses_of_large_sets_are_those_of_a_sample(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6000, 4, generator=g)
+    y = (x[:, 0] > 0).long()
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-1.0, 0, 0, 0], [1.0, 0, 0, 0]]))
+    seen = []
+    whole = UnlearningProblem.losses
+
+    def counted(self, samples, parameters=None, indices=None):
+        seen.append(samples.size if indices is None else len(indices))
+        return whole(self, samples, parameters, indices)
+
+    monkeypatch.setattr(UnlearningProblem, "losses", counted)
+    problem = UnlearningProblem(model, (x[:100], y[:100]), (x[100:], y[100:]))
+    assert seen == [2048, 100]
+    assert problem.forget_loss == pytest.approx(float(whole(problem, problem.forget).mean()))
+    every = whole(problem, problem.retain)
+    error = float(every.std()) / 2048**0.5
+    assert 0 < abs(problem.retain_loss - float(every.mean())) < 4 * error
+    again = UnlearningProblem(model, (x[:100], y[:100]), (x[100:], y[100:]))
+    assert again.retain_loss == problem.retain_loss
