@@ -222,22 +222,7 @@ def _measured(
 
     next(stages)
     start = time.perf_counter()
-    network = (
-        reuse.network
-        if reuse
-        else linearise(
-            problem,
-            preconditioner,
-            rank=settings.rank,
-            max_rank=MOST_DIRECTIONS,
-            retain_samples=settings.retain_samples,
-            forget_samples=settings.forget_samples,
-            sketch_samples=settings.sketch_samples,
-            landmarks=landmarks(problem, algorithm, preconditioner),
-            batch_sizes=algorithm.batch_sizes(problem) if problem.batchnorm == "batch" else None,
-            seed=settings.seed,
-        )
-    )
+    network = reuse.network if reuse else linearised(problem, algorithm, preconditioner, settings)
     spent = 0.0 if reuse else float(network.gradient_equivalents)
     costs.append(Cost(stage="linearisation", seconds=time.perf_counter() - start, gradient_equivalents=spent))
 
@@ -265,6 +250,34 @@ def _measured(
         coherence=alignment,
         layers=layers,
         costs=tuple(costs),
+    )
+
+
+def linearised(
+    problem: UnlearningProblem, algorithm: Algorithm, preconditioner: Preconditioner, settings: MeasureSettings
+) -> LinearisedNetwork:
+    """The network compressed for an algorithm, as every measurement and every remedy has it.
+
+    Args:
+        problem: The unlearning problem.
+        algorithm: The algorithm.
+        preconditioner: Its P.
+        settings: How much to measure.
+
+    Returns:
+        The compressed network. Cost: as `linearise` says.
+    """
+    return linearise(
+        problem,
+        preconditioner,
+        rank=settings.rank,
+        max_rank=MOST_DIRECTIONS,
+        retain_samples=settings.retain_samples,
+        forget_samples=settings.forget_samples,
+        sketch_samples=settings.sketch_samples,
+        landmarks=landmarks(problem, algorithm, preconditioner),
+        batch_sizes=algorithm.batch_sizes(problem) if problem.batchnorm == "batch" else None,
+        seed=settings.seed,
     )
 
 

@@ -14,8 +14,8 @@ from stabkit.algorithms import Algorithm
 from stabkit.boundary import critical_lr
 from stabkit.calibration import calibration
 from stabkit.cause import layer_shares
-from stabkit.curvature import LinearisedNetwork, linearise
-from stabkit.measure import MOST_DIRECTIONS, Measurement
+from stabkit.curvature import LinearisedNetwork
+from stabkit.measure import Measurement, linearised
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.recommendations import ParetoPoint, Recommendation, Recommendations
 from stabkit.rollout import Rollout, loss_scale, rollout
@@ -225,18 +225,8 @@ class _Search:
 
     def _linearised(self, algorithm: Algorithm) -> LinearisedNetwork:
         """The network compressed anew for an algorithm whose P is another, as the measurement was."""
-        settings = self._measurement.settings
-        return linearise(
-            self._problem,
-            algorithm.step_preconditioner(self._problem.whole),
-            rank=settings.rank,
-            max_rank=MOST_DIRECTIONS,
-            retain_samples=settings.retain_samples,
-            forget_samples=settings.forget_samples,
-            sketch_samples=settings.sketch_samples,
-            batch_sizes=algorithm.batch_sizes(self._problem) if self._problem.batchnorm == "batch" else None,
-            seed=settings.seed,
-        )
+        preconditioner = algorithm.step_preconditioner(self._problem.whole)
+        return linearised(self._problem, algorithm, preconditioner, self._measurement.settings)
 
     def confirmed(self, item: Recommendation, *, first: bool = False) -> Recommendation:
         """The same setting by a staged rollout; its step size lowered until it holds, unless it is the one asked about."""

@@ -162,21 +162,23 @@ def test_held_out_data_are_the_target(digits_mlp, random_deletion, digits_data):
         stabkit.tune(digits_mlp, forget, retain, test=held_out, forget_loss=1.0)
 
 
-def test_a_damped_network_is_linearised_as_the_first_one_was(digits_cnn, class_deletion, monkeypatch):
-    asked = {"measure": [], "remedy": []}
-    for name, calls in asked.items():
-        module = importlib.import_module(f"stabkit.{name}")
+@pytest.mark.parametrize("decay", [0.0, 5e-4])
+def test_a_damped_network_is_linearised_as_the_first_one_was(digits_cnn, class_deletion, monkeypatch, decay):
+    algorithm = stabkit.GradDiff(lr=0.05, mix=0.5, steps=20, weight_decay=decay)
+    asked = []
 
-        def noted(problem, preconditioner, calls=calls, **settings):
-            calls.append(settings)
-            return linearise(problem, preconditioner, **settings)
+    def noted(problem, preconditioner, **settings):
+        asked.append({**settings, "landmarks": len(settings["landmarks"])})
+        return linearise(problem, preconditioner, **settings)
 
-        monkeypatch.setattr(module, "linearise", noted)
-    report = stabkit.predict(digits_cnn, *class_deletion, mode="fast", lr=0.05, mix=0.5, steps=20)
+    monkeypatch.setattr(importlib.import_module("stabkit.measure"), "linearise", noted)
+    report = stabkit.predict(digits_cnn, *class_deletion, mode="fast", algorithm=algorithm)
+    assert len(asked) == 1
     report.recommend()
-    assert asked["remedy"]
-    assert all(settings == asked["measure"][0] for settings in asked["remedy"])
-    assert asked["measure"][0]["sketch_samples"] == MODES["fast"].sketch_samples
+    assert len(asked) > 1
+    assert all(settings == asked[0] for settings in asked)
+    assert asked[0]["sketch_samples"] == MODES["fast"].sketch_samples
+    assert asked[0]["landmarks"] == bool(algorithm.weight_decay)
 
 
 def test_the_layers_that_move_most_are_damped(digits_cnn, class_deletion):
