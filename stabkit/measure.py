@@ -136,13 +136,13 @@ class Measurement:
             or a weight decay that was there already changed. A new mix, or another algorithm where P = I for both, has its
             spectrum and coherence measured; any other setting, or another algorithm, everything.
         """
+        begins = algorithm.weight_decay and not self.algorithm.weight_decay  # along a direction that is not there yet
         if type(algorithm) is not type(self.algorithm):
             plain = type(algorithm).preconditioner is type(self.algorithm).preconditioner is Algorithm.preconditioner
-            plain = plain and algorithm.layer_lr == self.algorithm.layer_lr
+            plain = plain and algorithm.layer_lr == self.algorithm.layer_lr and not begins
             return measure(self.problem, algorithm, self.settings, reuse=self if plain else None)
         changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
         sizes = {"batch_size", "forget_batch_size"} if self.problem.batchnorm == "batch" else set()
-        begins = algorithm.weight_decay and not self.algorithm.weight_decay  # along a direction that is not there yet
         if begins or changed & (algorithm.preconditioner_reads | sizes):
             return measure(self.problem, algorithm, self.settings)
         if changed <= FREE_SETTINGS:

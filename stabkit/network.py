@@ -220,7 +220,7 @@ def check_stateless(
         loss: A number to differentiate, from outputs.
 
     Raises:
-        ValueError: If outputs or gradients are not those of the copy.
+        ValueError: If outputs or gradients are not those of the copy, or the forward pass writes into what it holds.
     """
     _check_buffers(parameters, inputs, outputs)
     try:

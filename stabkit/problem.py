@@ -101,8 +101,9 @@ class UnlearningProblem:
             TypeError: If the model is not a module or cannot be copied, or data or targets have a wrong type.
             RuntimeError: If it is made under torch.inference_mode().
             ValueError: If data are empty, overlapping, not finite or out of range, the model is not deterministic, couples
-                samples in eval mode, computes again in its backward pass or has no trainable parameter, a set has one sample
-                where batches need two, or device or dtype cannot be used.
+                samples or writes into its buffers in eval mode, computes again in its backward pass, is on the meta device
+                or has no trainable parameter, the loss couples samples or writes into the outputs, either cuts the graph, a
+                set has one sample where batches need two, or device or dtype cannot be used.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` of `UnlearningProblem` must be a torch.nn.Module; got {type(model).__name__}.")

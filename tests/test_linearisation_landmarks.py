@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stabkit
-from stabkit.algorithms import GradDiff, L1Sparse, SalUn
+from stabkit.algorithms import FineTune, GradDiff, L1Sparse, SalUn
 from stabkit.curvature import linearisation_cost, linearise
 from stabkit.measure import landmarks, measure
 from stabkit.models import MLP
@@ -210,6 +210,11 @@ def test_a_decay_that_was_not_measured_for_is_measured_and_another_one_is_free()
         assert again.network is decayed.network
         assert sum(cost.gradient_equivalents for cost in again.costs) == 0
     assert decayed.with_algorithm(decayed.algorithm.replace(mix=0.7)).network is decayed.network
+    # Another algorithm with P = I reuses a network only if that has the direction too.
+    other = FineTune(lr=0.01, steps=10, batch_size=5)
+    assert plain.with_algorithm(other).network is plain.network
+    assert plain.with_algorithm(other.replace(weight_decay=1e-3)).network.landmarks == 1
+    assert decayed.with_algorithm(other.replace(weight_decay=1e-3)).network is decayed.network
 
 
 def test_a_report_with_decay_says_what_a_run_does():

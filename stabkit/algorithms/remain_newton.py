@@ -12,9 +12,7 @@ from stabkit.directions.retain_inverse import METHODS, RetainInverse
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 
-SOLVE_PRODUCTS = (
-    120  # ½√κ·ln(2/tolerance) at κ = 1000, which the default damping makes it, and a tolerance of a thousandth
-)
+SOLVE_PRODUCTS = 120  # ½√κ·ln(2/tolerance) at κ = 1000, the default damping's, and a tolerance of a thousandth
 
 
 @dataclass(frozen=True, kw_only=True)
