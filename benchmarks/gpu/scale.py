@@ -1,6 +1,6 @@
 """Sizes of the experiments: the full one for a GPU, and two that take the same way on a CPU.
 
-The reduced one has trained networks of the same build on a part of the data and takes some three hours of a core; the small
+The reduced one has trained networks of the same build on a part of the data and takes some hours of a core; the small
 one only shows that every job runs.
 """
 
@@ -178,7 +178,7 @@ REDUCED = Scale(
     mixes=(0.2, 0.5),
     points=4,
     span=4.0,
-    seeds=(0, 1),
+    seeds=(0, 1, 2),
     halvings=1,
     watched=128,
     measured={"resnet18": _FEW, "vit": _FEW, "lm": _FEW_TEXT, "lm-gpt2": _FEW_TEXT},

@@ -110,7 +110,7 @@ def _head(results: dict[str, Any], failures: dict[str, Any], total: int) -> str:
         lines.append(
             "**This is the reduced experiment on a CPU and no GPU result**: ResNet-18 with an eighth of its channels and\n"
             "other narrow networks, trained on a fifth of CIFAR-10's images, without augmentation so that they\n"
-            "remember them, or on sixty people; two seeds of every run."
+            "remember them, or on sixty people."
         )
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in last["versions"].items())
     multiplied = ", ".join(f"{name} {how}" for name, how in last["arithmetic"].items())
@@ -188,12 +188,13 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
                 _number(quality.balanced_accuracy),
                 *dashes,
             ))
+    seeds = "/".join(str(count) for count in sorted({len(found["seeds"]) for found in cells.values()}))
     return "\n\n".join([
         "## Predictions against runs",
         "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary that staged rollouts,\n"
-        "or else one linearisation, predict for each mix. Ratios are of predicted over observed critical step sizes,\n"
-        "where the grid brackets one. Staged rollouts are of one seed, where a thorough `predict` takes several. The other\n"
-        "real run has other batches.",
+        f"or else one linearisation, predict for each mix, with {seeds} seeds of each. Ratios are of predicted over\n"
+        "observed critical step sizes, where the grid brackets one. Staged rollouts are of one seed, where a thorough\n"
+        "`predict` takes several. The other real run has other batches.",
         _table(
             (
                 "network",
