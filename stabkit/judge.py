@@ -41,6 +41,7 @@ from stabkit.steps import check_coupled
 STABLE_BELOW, DIVERGES_ABOVE = 0.25, 0.75  # of P(diverge); between them the verdict is "marginal"
 HORIZON_GROWTH = 1e3  # of the mean square, at `Thresholds.horizon_lr`
 LYAPUNOV_STEPS, LYAPUNOV_RUNS = 100, 16
+NEGLIGIBLE = 1e-3  # negative curvature, as a share of the largest
 DAMPING = 1e-3  # ε of T5, as a share of λ_max(H_R)
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
 
@@ -324,8 +325,13 @@ def _guess(measurement: Measurement) -> float:
         return limit
     # Where no curvature is positive, runs diverge along the most negative one.
     smallest = _edges(measurement)[0]
-    clear = -smallest > float(measurement.spectrum.pairs.residuals.max())
-    return 2 / -smallest if clear else measurement.algorithm.lr
+    return 2 / -smallest if -smallest > _negligible(measurement) else measurement.algorithm.lr
+
+
+def _negligible(measurement: Measurement) -> float:
+    """Negative curvature that counts as none; less than its residual may be real, as no quotient lies below λ_min."""
+    pairs = measurement.spectrum.pairs
+    return min(float(pairs.residuals[0]), NEGLIGIBLE * pairs.scale)
 
 
 def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Sequence[int], lr: CriticalValue) -> _Limits:
@@ -360,7 +366,7 @@ def _thresholds(measurement: Measurement, batch_sizes: tuple[int, int], limits: 
         residuals=(float(pairs.residuals[0]), float(pairs.residuals[-1])),
         converged=pairs.converged,
         step_limit=limit,
-        mean_stable=smallest >= -float(pairs.residuals[0]) and algorithm.lr <= limit,
+        mean_stable=smallest >= -_negligible(measurement) and algorithm.lr <= limit,
         asymptotic_mix=stability.critical_mix(retain_mean, measurement.forget.mean(), damping=damping).mix,
         damping=damping,
         radius=mean_square.radius,

@@ -25,7 +25,8 @@ from stabkit.report import Cost
 from stabkit.runner import CHECK_EVERY, check_steps
 
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
-SPECTRUM_PRODUCTS = 27  # that the two extreme eigenpairs take, with the two quotients; typical, not a bound
+SPECTRUM_PRODUCTS = 13  # that the two extreme eigenpairs take, with the quotients; typical, not a bound
+CHECKING = "checking the problem"  # the stage before all others
 # Of the run's gradients, what a staged rollout of one seed takes on average over the benchmark's grids (verify.md there).
 TYPICAL_SHARE = 0.3
 # Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
@@ -74,7 +75,7 @@ MODES = {
         rank=40,
         retain_samples=160,
         forget_samples=144,
-        spectrum_samples=32,
+        spectrum_samples=28,
         sketch_samples=40,
         staged=False,
     ),
@@ -172,6 +173,7 @@ def estimate_cost(
     )
     rank, coupled = settings.rank or MOST_DIRECTIONS, problem.batchnorm == "batch"
     gradients = {
+        CHECKING: problem.checking_gradients,
         "preconditioner": algorithm.preconditioner_cost(problem),
         "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
         "linearisation": linearisation_cost(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,10 +16,10 @@ from stabkit.checks import warn_if_unsure
 from stabkit.judge import check_batches, judge
 from stabkit.losses import Loss, PerSampleLoss
 from stabkit.measure import measure
-from stabkit.modes import CostEstimate, Sizes, choose_settings, estimate_cost
+from stabkit.modes import CHECKING, CostEstimate, Sizes, choose_settings, estimate_cost
 from stabkit.precision import PRECISIONS
 from stabkit.problem import UnlearningProblem
-from stabkit.report import Report
+from stabkit.report import Cost, Report
 from stabkit.samples import Data
 
 
@@ -103,11 +104,10 @@ def predict(
         progress: Whether to show progress bars.
 
     Returns:
-        The report. Cost: some 25 Hessian-vector products over the spectrum's samples and some O per-sample gradients of
-        each linearised one; the rest needs no network pass, but for the staged rollouts of a thorough one: one a seed and
-        some sixteen for the critical step size and mix, each between a few forward passes and a run. `predict_cost` tells
-        it before, `report.costs` after; either leaves out the forward passes over up to 2,048 samples of each set that
-        checking the problem takes.
+        The report. Cost: some 15 Hessian-vector products over the spectrum's samples and some O per-sample gradients
+        of each linearised one; the rest needs no more than a few forward passes, but for the staged rollouts of a thorough
+        one: one a seed and some sixteen for the critical step size and mix, each between a few forward passes and a run.
+        `predict_cost` tells it before, `report.costs` after.
 
     Raises:
         ValueError: If an argument is out of its domain.
@@ -134,7 +134,11 @@ def predict(
         max_gradient_norm=max_gradient_norm,
         lr_schedule=lr_schedule,
     )
+    start = time.perf_counter()
     problem = UnlearningProblem(model, forget, retain, loss=loss, batchnorm=batchnorm, device=device, dtype=dtype)
+    checking = Cost(
+        stage=CHECKING, seconds=time.perf_counter() - start, gradient_equivalents=problem.checking_gradients
+    )
     check_batches(problem, chosen)
     with preserved_rng():
         settings = choose_settings(
@@ -143,7 +147,7 @@ def predict(
         measurement = measure(problem, chosen, replace(settings, precision=precision), progress=progress)
         report = judge(measurement, range(seed, seed + seeds), progress=progress)
     warn_if_unsure(report.checks)
-    return report
+    return replace(report, costs=(checking, *report.costs))
 
 
 def predict_cost(

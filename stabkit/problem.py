@@ -37,7 +37,7 @@ Parameters = dict[str, Tensor]
 EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
-EVALUATED = 2048  # samples of each set behind the losses at θ*: of a large set more would cost as much as a prediction
+EVALUATED = 512  # samples of each set behind the losses at θ*: of a large set more would cost as much as a prediction
 PROBES = 16  # forget samples that are looked for in the retain set
 MOVED_SAMPLES = 4  # through which gradients away from θ* are compared
 PROBABILITIES = 1e-4  # how far from 1 the sum of outputs may be that are probabilities
@@ -62,10 +62,11 @@ class UnlearningProblem:
             layer.
         statistics: Running statistics of the BatchNorm layers at θ*, by buffer name; empty when frozen.
         model_name: Class of the model.
-        retain_loss: Mean retain loss at θ*, of up to 2,048 samples.
+        retain_loss: Mean retain loss at θ*, of up to 512 samples.
         forget_loss: Mean forget loss at θ*, of as many.
         divergence_level: Mean retain loss of the best constant predictor (theory §7); a run that reaches it diverges.
         widest_output: Numbers that the network itself gives for a sample, which a pass holds whatever is read of them.
+        checking_gradients: What the losses at θ* took; a forward pass counts as a third of a gradient.
         reading_gradients: What `reading` spent to make this problem; a forward pass counts as a third of a gradient.
     """
 
@@ -83,7 +84,7 @@ class UnlearningProblem:
     ) -> None:
         """Read and check everything. The model is copied; data are read when needed and must stay as they are meanwhile.
 
-        Cost: forward passes over up to 2,048 samples of each set; the data themselves are read in full.
+        Cost: forward passes over up to 512 samples of each set; the data themselves are read in full.
 
         Args:
             model: The trained network. It must return a tensor, or an object with `.logits`. What torch.compile,
@@ -514,10 +515,12 @@ class UnlearningProblem:
             )
         outputs = self.outputs(self.parameters, self.retain.batch(torch.zeros(1, dtype=torch.int64))[0])
         self.divergence_level = self.loss.constant_level(outputs, self.retain.targets())
+        evaluated = [samples.subset(EVALUATED, 0) for samples in (self.retain, self.forget)]
         self.retain_loss, self.forget_loss = (
-            float(self.losses(samples, indices=samples.subset(EVALUATED, 0)).mean())
-            for samples in (self.retain, self.forget)
+            float(self.losses(samples, indices=indices).mean())
+            for samples, indices in zip((self.retain, self.forget), evaluated, strict=True)
         )
+        self.checking_gradients = sum(indices.numel() for indices in evaluated) / 3
         if self.retain_loss >= self.divergence_level:
             warnings.warn(
                 f"`model` has retain loss {self.retain_loss:.4g}, no better than the best constant prediction "

@@ -34,7 +34,7 @@ class Run:
         loss: Name of the per-sample loss.
         batchnorm: Treatment of BatchNorm statistics.
         divergence_level: Retain loss of the best constant predictor.
-        retain_loss: Retain loss at θ*, of up to 2,048 samples.
+        retain_loss: Retain loss at θ*, of up to 512 samples.
         forget_loss: Forget loss at θ*, of as many.
         device: Where it was computed.
         dtype: Dtype of the network's derivatives.

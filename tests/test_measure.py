@@ -14,6 +14,7 @@ from stabkit.algorithms import AGU, SRAGU, FineTune, GradDiff
 from stabkit.coherence import coherence
 from stabkit.curvature import GGNOperator, HessianOperator, linearise
 from stabkit.heavy_tail import layer_exponents
+from stabkit.judge import judge
 from stabkit.measure import COHERENCE_SAMPLES, MeasureSettings, measure
 from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
@@ -46,7 +47,11 @@ def costs_of(measurement):
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
-@pytest.mark.parametrize("algorithm", [GradDiff(mix=0.3), AGU(mix=0.7)], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "algorithm",
+    [GradDiff(mix=0.3), AGU(mix=0.7), GradDiff(mix=0.0), GradDiff(mix=1.0)],
+    ids=lambda a: f"{a.name}-{a.mix}",
+)
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: CASES[i].name)
 def test_the_spectrum_is_the_dense_ones_ends(case, algorithm, kind):
     problem = problem_of(case)
@@ -66,6 +71,20 @@ def test_the_spectrum_is_the_dense_ones_ends(case, algorithm, kind):
     torch.testing.assert_close(found.forget, (vectors * (forget @ vectors)).sum(0), rtol=1e-7, atol=1e-9)
     parts = (1 - algorithm.mix) * found.retain - algorithm.mix * found.forget
     torch.testing.assert_close(parts, found.pairs.values, rtol=1e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: CASES[i].name)
+def test_mean_stability_is_that_of_the_dense_ends(case, mix):
+    problem = problem_of(case)
+    dense = (1 - mix) * dense_hessian(problem, "retain") - mix * dense_hessian(problem, "forget")
+    values = torch.linalg.eigvalsh(dense)
+    low, high = float(values[0]), float(values[-1])
+    curved = low < -2e-3 * float(values.abs().max())  # clearly, and not of the order that counts as none
+    for share in (0.5, 0.95, 1.05):
+        measurement = measure(problem, GradDiff(mix=mix, lr=share * 2 / high, batch_size=4, steps=5), WHOLE)
+        found = judge(measurement, [0]).thresholds
+        assert found.mean_stable == (share < 1 and not curved)
 
 
 def test_the_parts_are_those_of_the_modules_below():

@@ -116,6 +116,7 @@ def test_costs_are_stated_stage_by_stage(digits_mlp, class_deletion):
     report = stabkit.predict(digits_mlp, *class_deletion, algorithm="agu", lr=0.1, **QUICK)
     costs = {c.stage: c.gradient_equivalents for c in report.costs}
     assert list(costs) == [
+        "checking the problem",
         "preconditioner",
         "spectrum",
         "linearisation",
@@ -124,6 +125,7 @@ def test_costs_are_stated_stage_by_stage(digits_mlp, class_deletion):
         "rollouts and theory",
         "staged rollouts",
     ]
+    assert costs["checking the problem"] == sum(min(512, len(y)) for _, y in class_deletion) / 3
     assert costs["preconditioner"] == len(class_deletion[0][1])
     assert costs["linearisation"] == pytest.approx(2 * 10 * (96 + 48), rel=0.6)
     assert all(c.seconds >= 0 for c in report.costs)
