@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stabkit._validate import check_real
-from stabkit.curvature.gradients import gradient_blocks
+from stabkit.curvature.gradients import gradient_blocks, summed_squares
 from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
@@ -65,5 +65,5 @@ def _gradient_moments(problem: UnlearningProblem, samples: Samples, indices: Ten
     second = torch.zeros_like(first)
     for block in gradient_blocks(problem, samples, indices):
         first += problem.flatten({name: g.double().sum(0) for name, g in block.items()})
-        second += problem.flatten({name: g.double().square().sum(0) for name, g in block.items()})
+        second += summed_squares(problem, block)
     return first / indices.numel(), second / indices.numel()

@@ -14,8 +14,7 @@ from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, map_tensors
 
 GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients held at once, at least
-
-
+SQUARED_BYTES = 2**20  # of them, in double precision, that are squared at once, at least: they stay in a CPU's caches
 MEAN_BATCH = 256
 
 
@@ -71,3 +70,23 @@ def gradient_blocks(
             ]
             gradients = {name: torch.stack([s[name] for s in singles]) for name in problem.parameters}
         yield {name: g.detach() for name, g in gradients.items()}
+
+
+def summed_squares(problem: UnlearningProblem, block: Parameters) -> Tensor:
+    """Σ_i g_i ∘ g_i of a block of `gradient_blocks`.
+
+    Args:
+        problem: The unlearning problem.
+        block: Gradients by parameter name, each of shape (b, *parameter).
+
+    Returns:
+        Vector of shape (d,), float64. Memory: a few samples' gradients in double precision.
+    """
+    sums = {}
+    for name, gradients in block.items():
+        rows = max(1, pass_bytes(SQUARED_BYTES, problem.device) // (8 * gradients[0].numel()))
+        total = torch.zeros(gradients.shape[1:], dtype=torch.float64, device=gradients.device)
+        for some in gradients.split(rows):
+            total += some.double().square().sum(0)
+        sums[name] = total
+    return problem.flatten(sums)

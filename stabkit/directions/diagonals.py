@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
-from stabkit.curvature.gradients import gradient_blocks
+from stabkit.curvature.gradients import gradient_blocks, summed_squares
 from stabkit.curvature.operators import CurvatureOperator
 from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
@@ -109,7 +109,7 @@ def fisher_diagonal(problem: UnlearningProblem, samples: Samples, *, indices: Te
     """
     total = torch.zeros(problem.size, dtype=torch.float64, device=problem.device)
     for block in gradient_blocks(problem, samples, indices):
-        total += problem.flatten({name: g.double().square().sum(0) for name, g in block.items()})
+        total += summed_squares(problem, block)
     return total / (samples.size if indices is None else indices.numel())
 
 
