@@ -5,6 +5,7 @@ check = stabkit.verify(report, model, forget, retain)
 """
 
 from stabkit._errors import (
+    BudgetWarning,
     ExponentWarning,
     FallbackWarning,
     LowConfidenceWarning,
@@ -54,6 +55,7 @@ __all__ = [
     "Alert",
     "Algorithm",
     "Audit",
+    "BudgetWarning",
     "ExponentWarning",
     "FallbackWarning",
     "FineTune",

@@ -35,6 +35,10 @@ class TargetWarning(StabkitWarning):
     """No setting reaches the target that `tune` was given, or it was reached before the run."""
 
 
+class BudgetWarning(StabkitWarning):
+    """Even the fastest mode is estimated to cost more than the budget; it is taken all the same."""
+
+
 class ExponentWarning(StabkitWarning):
     """A layer's heavy-tailed exponent is missing or not trustworthy, so its gate is neutral."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from dataclasses import dataclass, fields, replace
 
 import torch
 
+from stabkit._errors import BudgetWarning, caller_level
 from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import Algorithm
@@ -310,8 +312,8 @@ def choose_settings(
         seeds: Rollouts behind the probability.
 
     Returns:
-        The settings; those of "fast" where no mode fits a budget. Cost: where seconds are counted, three passes over 64
-        samples.
+        The settings; those of "fast", with a `BudgetWarning`, where no mode fits a budget. Cost: where seconds are counted,
+        three passes over 64 samples.
 
     Raises:
         ValueError: If the mode or the budget is none, or a budget is given for another mode.
@@ -335,10 +337,20 @@ def choose_settings(
         return wanted["thorough" if work <= SMALL_WORK else "standard"]
     allowed, timed = _allowed(budget), isinstance(budget, str)
     each = _seconds_per_gradient(problem) if timed else 0.0
-    for name in ("thorough", "standard"):
+    spent = math.inf
+    for name in ("thorough", "standard", "fast"):
         estimate = cost(name, each)
-        if (estimate.seconds if timed else estimate.gradient_equivalents) <= allowed:
+        spent = estimate.seconds if timed else estimate.gradient_equivalents
+        if spent <= allowed:
             return wanted[name]
+    unit = "seconds" if timed else "gradient-equivalents"
+    costliest = max(estimate.stages, key=lambda stage: stage.seconds if timed else stage.gradient_equivalents)
+    warnings.warn(
+        f"`budget` of `predict` must allow for the fast mode, estimated to take {spent:,.3g} {unit}; got {budget!r}. It is "
+        f"taken all the same. Most of it is {costliest.stage!r}; `predict_cost` with mode='fast' tells all stages.",
+        BudgetWarning,
+        stacklevel=caller_level(),
+    )
     return wanted["fast"]
 
 

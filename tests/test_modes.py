@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,7 @@ def test_a_thorough_verdict_changes_sides_at_its_critical_step(case):
 
 
 @pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+@pytest.mark.filterwarnings("ignore::stabkit.BudgetWarning")
 def test_auto_takes_the_most_thorough_that_fits(case):
     costs = {mode: stabkit.predict_cost(*case, mode=mode, **_settings()) for mode in MODES}
     order = [costs[mode].gradient_equivalents for mode in ("fast", "standard", "thorough")]
@@ -90,6 +93,19 @@ def test_auto_takes_the_most_thorough_that_fits(case):
     ):
         assert stabkit.predict_cost(*case, mode="auto", budget=budget, **_settings()).mode == mode
     assert stabkit.predict(*case, mode="auto", budget=1.0, **SMALL).mode == "fast"
+
+
+def test_a_budget_below_the_fast_modes_cost_is_told(case):
+    fast = stabkit.predict_cost(*case, mode="fast", **_settings())
+    stage = max(fast.stages, key=lambda s: s.gradient_equivalents).stage
+    with pytest.warns(stabkit.BudgetWarning, match=rf"gradient-equivalents; got 100\..*'{stage}'") as told:
+        assert stabkit.predict_cost(*case, mode="auto", budget=100, **_settings()).mode == "fast"
+    assert told[0].filename == __file__
+    with pytest.warns(stabkit.BudgetWarning, match=r"seconds; got '0\.000001s'"):
+        stabkit.predict_cost(*case, mode="auto", budget="0.000001s", **_settings())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", stabkit.BudgetWarning)
+        stabkit.predict_cost(*case, mode="auto", budget=fast.gradient_equivalents, **_settings())
 
 
 @pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
