@@ -214,11 +214,11 @@ def test_a_large_vocabulary_is_predicted_as_it_runs(memorised, algorithm):
     assert report.run.loss == "causal_lm"
     problem = UnlearningProblem(model, forget, retain, loss="causal_lm")
     chosen = resolve_algorithm(algorithm, mix=0.3, steps=20, batch_size=8)
-    ran = [
-        run(problem, chosen.replace(lr=report.critical_lr * factor), seed=s).diverged
+    below, above = (
+        [run(problem, chosen.replace(lr=report.critical_lr * factor), seed=s).diverged for s in range(5, 13)]
         for factor in (1 / 3, 3)
-        for s in (5, 6)
-    ]
-    assert ran == [False, False, True, True]
+    )
+    assert sum(below) < 0.25 * len(below)  # what "stable" and "diverges" say of P
+    assert sum(above) > 0.75 * len(above)
     assert report.at(lr=report.critical_lr / 3).verdict == "stable"
     assert report.at(lr=report.critical_lr * 3).verdict == "diverges"

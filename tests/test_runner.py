@@ -486,8 +486,9 @@ def test_a_stable_run(digits_mlp, random_deletion):
     assert (result.diverged, result.divergence_step, result.stop_reason, result.steps) == (False, None, "steps", 34)
     assert [c.step for c in result.trajectory] == [*range(11), 20, 30, 34]
     assert result.trajectory[0].distance == 0
-    assert result.trajectory[0].retain_loss == pytest.approx(problem.retain_loss, rel=1e-6)
-    assert result.trajectory[0].forget_loss == pytest.approx(problem.forget_loss, rel=1e-6)
+    first = result.trajectory[0]
+    assert first.retain_loss == pytest.approx(float(problem.losses(problem.retain).mean()), rel=1e-6)
+    assert first.forget_loss == pytest.approx(float(problem.losses(problem.forget).mean()), rel=1e-6)
     last, theta = result.trajectory[-1], final_vector(problem, result)
     assert last.distance == pytest.approx(float((theta - problem.vector()).norm()), rel=1e-6)
     losses = [float(problem.evaluate(s, problem.unflatten(theta))[2].mean()) for s in (problem.retain, problem.forget)]
