@@ -35,6 +35,7 @@ from stabkit.recommendations import Recommendations
 from stabkit.remedy import recommend
 from stabkit.report import CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
 from stabkit.rollout import Rollout
+from stabkit.spectrum._common import ROUNDING
 from stabkit.staged import staged_rollout
 from stabkit.steps import check_coupled
 
@@ -331,7 +332,8 @@ def _guess(measurement: Measurement) -> float:
 def _negligible(measurement: Measurement) -> float:
     """Negative curvature that counts as none; less than its residual may be real, as no quotient lies below λ_min."""
     pairs = measurement.spectrum.pairs
-    return min(float(pairs.residuals[0]), NEGLIGIBLE * pairs.scale)
+    rounding = ROUNDING * torch.finfo(pairs.vectors.dtype).eps
+    return max(min(float(pairs.residuals[0]), NEGLIGIBLE * pairs.scale), rounding * pairs.scale)
 
 
 def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Sequence[int], lr: CriticalValue) -> _Limits:

@@ -27,7 +27,7 @@ from stabkit.report import Cost
 from stabkit.runner import CHECK_EVERY, check_steps
 
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
-SPECTRUM_PRODUCTS = 13  # that the two extreme eigenpairs take, with the quotients; typical, not a bound
+SPECTRUM_PRODUCTS = 14  # that the two extreme eigenpairs take, with the quotients; typical, not a bound
 CHECKING = "checking the problem"  # the stage before all others
 # Of the run's gradients, what a staged rollout of one seed takes on average over the benchmark's grids (verify.md there).
 TYPICAL_SHARE = 0.3
@@ -77,7 +77,7 @@ MODES = {
         rank=40,
         retain_samples=160,
         forget_samples=144,
-        spectrum_samples=28,
+        spectrum_samples=20,
         sketch_samples=40,
         staged=False,
     ),

@@ -84,7 +84,7 @@ def summed_squares(problem: UnlearningProblem, block: Parameters) -> Tensor:
     """
     sums = {}
     for name, gradients in block.items():
-        rows = max(1, pass_bytes(SQUARED_BYTES, problem.device) // (8 * gradients[0].numel()))
+        rows = max(1, pass_bytes(SQUARED_BYTES, problem.device) // (8 * max(1, gradients[0].numel())))
         total = torch.zeros(gradients.shape[1:], dtype=torch.float64, device=gradients.device)
         for some in gradients.split(rows):
             total += some.double().square().sum(0)
