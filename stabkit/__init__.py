@@ -6,6 +6,7 @@ check = stabkit.verify(report, model, forget, retain)
 
 from stabkit._errors import (
     BudgetWarning,
+    ClassAxisWarning,
     ExponentWarning,
     FallbackWarning,
     LowConfidenceWarning,
@@ -56,6 +57,7 @@ __all__ = [
     "Algorithm",
     "Audit",
     "BudgetWarning",
+    "ClassAxisWarning",
     "ExponentWarning",
     "FallbackWarning",
     "FineTune",

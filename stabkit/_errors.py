@@ -35,6 +35,10 @@ class TargetWarning(StabkitWarning):
     """No setting reaches the target that `tune` was given, or it was reached before the run."""
 
 
+class ClassAxisWarning(StabkitWarning):
+    """The classes of the outputs may lie along either of two axes; the last one is taken."""
+
+
 class BudgetWarning(StabkitWarning):
     """Even the fastest mode is estimated to cost more than the budget; it is taken all the same."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -42,7 +42,8 @@ class CriticalValue:
     """First value of one setting at which a run is predicted to diverge, the others held fixed.
 
     Of one linearisation it is found by a scan and refinement, as nothing says that divergence is monotone in a setting; by
-    staged rollouts of one seed, by halving between two settings, and then `low` and `high` are these and no spread of seeds.
+    staged rollouts of one seed, by halving between two settings, and then `low` and `high` are these and no spread of seeds,
+    but in a report, where they are as far apart at least as those of one linearisation's seeds.
 
     Attributes:
         value: Where P(diverge) first passes one half; the upper end of the scan (`found` false) if it never does.
@@ -58,6 +59,22 @@ class CriticalValue:
     high: float
     found: bool
     scanned: tuple[float, float]
+
+    def with_spread_of(self, other: CriticalValue, *, most: float = math.inf) -> CriticalValue:
+        """This value of one seed, with the spread that another way has over several.
+
+        Args:
+            other: What the other way found.
+            most: The largest value there is.
+
+        Returns:
+            The same value, `low` and `high` no nearer to it than the other's are to theirs, in proportion; as it is where
+            either found none.
+        """
+        if not (self.found and other.found and other.value > 0):
+            return self
+        low, high = (self.value * end / other.value for end in (other.low, other.high))
+        return replace(self, low=min(self.low, low), high=min(max(self.high, high), most))
 
 
 def critical_lr(

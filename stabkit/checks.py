@@ -135,6 +135,30 @@ def change_checks(measurement: Measurement, rolled: Rollout, seeds: Sequence[int
     )
 
 
+def margin_check(lr: float, interval: tuple[float, float], verdict: str) -> Check:
+    """Whether a run that staged rollouts call stable keeps away from the boundary that they found.
+
+    Near it runs are chaotic: a rollout that is right until late may hold where a run with the same batches breaks.
+
+    Args:
+        lr: The run's step size.
+        interval: Where the critical one lies, at nine in ten.
+        verdict: The report's.
+
+    Returns:
+        The check.
+    """
+    share = lr / interval[0] if interval[0] > 0 else math.inf
+    return Check(
+        name="step size over the least critical one",
+        value=share,
+        threshold=1.0,
+        passed=verdict != "stable" or share <= 1,
+        meaning="A run that is called stable should have a step size below all of those that may be the critical one.",
+        remedy=f"Leave a margin: a step size of {interval[0] / 2:.2g} keeps one of two.",
+    )
+
+
 def warn_if_unsure(checks: Sequence[Check]) -> None:
     """Say once, at the caller's line, why a report's confidence is low.
 

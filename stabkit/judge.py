@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy
@@ -25,7 +26,7 @@ from stabkit.boundary import (
 )
 from stabkit.calibration import calibration
 from stabkit.cause import find_cause, linearisation_errors
-from stabkit.checks import change_checks, trust_checks, warn_if_unsure
+from stabkit.checks import change_checks, margin_check, trust_checks, warn_if_unsure
 from stabkit.curvature import SampleFactors
 from stabkit.curvature.dormant import SAMPLES
 from stabkit.measure import FEWEST_SAMPLES, THEORY_ROWS, Measurement
@@ -34,7 +35,7 @@ from stabkit.problem import UnlearningProblem
 from stabkit.recommendations import Recommendations
 from stabkit.remedy import recommend
 from stabkit.report import CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
-from stabkit.rollout import Rollout
+from stabkit.rollout import Rollout, rollout
 from stabkit.spectrum._common import ROUNDING
 from stabkit.staged import staged_rollout
 from stabkit.steps import check_coupled
@@ -104,20 +105,22 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     mix_detail = verdict_by.mix
     error, awake = linearisation_errors(problem, network, rolled, staged=measurement.settings.staged)
     probability = float(verdict_by.rollout.probability[0])
-    used = calibration(verdict_by.rollout.kind)
+    used, verdict = calibration(verdict_by.rollout.kind), _verdict(probability)
+    interval = (lr_detail.scanned[1], math.inf)
+    if lr_detail.found:
+        interval = used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
     checks = (
         *trust_checks(measurement, rolled, error, awake),
         *(() if verdict_by.real_steps else change_checks(measurement, rolled, seeds)),
+        *([margin_check(algorithm.lr, interval, verdict)] if measurement.settings.staged else []),
     )
     return Report(
-        verdict=_verdict(probability),
+        verdict=verdict,
         probability=probability,
         mode=measurement.settings.mode,
         divergence_step=verdict_by.rollout.expected_divergence_step()[0],
         critical_lr=lr_detail.value if lr_detail.found else math.inf,
-        critical_lr_interval=used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
-        if lr_detail.found
-        else (lr_detail.scanned[1], math.inf),
+        critical_lr_interval=interval,
         critical_mix=mix_detail.value if mix_detail.found else math.inf,
         critical_lr_detail=lr_detail,
         critical_mix_detail=mix_detail,
@@ -173,9 +176,12 @@ def _verdict_by(
     found = staged_rollout(problem, network, algorithm, batch_sizes=batch_sizes, seeds=seeds, progress=progress)
     staged_mix, spent = mix, 0.0
     if not algorithm.fixed_mix:
-        staged_mix, spent = staged_critical_mix(
-            problem, network, algorithm, batch_sizes=batch_sizes, seed=seeds[0], guess=min(mix.value, 1.0)
+        guess = min(mix.value, 1.0)
+        seed = _typical_seed(measurement, algorithm.replace(mix=guess), batch_sizes, seeds)
+        found_mix, spent = staged_critical_mix(
+            problem, network, algorithm, batch_sizes=batch_sizes, seed=seed, guess=guess
         )
+        staged_mix = found_mix.with_spread_of(mix, most=1.0)
     return _VerdictBy(
         rollout=found.rollout,
         mix=staged_mix,
@@ -341,15 +347,32 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
     algorithm, dynamics, spent = measurement.algorithm, _dynamics(measurement, batch_sizes), 0.0
     start = time.perf_counter()
     if measurement.settings.staged:
-        lr, spent = staged_critical_lr(
-            measurement.problem, measurement.network, algorithm, batch_sizes=batch_sizes, seed=seeds[0], guess=lr.value
+        found, spent = staged_critical_lr(
+            measurement.problem,
+            measurement.network,
+            algorithm,
+            batch_sizes=batch_sizes,
+            seed=_typical_seed(measurement, algorithm.replace(lr=lr.value), batch_sizes, seeds),
+            guess=lr.value,
         )
+        lr = found.with_spread_of(lr)
     return _Limits(
         lr=lr,
         staged=Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent),
         mean_square_lr=stability.critical_lr_mean_square(dynamics),
         horizon_lr=stability.critical_lr_within(dynamics, algorithm.steps, HORIZON_GROWTH),
     )
+
+
+def _typical_seed(
+    measurement: Measurement, algorithm: Algorithm, batch_sizes: tuple[int, int], seeds: Sequence[int]
+) -> int:
+    """The seed in the middle of all by one linearisation: a staged search follows one, and they differ."""
+    if len(seeds) < 3:
+        return seeds[0]
+    setting: dict[str, Any] = {"lr": [algorithm.lr], "mix": [algorithm.mix], "batch_sizes": batch_sizes}
+    rolled = rollout(measurement.network, algorithm, seeds=seeds, **setting)
+    return seeds[int(rolled.score[:, 0].argsort(stable=True)[len(seeds) // 2])]
 
 
 def _thresholds(measurement: Measurement, batch_sizes: tuple[int, int], limits: _Limits) -> Thresholds:

@@ -377,8 +377,9 @@ class Report(Shown, Stored):
         """The report for other settings of the same algorithm, measured quantities reused.
 
         Args:
-            **changes: Any of lr, steps, batch_size, forget_batch_size, sampling and momentum. A new mix changes the
-                mixed curvature, so its spectrum is measured anew.
+            **changes: Any setting of the algorithm. Step size, steps, batches, sampling, momentum, clipping, schedules and a
+                weight decay that was there already need nothing measured; a new mix has its spectrum measured anew, what
+                the preconditioner reads everything.
 
         Returns:
             A new report. Cost: rollouts, and one forward pass over the linearised samples.

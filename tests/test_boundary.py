@@ -417,3 +417,16 @@ def test_what_is_wrong_is_said(mapped, changes, error, message):
     network, algorithm, options, _ = mapped
     with pytest.raises(error, match=message):
         frontier(network, algorithm, **{"lr": [0.1], "mix": [0.5], **changes}, **options)
+
+
+def test_one_seeds_value_takes_the_spread_of_several_from_another_way():
+    found = CriticalValue(value=4.0, low=3.6, high=4.0, found=True, scanned=(0.1, 100.0))
+    other = CriticalValue(value=2.0, low=0.5, high=3.0, found=True, scanned=(0.01, 10.0))
+    spread = found.with_spread_of(other)
+    assert (spread.value, spread.low, spread.high, spread.scanned) == (4.0, 1.0, 6.0, (0.1, 100.0))
+    assert found.with_spread_of(other, most=5.0).high == 5.0
+    narrow = replace(other, low=1.99, high=2.0)
+    assert (found.with_spread_of(narrow).low, found.with_spread_of(narrow).high) == (3.6, 4.0)
+    for none in (replace(other, found=False), replace(other, value=0.0)):
+        assert found.with_spread_of(none) == found
+    assert replace(found, found=False).with_spread_of(other) == replace(found, found=False)

@@ -210,3 +210,90 @@ def test_seconds_of_what_no_gradient_is_in_are_told_before(model):
     theory = [next(s for s in cost.stages if s.stage == "rollouts and theory").seconds for cost in (few, many)]
     assert theory[1] > 20 * theory[0]
     assert few.gradient_equivalents == many.gradient_equivalents
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+def test_one_loss_a_sample_may_stand_in_a_column():
+    """As PyTorch's own losses return it of models with one output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    y = (Y > 1).float().unsqueeze(1)
+    column = nn.BCEWithLogitsLoss(reduction="none")
+    problems = [
+        UnlearningProblem(model, (X[:40], y[:40]), (X[40:], y[40:]), loss=loss)
+        for loss in (column, lambda o, t: column(o, t).squeeze(1))
+    ]
+    outputs, targets, block = torch.randn(5, 1), y[:5], torch.randn(5, 1, 3)
+    for name, arguments in {
+        "per_sample": (outputs, targets),
+        "residual": (outputs, targets),
+        "hessian_apply": (outputs, targets, block),
+        "factor_transpose": (outputs, targets, block),
+    }.items():
+        first, second = (getattr(problem.loss, name)(*arguments) for problem in problems)
+        torch.testing.assert_close(first, second)
+    assert problems[0].retain_loss == problems[1].retain_loss
+    assert problems[0].divergence_level == pytest.approx(problems[1].divergence_level)
+    with pytest.raises(ValueError, match=r"one loss per sample, shape \(3,\); .* returned shape \(3, 3\)"):
+        UnlearningProblem(
+            nn.Linear(6, 3), (X[:40], X[:40, :3]), (X[40:], X[40:, :3]), loss=nn.MSELoss(reduction="none")
+        )
+
+
+def test_one_hot_labels_are_known(model):
+    hot = nn.functional.one_hot(Y, 3)
+    with pytest.raises(ValueError, match=r"One-hot labels are given as targets\.argmax\(1\)"):
+        UnlearningProblem(model, (X[:40], hot[:40]), (X[40:], hot[40:]))
+    problem = UnlearningProblem(model, (X[:40], hot[:40].argmax(1)), (X[40:], hot[40:].argmax(1)))
+    assert problem.retain_loss == UnlearningProblem(model, FORGET, RETAIN).retain_loss
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+@pytest.mark.parametrize("positions", [4, 5])
+def test_classes_that_may_lie_along_two_axes_are_told_of(positions):
+    class Labeller(nn.Module):
+        def __init__(self, last):
+            super().__init__()
+            self.last = last
+            self.layer = nn.Conv1d(1, 4, 3, padding=1)
+
+        def forward(self, x):
+            scores = self.layer(x)  # (m, classes, positions)
+            return scores.movedim(1, -1) if self.last else scores
+
+    torch.manual_seed(0)
+    x = torch.randn(30, 1, positions)
+    y = (x[:, 0] > 0).long() + 2 * (x[:, 0] > 1).long()
+    model = Labeller(last=False)
+    sets = (x[:6], y[:6]), (x[6:], y[6:])
+    right = float(nn.functional.cross_entropy(model(x[6:]), y[6:]))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", stabkit.ClassAxisWarning)
+        problem = UnlearningProblem(model, *sets)
+        told = [w for w in told if issubclass(w.category, stabkit.ClassAxisWarning)]
+    assert bool(told) == (positions == 4)
+    assert all(w.filename == __file__ and "movedim(1, -1)" in str(w.message) for w in told)
+    assert (problem.retain_loss == pytest.approx(right)) == (positions != 4)
+    moved = Labeller(last=True)
+    moved.load_state_dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if positions == 4 else "error", stabkit.ClassAxisWarning)
+        assert UnlearningProblem(moved, *sets).retain_loss == pytest.approx(right)
+
+
+def test_empty_parameters_have_no_squares(model):
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(model)
+            self.down, self.up = nn.Parameter(torch.zeros(0, 6)), nn.Parameter(torch.zeros(3, 0))
+
+        def forward(self, x):
+            return self.inner(x) + x @ self.down.T @ self.up.T
+
+    reports = [
+        stabkit.predict(m, FORGET, RETAIN, algorithm="sfr_on", batch_size=8, steps=6, lr=0.01, seeds=1, mode="fast")
+        for m in (model, Adapted())
+    ]
+    assert reports[0].probability == pytest.approx(reports[1].probability)
+    assert reports[0].critical_lr == pytest.approx(reports[1].critical_lr, rel=1e-3)

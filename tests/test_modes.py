@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import stabkit
-from stabkit.algorithms import GradDiff
+from stabkit.algorithms import AGU, GradDiff
 from stabkit.calibration import calibration
+from stabkit.checks import margin_check
 from stabkit.curvature import forward_size, rows_pay
 from stabkit.models import SmallCNN
 from stabkit.modes import MODES, OPERATIONS_A_SECOND, SMALL_WORK, Sizes, estimate_cost
@@ -164,3 +165,42 @@ def test_the_estimate_counts_what_is_multiplied_beside_the_passes(dense):
     each = 2 * operations * k / 10 if dense else 2 * d * k  # vectors through the network, or rows times the block
     assert stage.seconds * OPERATIONS_A_SECOND == pytest.approx(passes * each + 8 * d * k**2, rel=1e-6)
     assert rows_pay(10, k, size=d, operations=operations) == (not dense)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_a_staged_boundary_is_that_of_a_middling_seed_and_as_wide_as_the_seeds_are_apart():
+    """With batches of two and one, seeds differ by a factor of ten and more."""
+    g = torch.Generator().manual_seed(1)
+    y = torch.randint(0, 5, (300,), generator=g)
+    x = 1.5 * torch.randn(5, 6, generator=g)[y] + torch.randn(300, 6, generator=g)
+    torch.manual_seed(0)
+    model = train(nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5)), x, y, epochs=60, lr=1e-2)
+    sets = (x[:30], y[:30]), (x[30:], y[30:])
+    algorithm = AGU(lr=8.0, sampling="poisson", batch_size=2, forget_batch_size=1, steps=60)
+    reports = [stabkit.predict(model, *sets, algorithm=algorithm, seed=s, mode="thorough") for s in range(3)]
+    problem = UnlearningProblem(model, *sets)
+    for report in reports:
+        low, high = report.critical_lr_interval
+        assert all(low < other.critical_lr < high for other in reports)
+        detail = report.critical_lr_detail
+        advised = algorithm.replace(lr=detail.low / 2)
+        assert f"lower the step size to {advised.lr:.2g} or less" in " ".join(report.advice)
+        ran = [stabkit.run(problem, advised, seed=s).diverged for s in range(100, 108)]
+        assert sum(ran) <= 2
+
+
+def test_a_stable_run_near_the_staged_boundary_is_told_to_keep_a_margin():
+    near, far = (margin_check(lr, (0.8, 1.4), "stable") for lr in (0.9, 0.4))
+    assert (near.passed, far.passed) == (False, True)
+    assert near.value == pytest.approx(0.9 / 0.8)
+    assert "a step size of 0.4" in near.remedy
+    assert margin_check(0.9, (0.8, 1.4), "marginal").passed
+    assert margin_check(0.9, (0.8, 1.4), "diverges").passed
+
+
+def test_the_margin_is_a_staged_reports_check(case):
+    names = {
+        mode: {check.name for check in stabkit.predict(*case, **{**SMALL, "lr": 1e-3}, mode=mode).checks}
+        for mode in ("standard", "thorough")
+    }
+    assert names["thorough"] - names["standard"] == {"step size over the least critical one"}

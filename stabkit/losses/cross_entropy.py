@@ -1,12 +1,14 @@
 """Softmax cross-entropy, of single labels and of sequences or maps of them."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stabkit._errors import ClassAxisWarning, caller_level
 from stabkit.losses.base import Loss
 
 IGNORE_INDEX = -100
@@ -229,9 +231,19 @@ class CrossEntropy(Loss):
             remedy = "The class axis of the outputs must be the last or the second one."
             if outputs.dim() == 2 and targets.shape[1:] == (1,):
                 remedy = "Use targets.squeeze(1)."
+            elif outputs.dim() == 2 and targets.shape[1:] == outputs.shape[1:]:
+                remedy = "One-hot labels are given as targets.argmax(1)."
             raise ValueError(
                 f"targets of `{name}` must have one label per position of the outputs; got targets "
                 f"{tuple(targets.shape)} for outputs {tuple(outputs.shape)}. {remedy}"
+            )
+        if outputs.dim() > 2 and last == second:
+            warnings.warn(
+                f"outputs of the model have shape {tuple(outputs.shape)} for targets {tuple(targets.shape)} of `{name}`, so "
+                "that the classes may lie along the second axis or the last one; they are taken to lie along the last. If "
+                "they do not, return outputs.movedim(1, -1) from the model.",
+                ClassAxisWarning,
+                stacklevel=caller_level(),
             )
         logits, _, _ = self._align(outputs[:1], targets[:1])
         classes = logits.shape[-1]
@@ -245,8 +257,8 @@ class CrossEntropy(Loss):
             remedy = f"Relabel the classes, or use {IGNORE_INDEX} for positions to ignore."
             if classes == 1:
                 remedy = (
-                    "One output is no choice of classes: give the model two, or float targets and a loss such as "
-                    "torch.nn.BCEWithLogitsLoss(reduction='none')."
+                    "One output is no choice of classes: give the model two, or float targets of shape (n, 1) and a loss "
+                    "such as torch.nn.BCEWithLogitsLoss(reduction='none')."
                 )
             raise ValueError(
                 f"targets of `{name}` must be in [0, {classes - 1}], as the model has {classes} outputs; got {bad}. {remedy}"

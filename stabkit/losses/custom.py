@@ -177,14 +177,14 @@ class CustomLoss(Loss):
         return level
 
     def _called(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The caller's function, in single precision where double does not go with tensors of its own."""
+        """The caller's function, in single precision where double does not go with tensors of its own; (m, 1) as (m,)."""
         try:
-            return self.function(outputs, targets)
+            return _one_each(self.function(outputs, targets), outputs)
         except RuntimeError as error:
             if outputs.dtype != torch.float64 or is_out_of_memory(error):
                 raise
             plain = targets.float() if targets.is_floating_point() else targets
-            return self.function(outputs.float(), plain).double()
+            return _one_each(self.function(outputs.float(), plain), outputs).double()
 
     def _factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """L of shape (m, O, O) with LL^T the positive part of every Λ_i."""
@@ -235,3 +235,9 @@ def _minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
             break
         x, best = x + length * step, reached
     return best
+
+
+def _one_each(losses: Tensor, outputs: Tensor) -> Tensor:
+    """What a loss of one output a sample returns, without the output's axis."""
+    one = isinstance(losses, Tensor) and losses.shape == (outputs.shape[0], 1)
+    return losses.squeeze(1) if one else losses
