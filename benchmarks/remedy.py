@@ -128,7 +128,8 @@ def _algorithm(
 
     grid = [measured(key) for key in settings if key.startswith("grid")]
     held = [point for point in grid if point["gap"] is not None]
-    cost = stabkit.predict_cost(*data, algorithm=name, steps=STEPS, batch_size=batch, spectrum_samples=SPECTRUM_SAMPLES)
+    sizes = {"steps": STEPS, "batch_size": batch, "spectrum_samples": SPECTRUM_SAMPLES}
+    cost = stabkit.predict_cost(*data, algorithm=name, mode="standard", **sizes)  # as `tune` predicts
     return {
         "tuned": measured("tuned"),
         "default": measured("default"),
