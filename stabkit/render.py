@@ -118,7 +118,7 @@ def sections(report: Report) -> tuple[Section, ...]:
 
 def _limits(report: Report) -> Section:
     lr, mix, rollout = report.critical_lr_detail, report.critical_mix_detail, report.rollout
-    spread = "halved down to" if report.calibration.kind == "staged" else "seeds:"
+    spread = "halving and seeds:" if report.calibration.kind == "staged" else "seeds:"
     interval = f"; nine in ten: {number(report.critical_lr_interval[0])} to {number(report.critical_lr_interval[1])}"
     lr_note = f"{spread} {number(lr.low)} to {number(lr.high)}" if lr.found else f"none up to {number(lr.scanned[1])}"
     mix_note = f"at this step size; {spread} {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
