@@ -74,7 +74,7 @@ class Checkpoint:
         for key, ours in self._identity.items():
             if identity.get(key) != ours:
                 raise ValueError(
-                    f"`checkpoint` of `{self._owner}` must belong to the same operator and settings; got {name!r} "
+                    f"`checkpoint` of `{self._owner}` must belong to the same computation and settings; got {name!r} "
                     f"with {key} {identity.get(key)!r}, not {ours!r}. Name another file, or delete this one to begin anew."
                 )
         return state
@@ -99,7 +99,7 @@ class Checkpoint:
         allowed = 0.0 if exact else torch.finfo(fresh.dtype).eps ** 0.5 * float(ours.norm())
         if not difference <= allowed:
             raise ValueError(
-                f"`checkpoint` of `{self._owner}` must belong to the same operator; got {os.fspath(self._path)!r}, whose "
+                f"`checkpoint` of `{self._owner}` must belong to the same computation; got {os.fspath(self._path)!r}, whose "
                 f"{what} differs by {difference:.3g} where {allowed:.3g} is rounding. Are model and data the same? Name "
                 "another file, or delete this one to begin anew."
             )

@@ -106,7 +106,7 @@ def check_seed(value: object, *, name: str = "seed", owner: str) -> int:
     return check_int(number, name=name, owner=owner, low=0, high=LARGEST_SEED)
 
 
-def check_choice(value: object, *, name: str, owner: str, choices: Iterable[str]) -> str:
+def check_choice(value: object, *, name: str, owner: str, choices: Iterable[str], remedy: str = "") -> str:
     """Return `value` if it is one of `choices`; otherwise suggest the nearest one.
 
     Args:
@@ -114,6 +114,7 @@ def check_choice(value: object, *, name: str, owner: str, choices: Iterable[str]
         name: The argument's name.
         owner: The public function or class it belongs to.
         choices: The allowed strings.
+        remedy: What the caller should do where no choice is near.
 
     Returns:
         The value itself.
@@ -128,5 +129,5 @@ def check_choice(value: object, *, name: str, owner: str, choices: Iterable[str]
         raise TypeError(_message(name, owner, expected, value, ""))
     if value not in options:
         near = difflib.get_close_matches(value.lower(), options, n=1, cutoff=NEAR)
-        raise ValueError(_message(name, owner, expected, value, f"Did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(_message(name, owner, expected, value, f"Did you mean {near[0]!r}?" if near else remedy))
     return value

@@ -297,3 +297,10 @@ def test_empty_parameters_have_no_squares(model):
     ]
     assert reports[0].probability == pytest.approx(reports[1].probability)
     assert reports[0].critical_lr == pytest.approx(reports[1].critical_lr, rel=1e-3)
+
+
+def test_a_loss_by_an_unknown_name_may_be_a_callable(model):
+    with pytest.raises(ValueError, match=r"got 'ce'\. A callable giving per-sample losses is taken too"):
+        UnlearningProblem(model, FORGET, RETAIN, loss="ce")
+    with pytest.raises(ValueError, match=r"got 'cross_entrop'\. Did you mean 'cross_entropy'\?"):
+        UnlearningProblem(model, FORGET, RETAIN, loss="cross_entrop")

@@ -32,5 +32,6 @@ def resolve_loss(loss: str | PerSampleLoss | Loss) -> Loss:
         raise TypeError(
             f"`loss` must be 'cross_entropy', 'causal_lm', 'mse' or a callable giving per-sample losses; got {loss!r}."
         )
-    check_choice(loss, name="loss", owner="UnlearningProblem", choices=NAMED)
+    remedy = "A callable giving per-sample losses is taken too."
+    check_choice(loss, name="loss", owner="UnlearningProblem", choices=NAMED, remedy=remedy)
     return SquaredError() if loss == "mse" else CrossEntropy(shift=loss == "causal_lm")
