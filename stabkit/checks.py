@@ -155,7 +155,7 @@ def margin_check(lr: float, interval: tuple[float, float], verdict: str) -> Chec
         threshold=1.0,
         passed=verdict != "stable" or share <= 1,
         meaning="A run that is called stable should have a step size below all of those that may be the critical one.",
-        remedy=f"Leave a margin: a step size of {interval[0] / 2:.2g} keeps one of two.",
+        remedy=f"Leave a margin: a step size of {interval[0] / 2:.2g} keeps a factor of two.",
     )
 
 

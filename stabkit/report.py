@@ -382,7 +382,7 @@ class Report(Shown, Stored):
                 the preconditioner reads everything.
 
         Returns:
-            A new report. Cost: rollouts, and one forward pass over the linearised samples.
+            A new report. Cost: rollouts, one forward pass over the linearised samples, and what is measured anew.
 
         Raises:
             RuntimeError: If this report was loaded from a file.

@@ -112,7 +112,10 @@ def test_convex_problems_are_stable_in_the_mean(kind, dtype):
     """Softmax regression has directions without curvature, whose quotient rounding may put below zero."""
     for seed in range(10):
         x, y = blobs(torch.Generator().manual_seed(seed), classes=3, inputs=2)
-        model = train(nn.Linear(2, 3), x, y, epochs=20, lr=1e-2).to(dtype)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            linear = nn.Linear(2, 3)
+        model = train(linear, x, y, epochs=20, lr=1e-2).to(dtype)
         problem = UnlearningProblem(model, (x[:20].to(dtype), y[:20]), (x[20:].to(dtype), y[20:]))
         measurement = measure(problem, FineTune(lr=0.01, steps=5), replace(WHOLE, curvature=kind))
         assert judge(measurement, [0]).thresholds.mean_stable
