@@ -12,9 +12,7 @@ from stabkit._errors import ClassAxisWarning, caller_level
 from stabkit.losses.base import Loss
 
 IGNORE_INDEX = -100
-FEW_CLASSES = (
-    16  # of fewer, PyTorch's softmax on a CPU takes longer along the last axis than along the first
-)
+FEW_CLASSES = 16  # of fewer, PyTorch's softmax on a CPU takes longer along the last axis than along the first
 
 
 class CrossEntropy(Loss):
