@@ -422,7 +422,8 @@ class Frontier:
         algorithm: Name of the algorithm.
         lr: Step sizes, ascending, shape (n_lr,).
         mix: Mixes, ascending, shape (n_mix,).
-        probability: P(diverge), shape (n_lr, n_mix); in each mix's column the largest so far, as a larger step is no safer.
+        probability: P(diverge) by the rollouts alone, shape (n_lr, n_mix); in each mix's column the largest so far, as a
+            larger step is no safer. A report's also weighs how uncertain the boundary is, and so is nearer to one half.
         score: Mean over seeds of the logarithm of the worst retain loss over the divergence level, shape (n_lr, n_mix).
         divergence_step: Median predicted divergence step, NaN where none is predicted, shape (n_lr, n_mix).
         retain_loss: Predicted retain loss at the end of the run or when it blew up, mean over seeds, shape (n_lr, n_mix).

@@ -1,24 +1,28 @@
-"""From a rollout's score to a probability, and what recorded runs say of both kinds of rollout.
+"""From rollouts to a probability, and what recorded runs say of both kinds of rollout (theory §7).
 
-P(diverge) is the mean over the rollout's seeds of sigmoid(slope·score), score being the logarithm of the worst retain loss
-over the divergence level: one half where the rollout itself crosses. `stabkit bench calibrate` measures it on the
-benchmark's calibration cells, which no figure of the evaluation contains.
+What rollouts say of a setting is the mean over their seeds of sigmoid(slope·score), score being the logarithm of the worst
+retain loss over the divergence level: one half where they cross. They are sure of themselves where the boundary that they
+found is not, so a report's P(diverge) is the mean of that and of the probability that the critical step size lies below.
+`stabkit bench calibrate` measures both on the benchmark's calibration cells, which no figure of the evaluation contains.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from scipy.special import expit
 from torch import Tensor
 
 from stabkit._serialise import from_plain
 from stabkit._validate import check_choice
 
 KINDS = ("one", "staged")
+COVERAGE = 0.9  # of the interval of the critical step size
 SHIPPED = Path(__file__).with_name("calibration.json")
 
 
@@ -61,7 +65,7 @@ class Calibration:
     reliability: tuple[Bin, ...]
 
     def probability(self, score: Tensor) -> Tensor:
-        """P(diverge) of settings.
+        """P(diverge) of settings, by their rollouts alone.
 
         Args:
             score: Shape (S, ...), S seeds.
@@ -84,6 +88,40 @@ class Calibration:
         """
         factor = self.step_factor or 1.0
         return min(low, value / factor), max(high, value * factor)
+
+
+def beyond(lr: float, critical: float, interval: tuple[float, float]) -> float:
+    """Probability that a step size is past the critical one, whose logarithm is taken to be logistic.
+
+    Args:
+        lr: The step size.
+        critical: The predicted critical one.
+        interval: Where that lies at nine in ten, around it; each end says how wide its side is.
+
+    Returns:
+        One half at the critical step size, 0.05 and 0.95 at the ends of the interval; with no width a step from 0 to 1.
+    """
+    away = math.log(lr / critical)
+    width = math.log(interval[1] / critical) if away > 0 else math.log(critical / interval[0])
+    if width == 0:
+        return float(away >= 0)
+    tail = (1 - COVERAGE) / 2
+    return float(expit(math.log((1 - tail) / tail) * away / width))
+
+
+def combined(rolled: float, lr: float, critical: float, interval: tuple[float, float]) -> float:
+    """P(diverge) of a report: the mean of what its rollouts say and of what the boundary that they found says.
+
+    Args:
+        rolled: P(diverge) by the rollouts of the setting alone.
+        lr: Its step size.
+        critical: The predicted critical one.
+        interval: Where that lies at nine in ten.
+
+    Returns:
+        A linear opinion pool of equal weights (Stone 1961).
+    """
+    return (rolled + beyond(lr, critical, interval)) / 2
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from stabkit.boundary import (
     staged_critical_mix,
     surroundings,
 )
-from stabkit.calibration import calibration
+from stabkit.calibration import calibration, combined
 from stabkit.cause import find_cause, linearisation_errors
 from stabkit.checks import change_checks, margin_check, trust_checks, warn_if_unsure
 from stabkit.curvature import SampleFactors
@@ -105,10 +105,12 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     mix_detail = verdict_by.mix
     error, awake = linearisation_errors(problem, network, rolled, staged=measurement.settings.staged)
     probability = float(verdict_by.rollout.probability[0])
-    used, verdict = calibration(verdict_by.rollout.kind), _verdict(probability)
+    used = calibration(verdict_by.rollout.kind)
     interval = (lr_detail.scanned[1], math.inf)
     if lr_detail.found:
         interval = used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
+        probability = combined(probability, algorithm.lr, lr_detail.value, interval)
+    verdict = _verdict(probability)
     checks = (
         *trust_checks(measurement, rolled, error, awake),
         *(() if verdict_by.real_steps else change_checks(measurement, rolled, seeds)),
@@ -152,6 +154,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         _frontier=lambda **grid: _frontier(measurement, seeds, lr_detail, **grid),
         _at=lambda **changes: _at(measurement, seeds, limits, **changes),
         _recommend=lambda *, risk: _recommended(measurement, seeds, risk),
+        _preconditioner=measurement.preconditioner,
     )
 
 
@@ -439,6 +442,7 @@ def _rollout_summary(verdict_by: _VerdictBy, measurement: Measurement, seeds: in
     retain, forget = rolled.retain_loss[:, 0], rolled.forget_loss[:, 0]
     return RolloutSummary(
         seeds=seeds,
+        probability=float(rolled.probability[0]),
         score=tuple(rolled.score[:, 0].tolist()),
         steps=tuple(rolled.steps.tolist()),
         retain_loss=tuple(retain.median(0).values.tolist()),

@@ -114,7 +114,7 @@ def plot_frontier(
         vmin=0,
         vmax=1,
     )
-    figure.colorbar(mesh, ax=ax, label="predicted P(diverge)")
+    figure.colorbar(mesh, ax=ax, label="P(diverge) by rollouts")
     handles = []
     inside = np.isfinite(frontier.critical_lr)
     if inside.any():

@@ -22,7 +22,7 @@ class Recommendation:
         remedy: "step size", "mix", "batch size", "warm-up", "decay", "forget decay", "clipping" or
             "layer damping".
         changes: Settings to change, by name, for `algorithm.replace`.
-        probability: P(diverge) with them.
+        probability: P(diverge) with them, by the rollouts alone.
         retain_loss: Predicted retain loss at the end of the run, mean over the seeds.
         forget_loss: The same for the forget set.
         holds: Whether P(diverge) is within the risk, here and, of a way out, at 1.25 times its step size.
@@ -44,7 +44,7 @@ class ParetoPoint:
         lr: Step size.
         mix: Mix.
         steps: Steps K, at most those of the run that was asked about.
-        probability: P(diverge) within them.
+        probability: P(diverge) within them, by the rollouts alone.
         retain_loss: Predicted retain loss after them.
         forget_loss: Predicted forget loss after them.
     """
@@ -63,7 +63,7 @@ class Recommendations(Shown, Stored):
 
     Attributes:
         algorithm: Name of the algorithm.
-        risk: Largest P(diverge) that counts as holding.
+        risk: Largest P(diverge) of rollouts that counts as holding.
         kind: "one", or "staged" where staged rollouts have confirmed every setting but the front's.
         asked: The setting that was asked about.
         items: Ways out, in the order of `remedy`; those that do not hold are there too.

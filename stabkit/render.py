@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from stabkit._table import Table
 from stabkit.boundary import Frontier, Outcome
+from stabkit.calibration import beyond
 from stabkit.report import Report
 
 if TYPE_CHECKING:
@@ -124,9 +125,14 @@ def _limits(report: Report) -> Section:
     mix_note = f"at this step size; {spread} {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
     if mix.scanned[0] == mix.scanned[1]:  # one value is no scan
         mix_note = f"{report.run.algorithm} has a mix of its own, {number(mix.value)}"
+    rolled = f"of the rollouts alone: {rollout.probability:.2f}"
+    if lr.found:
+        past = beyond(report.run.lr, lr.value, report.critical_lr_interval)
+        rolled += f"; that the critical step size is smaller: {past:.2f}"
     return Section(
         title="Limits",
         rows=(
+            Row(label="P(diverge)", value=f"{report.probability:.2f}", note=rolled),
             Row(
                 label="critical step size",
                 value=number(report.critical_lr),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from stabkit.preconditioner import Preconditioner
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -154,6 +156,7 @@ class RolloutSummary:
 
     Attributes:
         seeds: Number of seeds.
+        probability: P(diverge) by these rollouts alone.
         score: Log of the worst retain loss over the divergence level, per seed; positive: diverged.
         steps: Checked steps.
         retain_loss: Median over seeds at each check.
@@ -167,6 +170,7 @@ class RolloutSummary:
     """
 
     seeds: int
+    probability: float
     score: tuple[float, ...]
     steps: tuple[int, ...]
     retain_loss: tuple[float, ...]
@@ -285,7 +289,8 @@ class Report(Shown, Stored):
 
     Attributes:
         verdict: "stable", "marginal" or "diverges".
-        probability: P(diverge) within the run's steps.
+        probability: P(diverge) within the run's steps: the mean of what the rollouts say and of the probability that the
+            critical step size is smaller than the run's (theory §7); the former alone where the scan found none.
         mode: "fast", "standard" or "thorough".
         divergence_step: Median predicted step of divergence; None where fewer than half of the seeds diverge.
         critical_lr: Smallest step size predicted to diverge at this mix; infinity if none was found in the scan.
@@ -307,7 +312,7 @@ class Report(Shown, Stored):
         costs: What it cost, by stage.
     """
 
-    schema: ClassVar[int] = 4
+    schema: ClassVar[int] = 5
 
     verdict: str
     probability: float
@@ -333,14 +338,11 @@ class Report(Shown, Stored):
     _frontier: Callable[..., Frontier] | None = field(default=None, compare=False, repr=False)
     _at: Callable[..., Report] | None = field(default=None, compare=False, repr=False)
     _recommend: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+    _preconditioner: Any = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_frontier": None,
-            "_at": None,
-            "_recommend": None,
-        }  # a copy in a file has the values alone
+        gone = dict.fromkeys(("_frontier", "_at", "_recommend", "_preconditioner"))
+        return {**self.__dict__, **gone}  # a copy in a file has the values alone
 
     def __hash__(self) -> int:  # of some values: settings are a dictionary, which has none
         return hash((self.verdict, self.probability, self.critical_lr, self.critical_mix, self.thresholds))
@@ -349,6 +351,23 @@ class Report(Shown, Stored):
     def confidence(self) -> str:
         """Either "high", if every check passed, or "low"."""
         return "high" if all(check.passed for check in self.checks) else "low"
+
+    @property
+    def preconditioner(self) -> Preconditioner:
+        """P of the run, masks included, which `run(..., preconditioner=report.preconditioner)` then need not compute again.
+
+        It is on the device and in the dtype of the prediction.
+
+        Raises:
+            RuntimeError: If this report was loaded from a file.
+        """
+        if self._preconditioner is None:
+            raise RuntimeError(
+                "`preconditioner` of `Report` is not held by a report loaded from a file; leave it out of `run`, which "
+                "computes its own, or call predict(...) again in this process."
+            )
+        held: Preconditioner = self._preconditioner
+        return held
 
     def frontier(
         self, *, lr: Sequence[float] | None = None, mix: Sequence[float] | None = None, progress: bool = False

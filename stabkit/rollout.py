@@ -75,7 +75,7 @@ class Rollout:
 
     @property
     def probability(self) -> Tensor:
-        """P(diverge) of every setting, shape (G,): the logistic of each seed's score, averaged over seeds (theory §7)."""
+        """P(diverge) of every setting by its rollouts alone, shape (G,): each seed's logistic, averaged (theory §7)."""
         return calibration(self.kind).probability(self.score)
 
     def settings(self, first: int, last: int) -> Rollout:

@@ -161,7 +161,7 @@ def run(
     Args:
         problem: The unlearning problem.
         algorithm: The algorithm with its settings.
-        preconditioner: P, where it is already at hand; computed from the algorithm otherwise.
+        preconditioner: P, where it is already at hand, as `Report.preconditioner`; computed from the algorithm otherwise.
         seed: Seed of the batches; the caller's random state is left as it was.
         check_every: Steps between two looks at the losses; the first ones and the last are always looked at
             (`check_steps`).

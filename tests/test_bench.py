@@ -140,6 +140,7 @@ def test_scores_are_those_of_the_definitions():
     assert found.one.balanced_accuracy == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert found.one.auc == pytest.approx(5 / 6)
     assert found.one.brier == pytest.approx(np.mean([0.01, 0.36, 0.09, 0.36, 0.01]))
+    assert found.one.log_loss == pytest.approx(-np.mean(np.log([0.9, 0.4, 0.7, 0.4, 0.9])))
     assert found.step_limit.balanced_accuracy == pytest.approx((2 / 3 + 1) / 2)
     assert found.growth.balanced_accuracy == pytest.approx((1 + 1 / 2) / 2)
     assert found.growth.auc == pytest.approx(5 / 6)
@@ -151,6 +152,8 @@ def test_scores_are_those_of_the_definitions():
     assert alone.one.brier == pytest.approx((0.01 + 0.36) / 2)
     better = bench.scores([replace(r, staged=replace(r.staged, probability=float(r.diverged))) for r in records])
     assert (better.staged.balanced_accuracy, better.staged.brier) == (1.0, 0.0)
+    assert better.staged.log_loss == pytest.approx(-math.log(0.999))  # certainty is not taken at its word
+    assert math.isnan(found.step_limit.log_loss)
     assert better.one == found.one
 
 
@@ -301,13 +304,13 @@ def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch, quick):
 
 
 def drawn(count, slope, seed):
-    """Cells whose runs diverge with the probability that a known logistic gives their scores."""
+    """A cell whose runs diverge as a known logistic of their scores says, and boundaries of another mix."""
     generator = np.random.default_rng(seed)
     scores = generator.normal(0, 1.5, size=count)
     happened = generator.random(count) < 1 / (1 + np.exp(-slope * scores))
     records = [record(1.0, 0.5, 0.5, bool(y), score=float(x)) for x, y in zip(scores, happened, strict=True)]
     ratios = np.exp(generator.normal(0, 0.4, size=count // 10))
-    return result(records, role="calibration", boundaries=[(0.5, 1.0, float(r), 1.0) for r in ratios]), ratios
+    return result(records, role="calibration", boundaries=[(0.1, 1.0, float(r), 1.0) for r in ratios]), ratios
 
 
 def test_a_calibration_measures_the_probability_on_its_runs():
@@ -330,6 +333,52 @@ def test_a_calibration_measures_the_probability_on_its_runs():
 def _said(fitted, found):
     scores = torch.tensor([r.one.scores for r in found.records], dtype=torch.float64).T
     return fitted.probability(scores).tolist()
+
+
+def test_probabilities_take_in_the_boundary_where_the_grid_brackets_one():
+    from stabkit.calibration import calibration, combined
+
+    records = [record(lr, mix, 0.7, False, score=-2.0) for mix in (0.2, 0.4, 0.6) for lr in (0.1, 0.9, 5.0)]
+    found = result(records, boundaries=[(0.2, 1.0, 1.0, None), (0.4, None, 1.0, 2.0), (0.6, 1.0, None, None)])
+    said = bench.with_probabilities(found, {kind: calibration(kind) for kind in ("one", "staged")})
+    for kind, edges in (("one", {0.2: 1.0, 0.4: 1.0}), ("staged", {0.4: 2.0})):
+        used = calibration(kind)
+        rolled = 1 / (1 + math.exp(2 * used.slope))
+        for r in said.records:
+            edge, p = edges.get(r.mix), getattr(r, kind).probability
+            if edge is None:
+                assert p == pytest.approx(rolled)
+            else:
+                interval = edge / used.step_factor, edge * used.step_factor
+                assert p == pytest.approx(combined(rolled, r.lr, edge, interval))
+                assert p != pytest.approx(rolled)
+    again = bench.with_probabilities(replace(found, boundaries=()), {"one": calibration("one")})
+    assert [r.one.probability for r in again.records] == pytest.approx([rolled] * 9)
+    assert {r.staged.probability for r in again.records} == {0.7}  # nothing is said of what no calibration is given for
+
+
+def test_a_boundary_makes_the_probability_honest():
+    """Rollouts that are certain on either side of a boundary which is wrong by some factor: half of them are too sure."""
+    from stabkit.calibration import calibration
+
+    generator = np.random.default_rng(3)
+    found = []
+    for _ in range(300):  # predicted at 1, observed a logistic of scale 0.4 away
+        observed = math.exp(generator.logistic(0, 0.4))
+        lrs = np.exp(generator.uniform(-2, 2, size=20)).tolist()
+        records = [record(lr, 0.5, 0.5, lr >= observed, score=2.0 if lr >= 1 else -2.0) for lr in lrs]
+        found.append(result(records, role="calibration", boundaries=[(0.5, observed, 1.0, 1.0)]))
+    fitted = bench.fit_calibration(found, "one")
+    assert math.log(fitted.step_factor) == pytest.approx(0.4 * math.log(19), rel=0.1)
+
+    def scored(results):
+        return bench.pooled([bench.with_probabilities(r, {"one": fitted}) for r in results]).one
+
+    whole, alone = scored(found), scored([replace(r, boundaries=()) for r in found])
+    assert whole.log_loss < 0.7 * alone.log_loss
+    assert whole.brier < alone.brier
+    assert whole.balanced_accuracy == alone.balanced_accuracy
+    assert calibration("one").slope == fitted.slope
 
 
 def test_evaluation_cells_are_no_calibration():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 import subprocess
 import warnings
@@ -320,7 +321,7 @@ def test_a_prediction_that_depends_on_its_size_says_so(digits_mlp, random_deleti
         return float(rollout(other, algorithm, lr=[0.45], mix=[0.3], batch_sizes=sizes, seeds=[0, 1]).probability[0])
 
     whole = said(network)
-    assert few.probability == pytest.approx(whole)
+    assert few.rollout.probability == pytest.approx(whole)
     for name, other in (("rank", network.thinned(rank=20)), ("samples", network.thinned(samples=0.5))):
         unsure, sure = ({c.name: c for c in report.checks}[f"change with half the {name}"] for report in (few, every))
         assert unsure.value == pytest.approx(abs(said(other) - whole))
@@ -521,3 +522,30 @@ def test_weight_decay_and_nesterov_enter_the_prediction(digits_mlp, random_delet
     clipped = plain.at(max_gradient_norm=1e-6)
     assert clipped.probability < 0.01
     assert plain.at(lr_schedule="cosine").critical_lr > plain.critical_lr
+
+
+def test_a_run_may_take_the_mask_that_its_prediction_made(digits_mlp, random_deletion, monkeypatch):
+    """The same steps to the bit, and no gradient spent on the mask again; a report from a file has none to give."""
+    from stabkit.algorithms import sfr_on
+
+    algorithm = stabkit.SFROn(lr=0.02, steps=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stabkit.StabkitWarning)
+        report = stabkit.predict(
+            digits_mlp, *random_deletion, algorithm=algorithm, **{**QUICK, "steps": 12, "mode": "standard"}
+        )
+    problem = stabkit.UnlearningProblem(digits_mlp, *random_deletion)
+    own = stabkit.run(problem, algorithm, seed=3)
+    assert not bool(report.preconditioner.forget_mask.all())
+    computed = []
+    monkeypatch.setattr(sfr_on, "fisher_diagonal", lambda *_, **__: computed.append(1))
+    given = stabkit.run(problem, algorithm, seed=3, preconditioner=report.preconditioner)
+    assert not computed
+    assert given.trajectory == own.trajectory
+    assert all(torch.equal(a, b) for a, b in zip(given.model.parameters(), own.model.parameters(), strict=True))
+    assert report.at(lr=0.01).preconditioner is report.preconditioner
+    for copy in (pickle.loads(pickle.dumps(report)), stabkit.Report.from_json(report.to_json())):
+        with pytest.raises(
+            RuntimeError, match=r"`preconditioner` of `Report` is not held by a report loaded from a file"
+        ):
+            _ = copy.preconditioner

@@ -127,7 +127,7 @@ def test_staged_rollouts_confirm(digits_mlp, class_deletion):
     assert found.kind == "staged"
     (step,) = (item for item in found.items if item.remedy == "step size")
     assert step.holds
-    assert report.at(**step.changes).probability == pytest.approx(step.probability, abs=1e-9)
+    assert report.at(**step.changes).rollout.probability == pytest.approx(step.probability, abs=1e-9)
 
 
 # ------------------------------------------------------------------ tune

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from stabkit.bench.records import CellResult
+from stabkit.bench.records import CellResult, Prediction, Record
 from stabkit.bench.scores import boundary_ratios
-from stabkit.calibration import Bin, Calibration
+from stabkit.calibration import COVERAGE, Bin, Calibration, combined
 
 SLOPE = 4.0  # set by hand
-COVERAGE = 0.9  # of the interval of the critical step size
 BINS = 10
 
 
@@ -59,20 +59,49 @@ def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
             "`results` of `fit_calibration` must be cells of the calibration, at least one; got "
             f"{', '.join(wrong) or 'none'}. What is calibrated on cannot evaluate."
         )
-    records = [record for result in results for record in result.records]
-    scores = torch.tensor([getattr(r, kind).scores for r in records], dtype=torch.float64).T
-    happened = torch.tensor([r.diverged for r in records], dtype=torch.float64)
-    plain = Calibration(
-        kind=kind, slope=SLOPE, step_factor=None, runs=len(records), cells=(), brier=None, reliability=()
-    )
-
-    p = plain.probability(scores)
     away = np.sort(np.abs(np.log([ratio for result in results for ratio in boundary_ratios(result, kind)])))
     rank = math.ceil(COVERAGE * (away.size + 1))
-    return replace(
-        plain,
+    fitted = Calibration(
+        kind=kind,
+        slope=SLOPE,
         step_factor=float(np.exp(away[rank - 1])) if rank <= away.size else None,
+        runs=sum(len(result.records) for result in results),
         cells=tuple(dict.fromkeys(result.cell.key for result in results)),
-        brier=float((p - happened).square().mean()),
-        reliability=reliability(p.tolist(), happened.bool().tolist()),
+        brier=None,
+        reliability=(),
     )
+    said = [with_probabilities(result, {kind: fitted}) for result in results]
+    p = [getattr(record, kind).probability for result in said for record in result.records]
+    happened = [record.diverged for result in said for record in result.records]
+    return replace(
+        fitted,
+        brier=float(np.square(np.array(p) - np.array(happened)).mean()),
+        reliability=reliability(p, happened),
+    )
+
+
+def with_probabilities(result: CellResult, calibrations: Mapping[str, Calibration]) -> CellResult:
+    """A cell with the probabilities that calibrations give what was recorded before its runs, as reports have them.
+
+    Args:
+        result: The cell's settings, with their scores and the predicted boundaries.
+        calibrations: The calibration of each kind of rollout to look at.
+
+    Returns:
+        The same settings. Where the grid brackets no predicted boundary at a setting's mix, P is that of the rollouts alone.
+    """
+    edges = {(kind, b.mix): getattr(b, kind) for b in result.boundaries for kind in calibrations}
+
+    def with_probability(record: Record, kind: str) -> Prediction:
+        said: Prediction = getattr(record, kind)
+        used, critical = calibrations[kind], edges.get((kind, record.mix))
+        p = float(used.probability(torch.tensor(said.scores, dtype=torch.float64)))
+        if critical is not None:
+            p = combined(p, record.lr, critical, used.interval(critical, critical, critical))
+        return replace(said, probability=p)
+
+    def with_all(record: Record) -> Record:
+        changes: dict[str, Any] = {kind: with_probability(record, kind) for kind in calibrations}
+        return replace(record, **changes)
+
+    return replace(result, records=tuple(map(with_all, result.records)))

@@ -10,6 +10,7 @@ from typing import Any
 from stabkit._serialise import write_atomically
 from stabkit.bench.misses import NEAR, draw_worst
 from stabkit.bench.records import HALVINGS, ROLLOUT_SEEDS, SPAN
+from stabkit.bench.scores import KINDS
 from stabkit.modes import MODES
 
 PREDICTORS = (
@@ -20,6 +21,7 @@ PREDICTORS = (
     ("coherence rule", "coherence_rule"),
     ("a real run with other batches", "again"),
 )
+FIGURES = ("balanced_accuracy", "auc", "brier", "log_loss", "step_ratio")
 MOST = 4  # cells that are named beside the misses
 COLOURS = {"one": "#0072b2", "staged": "#d55e00"}
 NAMES = {"one": "one linearisation", "staged": "staged", "again": "real runs with other batches"}
@@ -44,10 +46,12 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         f"differ by a factor of {_number(summary['grid_factor'])} (median).\n"
         f"Where the grid brackets a boundary, its interval is halved {HALVINGS} times, by further runs for the observed "
         "one and by further predictions for the predicted one.\n"
-        "P(diverge) comes from the scores recorded before the runs. Constants were chosen on the calibration cells alone; "
-        "that staged rollouts go on with real steps was decided after misses on evaluation cells of seed 0 had been seen, "
-        "and so was the stretch of half-trained models' scores, which moves P but never to the other side of one half; that "
-        "a staged prediction here takes the three seeds of `predict`, not one to save time, after one's Brier score had.",
+        "P(diverge) comes from the scores and boundaries recorded before the runs. Constants were chosen on the calibration "
+        "cells alone; that staged rollouts go on with real steps was decided after misses on evaluation cells of seed 0 had "
+        "been seen, and so was the stretch of half-trained models' scores, which moves P but never to the other side of one "
+        "half; that a staged prediction here takes the three seeds of `predict`, not one to save time, after one's Brier "
+        "score had. That P is half of what the rollouts say and half of what the boundary says was decided when the "
+        "reliability of the rollouts alone had been seen on all cells; its width is that of the calibration cells.",
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]
     for role, found in summary["roles"].items():
@@ -76,10 +80,13 @@ def _section(role: str, found: dict[str, Any], figure: str, worst: str) -> list[
         f"prediction, {len(ROLLOUT_SEEDS)} seeds, costs {_number(cost['staged_over_run'])} runs in CPU seconds and "
         f"{_number(cost['staged_over_run_gradients'])} in gradients: the runs are short.",
         _table(
-            ("predictor", "balanced accuracy", "AUC", "Brier", "divergence step, predicted / observed"),
+            ("predictor", "balanced accuracy", "AUC", "Brier", "log loss", "divergence step, predicted / observed"),
             [
-                (name, *(_number(pool[key][of]) for of in ("balanced_accuracy", "auc", "brier", "step_ratio")))
-                for name, key in PREDICTORS
+                (name, *(_number(quality[of]) for of in FIGURES))
+                for name, quality in (
+                    *((name, pool[key]) for name, key in PREDICTORS),
+                    *((f"{NAMES[kind]}, its rollouts alone", found["rollouts_alone"][kind]) for kind in KINDS),
+                )
             ],
         ),
         _table(

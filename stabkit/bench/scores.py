@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.metrics import balanced_accuracy_score, brier_score_loss, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, brier_score_loss, log_loss, roc_auc_score
 
 from stabkit.bench.records import CellResult, Prediction, Record
 
 GROWTH = math.log(1e3)  # of the mean square, which the growth rule calls divergence
-
+CERTAIN = 1e-3  # what one wrong certainty may cost in log loss
 
 KINDS = ("one", "staged")
 BOUNDARIES = (*KINDS, "again")
@@ -26,12 +26,14 @@ class Quality:
         balanced_accuracy: Mean of the shares of diverging and of stable runs that were called so, at P = 1/2.
         auc: Area under the ROC curve; NaN for a rule without a score.
         brier: Mean squared error of P(diverge); NaN for a rule without a probability.
+        log_loss: Mean of -ln P of what happened, P kept within 0.001 of certainty; NaN likewise.
         step_ratio: Median of predicted over observed divergence step, where both are; NaN where none is.
     """
 
     balanced_accuracy: float
     auc: float
     brier: float
+    log_loss: float
     step_ratio: float
 
 
@@ -82,6 +84,7 @@ def scores(records: Sequence[Record]) -> Scores:
             balanced_accuracy=float(balanced_accuracy_score(happened, calls)) if both else math.nan,
             auc=float(roc_auc_score(happened, score)) if both and score is not None else math.nan,
             brier=math.nan,
+            log_loss=math.nan,
             step_ratio=math.nan,
         )
 
@@ -95,6 +98,7 @@ def scores(records: Sequence[Record]) -> Scores:
         return replace(
             rule(p >= 0.5, p),
             brier=float(brier_score_loss(happened.astype(int), p, pos_label=1)),
+            log_loss=float(log_loss(happened, p.clip(CERTAIN, 1 - CERTAIN), labels=[False, True])),
             step_ratio=float(np.median(ratios)) if ratios else math.nan,
         )
 

@@ -18,9 +18,9 @@ from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
 from stabkit._validate import check_int, check_seed
 from stabkit._version import __version__
 from stabkit.bench.cells import CELLS, Cell, cells_named
-from stabkit.bench.fitting import fit_calibration, reliability
+from stabkit.bench.fitting import fit_calibration, reliability, with_probabilities
 from stabkit.bench.misses import misses, worst
-from stabkit.bench.records import HALVINGS, CellResult, Prediction, record_cell
+from stabkit.bench.records import HALVINGS, CellResult, record_cell
 from stabkit.bench.scores import BOUNDARIES, KINDS, boundary_ratios, pooled, scores
 from stabkit.calibration import Calibration, calibration
 
@@ -127,6 +127,7 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         everything = {kind: [ratio for values in ratios[kind].values() for ratio in values] for kind in BOUNDARIES}
         summary["roles"][role] = {
             "pooled": asdict(pooled(mine)),
+            "rollouts_alone": _rollouts_alone(mine),
             "most_samples": sorted({result.most_samples for result in mine}),
             "boundary_runs": HALVINGS * sum(b.observed is not None for r in mine for b in r.boundaries),
             "boundary": {kind: _boundary(everything[kind]) for kind in BOUNDARIES},
@@ -174,6 +175,15 @@ def _reliability(results: Sequence[CellResult], kind: str) -> list[dict[str, flo
     return [asdict(b) for b in reliability(said, [x.diverged for r in results for x in r.records])]
 
 
+def _rollouts_alone(results: Sequence[CellResult]) -> dict[str, Any]:
+    """How right P(diverge) would be without what the boundary says."""
+    unaware = [
+        with_probabilities(replace(r, boundaries=()), {kind: calibration(kind) for kind in KINDS}) for r in results
+    ]
+    found = pooled(unaware)
+    return {kind: asdict(getattr(found, kind)) for kind in KINDS}
+
+
 def _one(cell: Cell, seed: int, path: Path, quick: bool) -> None:
     """Make one file."""
     torch.set_num_threads(1)
@@ -188,7 +198,8 @@ def read_cell(path: Path) -> CellResult:
         path: A file that `verify_cells` wrote.
 
     Returns:
-        The cell's settings, P(diverge) by the shipped calibration from the scores that were recorded before the runs.
+        The cell's settings, P(diverge) by the shipped calibration from what was recorded before the runs: the scores and, of
+        the mixes for which the grid brackets it, the predicted critical step size.
 
     Raises:
         ValueError: If it is none of this schema.
@@ -200,15 +211,4 @@ def read_cell(path: Path) -> CellResult:
             "delete it to have it made again."
         )
     found = from_plain(CellResult, {"most_samples": EARLIER_SAMPLES, **plain})
-    return replace(
-        found,
-        records=tuple(
-            replace(r, one=_shipped(r.one, "one"), staged=_shipped(r.staged, "staged")) for r in found.records
-        ),
-    )
-
-
-def _shipped(said: Prediction, kind: str) -> Prediction:
-    """A prediction with the probability that the shipped calibration gives its scores."""
-    scores = torch.tensor(said.scores, dtype=torch.float64)
-    return replace(said, probability=float(calibration(kind).probability(scores)))
+    return with_probabilities(found, {kind: calibration(kind) for kind in KINDS})

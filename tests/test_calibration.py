@@ -1,0 +1,89 @@
+"""From what rollouts say, and from where the boundary lies, to a report's probability."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import logistic
+
+import stabkit
+from stabkit.calibration import beyond, calibration, combined
+
+QUICK = {
+    "rank": 20,
+    "retain_samples": 96,
+    "forget_samples": 48,
+    "spectrum_samples": 96,
+    "seeds": 2,
+    "steps": 30,
+    "mode": "standard",
+}
+sides = st.floats(0.01, 4.0)  # of the interval, in the logarithm
+places = st.floats(-5.0, 5.0)  # of the step size
+
+
+@given(places, places, sides, sides)
+def test_past_the_boundary_is_a_logistic_on_either_side(critical, away, below, above):
+    value, lr = math.exp(critical), math.exp(critical + away)
+    interval = math.exp(critical - below), math.exp(critical + above)
+    p = beyond(lr, value, interval)
+    side = above if away > 0 else below
+    assert p == pytest.approx(logistic.cdf(away, scale=side / logistic.ppf(0.95)), abs=1e-9)
+    assert beyond(value, value, interval) == 0.5
+    assert beyond(interval[0], value, interval) == pytest.approx(0.05)
+    assert beyond(interval[1], value, interval) == pytest.approx(0.95)
+
+
+@given(places, places, sides, sides)
+def test_a_larger_step_is_no_likelier_to_hold(first, second, below, above):
+    interval = math.exp(-below), math.exp(above)
+    low, high = sorted((first, second))
+    assert beyond(math.exp(low), 1.0, interval) <= beyond(math.exp(high), 1.0, interval)
+
+
+def test_an_interval_without_width_is_a_step():
+    assert [beyond(lr, 2.0, (2.0, 2.0)) for lr in (1.9, 2.0, 2.1)] == [0.0, 1.0, 1.0]
+    assert beyond(1.9, 2.0, (2.0, 3.0)) == 0.0  # each side for itself
+    assert 0.5 < beyond(2.1, 2.0, (2.0, 3.0)) < 1.0
+    assert beyond(1e-300, 1.0, (0.99, 1.01)) == 0.0  # no overflow
+    assert beyond(1e300, 1.0, (0.99, 1.01)) == 1.0
+
+
+@given(st.floats(0, 1), st.floats(-3, 3), sides)
+def test_both_opinions_count_alike(rolled, away, width):
+    interval = math.exp(-width), math.exp(width)
+    p = combined(rolled, math.exp(away), 1.0, interval)
+    assert p == pytest.approx(np.mean([rolled, beyond(math.exp(away), 1.0, interval)]))
+    # Where they agree about the side of one half, so does the mean: no verdict is turned round.
+    if (rolled >= 0.5) == (away >= 0):
+        assert (p >= 0.5) == (rolled >= 0.5)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")  # of few samples near the boundary
+def test_a_report_weighs_both(digits_mlp, random_deletion):
+    """Its probability is of what it shows: the rollouts' and the interval's."""
+    report = stabkit.predict(digits_mlp, *random_deletion, algorithm="graddiff", lr=0.1, mix=0.3, **QUICK)
+    for share in (0.3, 0.8, 1.5):
+        said = report.at(lr=share * report.critical_lr)
+        scores = torch.tensor(said.rollout.score, dtype=torch.float64)
+        assert said.rollout.probability == pytest.approx(float(calibration("one").probability(scores)))
+        assert said.critical_lr_interval == report.critical_lr_interval  # whatever the step size in question
+        past = beyond(said.run.lr, said.critical_lr, said.critical_lr_interval)
+        assert said.probability == pytest.approx((said.rollout.probability + past) / 2)
+        assert f"of the rollouts alone: {said.rollout.probability:.2f}" in str(said)
+        assert f"that the critical step size is smaller: {past:.2f}" in str(said)
+    near = report.at(lr=0.8 * report.critical_lr)
+    assert near.probability > near.rollout.probability + 0.05
+
+
+def test_without_a_boundary_the_rollouts_have_the_say(digits_mlp, random_deletion):
+    """Steps of next to no length never diverge, and none of them is past anything."""
+    report = stabkit.predict(
+        digits_mlp, *random_deletion, algorithm="graddiff", lr=0.1, mix=0.3, max_gradient_norm=1e-9, **QUICK
+    )
+    assert math.isinf(report.critical_lr)
+    assert report.probability == report.rollout.probability < 0.25
+    assert "critical step size is smaller" not in str(report)
