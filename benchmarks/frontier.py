@@ -25,10 +25,10 @@ import torch
 import stabkit
 from stabkit.algorithms import GradDiff
 from stabkit.bench.cells import CELLS, prepared
-from stabkit.boundary import frontier
 from stabkit.curvature import linearise
 from stabkit.datasets import digits
 from stabkit.deletion import one_class
+from stabkit.frontier import frontier
 from stabkit.models import SmallCNN
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem

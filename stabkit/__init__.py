@@ -36,7 +36,7 @@ from stabkit.algorithms import (
     StopRule,
     retrain,
 )
-from stabkit.boundary import Frontier
+from stabkit.frontier import Frontier
 from stabkit.heavy_tail import layer_exponents
 from stabkit.metrics import Audit, audit
 from stabkit.monitor import Alert, Monitor

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from stabkit._errors import UntrainedModelWarning
 from stabkit._validate import check_int, check_real
 from stabkit.curvature.gradients import gradient_blocks
+from stabkit.data import Data, as_samples
 from stabkit.datasets import Deletion
 from stabkit.losses import Loss, PerSampleLoss
 from stabkit.problem import UnlearningProblem
-from stabkit.samples import Data, Inputs, as_samples, map_tensors
+from stabkit.samples import Inputs, map_tensors
 
 RESTARTS = 10  # of k-means
 

@@ -17,9 +17,9 @@ from stabkit._serialise import dumps, to_plain, write_atomically
 from stabkit._table import Table
 from stabkit._validate import check_seed
 from stabkit.algorithms import ALGORITHMS, Algorithm
-from stabkit.boundary import Outcome
 from stabkit.datasets import Deletion, TensorSplit, digits
 from stabkit.deletion import one_class, random_fraction
+from stabkit.frontier import Outcome
 from stabkit.metrics import accuracies
 from stabkit.models import SmallCNN
 from stabkit.preconditioner import Preconditioner

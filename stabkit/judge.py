@@ -18,8 +18,6 @@ from stabkit._version import __version__
 from stabkit.algorithms import ALGORITHMS, Algorithm
 from stabkit.boundary import (
     CriticalValue,
-    Frontier,
-    frontier,
     staged_critical_lr,
     staged_critical_mix,
     surroundings,
@@ -29,6 +27,7 @@ from stabkit.cause import find_cause, linearisation_errors
 from stabkit.checks import change_checks, margin_check, trust_checks, warn_if_unsure
 from stabkit.curvature import SampleFactors
 from stabkit.curvature.dormant import SAMPLES
+from stabkit.frontier import Frontier, frontier
 from stabkit.measure import FEWEST_SAMPLES, THEORY_ROWS, Measurement
 from stabkit.precision import arithmetic
 from stabkit.problem import UnlearningProblem

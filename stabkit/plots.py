@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from stabkit.boundary import Frontier, Outcome
 from stabkit.coherence import Coherence
+from stabkit.frontier import Frontier, Outcome
 from stabkit.heavy_tail import LayerSpectrum
 from stabkit.metrics import Audit, Estimate, ModelAudit
 from stabkit.recommendations import Recommendations

@@ -13,6 +13,7 @@ from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice, check_int, check_seed
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.checks import warn_if_unsure
+from stabkit.data import Data
 from stabkit.judge import check_batches, judge
 from stabkit.losses import Loss, PerSampleLoss
 from stabkit.measure import measure
@@ -20,7 +21,6 @@ from stabkit.modes import CHECKING, CostEstimate, Sizes, choose_settings, estima
 from stabkit.precision import PRECISIONS
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost, Report
-from stabkit.samples import Data
 
 
 def predict(

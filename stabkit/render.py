@@ -11,8 +11,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from stabkit._table import Table
-from stabkit.boundary import Frontier, Outcome
 from stabkit.calibration import beyond
+from stabkit.frontier import Frontier, Outcome
 from stabkit.report import Report
 
 if TYPE_CHECKING:

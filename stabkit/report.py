@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from stabkit._serialise import Stored, write_atomically
 from stabkit._table import Shown, Table
-from stabkit.boundary import CriticalValue, Frontier, Outcome
+from stabkit.boundary import CriticalValue
 from stabkit.calibration import Calibration
+from stabkit.frontier import Frontier, Outcome
 from stabkit.recommendations import Recommendations
 
 if TYPE_CHECKING:
@@ -352,6 +353,16 @@ class Report(Shown, Stored):
         """Either "high", if every check passed, or "low"."""
         return "high" if all(check.passed for check in self.checks) else "low"
 
+    def _held(self, name: str) -> Any:
+        """What the prediction left to ask again with."""
+        value = getattr(self, f"_{name}")
+        if value is None:
+            raise RuntimeError(
+                f"`{name}` of `Report` needs what was measured, which a report loaded from a file does not hold; call "
+                "predict(...) again in this process."
+            )
+        return value
+
     @property
     def preconditioner(self) -> Preconditioner:
         """P of the run, masks included, which `run(..., preconditioner=report.preconditioner)` then need not compute again.
@@ -361,12 +372,7 @@ class Report(Shown, Stored):
         Raises:
             RuntimeError: If this report was loaded from a file.
         """
-        if self._preconditioner is None:
-            raise RuntimeError(
-                "`preconditioner` of `Report` is not held by a report loaded from a file; leave it out of `run`, which "
-                "computes its own, or call predict(...) again in this process."
-            )
-        held: Preconditioner = self._preconditioner
+        held: Preconditioner = self._held("preconditioner")
         return held
 
     def frontier(
@@ -385,12 +391,8 @@ class Report(Shown, Stored):
         Raises:
             RuntimeError: If this report was loaded from a file, which does not hold the linearised network.
         """
-        if self._frontier is None:
-            raise RuntimeError(
-                "`frontier` of `Report` needs the linearised network, which a report loaded from a file does not hold; "
-                "call predict(...) again in this process."
-            )
-        return self._frontier(lr=lr, mix=mix, progress=progress)
+        found: Frontier = self._held("frontier")(lr=lr, mix=mix, progress=progress)
+        return found
 
     def at(self, **changes: object) -> Report:
         """The report for other settings of the same algorithm, measured quantities reused.
@@ -406,12 +408,8 @@ class Report(Shown, Stored):
         Raises:
             RuntimeError: If this report was loaded from a file.
         """
-        if self._at is None:
-            raise RuntimeError(
-                "`at` of `Report` needs the linearised network, which a report loaded from a file does not hold; call "
-                "predict(...) again in this process."
-            )
-        return self._at(**changes)
+        report: Report = self._held("at")(**changes)
+        return report
 
     def recommend(self, *, risk: float = 0.05) -> Recommendations:
         """What to do instead: settings that hold, what they reach, and the Pareto front over step size, mix and steps.
@@ -427,12 +425,7 @@ class Report(Shown, Stored):
         Raises:
             RuntimeError: If this report was loaded from a file.
         """
-        if self._recommend is None:
-            raise RuntimeError(
-                "`recommend` of `Report` needs the linearised network, which a report loaded from a file does not hold; "
-                "call predict(...) again in this process."
-            )
-        found: Recommendations = self._recommend(risk=risk)
+        found: Recommendations = self._held("recommend")(risk=risk)
         return found
 
     def plot(self, axes: Sequence[Axes] | None = None) -> tuple[Figure, Sequence[Axes]]:

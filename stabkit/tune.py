@@ -13,11 +13,11 @@ from torch import nn
 from stabkit._errors import TargetWarning, caller_level
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm, resolve_algorithm
+from stabkit.data import Data
 from stabkit.losses import CrossEntropy, Loss, PerSampleLoss
 from stabkit.predict import predict
 from stabkit.problem import UnlearningProblem
 from stabkit.remedy import RISK, algorithm_at
-from stabkit.samples import Data
 
 SPECTRUM_SAMPLES = 8  # of each set: the eigenvalues only say where to begin the scan of step sizes
 HALVINGS = 4  # of the step size, while staged rollouts do not confirm it

@@ -17,14 +17,14 @@ from stabkit._serialise import dumps, to_plain, write_atomically
 from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real, check_seed
 from stabkit.algorithms import ALGORITHMS, Algorithm
-from stabkit.boundary import Outcome
+from stabkit.data import Data
+from stabkit.frontier import Outcome
 from stabkit.losses import NAMED, Loss, PerSampleLoss
 from stabkit.metrics import Accuracies, accuracies
 from stabkit.metrics.audit import check_held_out
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Report
 from stabkit.runner import run
-from stabkit.samples import Data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

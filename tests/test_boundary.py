@@ -19,13 +19,12 @@ from stabkit.algorithms import AGU, FineTune, GradDiff, GradientAscent
 from stabkit.boundary import (
     POINTS_PER_DECADE,
     CriticalValue,
-    Frontier,
     critical_lr,
     critical_mix,
-    frontier,
     surroundings,
 )
 from stabkit.curvature import linearise
+from stabkit.frontier import Frontier, frontier
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import stabkit
 from stabkit.algorithms import ALGORITHMS
 from stabkit.curvature import linearise
+from stabkit.data import as_samples
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
-from stabkit.samples import as_samples
 from stabkit.training import train
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_a_check_keeps_to_the_batches_that_memory_allows(model, monkeypatch):
             seen.append(len(x))
             return self.up(self.inner(x))
 
-    monkeypatch.setattr("stabkit.problem.EVALUATION_BYTES", 2 * 40_000 * 4)
+    monkeypatch.setattr("stabkit.problem.problem.EVALUATION_BYTES", 2 * 40_000 * 4)
     UnlearningProblem(Wide().eval(), FORGET, RETAIN)
     assert max(seen) == 3  # what a first look takes of any model
 

@@ -236,7 +236,7 @@ def test_evaluation_of_chosen_samples_and_in_several_batches(monkeypatch):
     chosen = torch.tensor([5, 0, 2])
     outputs, targets, losses = problem.evaluate(problem.retain, indices=chosen)
     everything = problem.evaluate(problem.retain)
-    monkeypatch.setattr("stabkit.problem.EVALUATION_BATCH", 3)
+    monkeypatch.setattr("stabkit.problem.problem.EVALUATION_BATCH", 3)
     for part, all_at_once, in_batches in zip(
         (outputs, targets, losses), everything, problem.evaluate(problem.retain), strict=True
     ):

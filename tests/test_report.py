@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 
 import stabkit
 from stabkit._table import Table
-from stabkit.boundary import Outcome
+from stabkit.frontier import Outcome
 from stabkit.render import MECHANISMS, headline, number
 from stabkit.report import Check, Report, Run, Share
 
@@ -166,9 +166,9 @@ def test_a_report_can_be_pickled_and_copied(report):
 
 
 def test_a_loaded_report_says_what_it_cannot_do(loaded):
-    with pytest.raises(RuntimeError, match=r"`frontier` of `Report` needs the linearised network.*predict"):
+    with pytest.raises(RuntimeError, match=r"`frontier` of `Report` needs what was measured.*predict"):
         loaded.frontier()
-    with pytest.raises(RuntimeError, match=r"`at` of `Report` needs the linearised network.*predict"):
+    with pytest.raises(RuntimeError, match=r"`at` of `Report` needs what was measured.*predict"):
         loaded.at(lr=0.1)
 
 

@@ -20,8 +20,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from stabkit import samples as samples_module
-from stabkit.samples import as_samples, map_tensors, tensors_of
+from stabkit import data as data_module
+from stabkit.data import as_samples
+from stabkit.samples import map_tensors, tensors_of
 
 CPU = torch.device("cpu")
 N = 23
@@ -193,7 +194,7 @@ def test_columns_of_batches_are_matched_by_name():
 
 @pytest.mark.parametrize("form", ["dataset", "shuffling loader"])
 def test_sets_too_large_for_memory_are_read_by_index(form, monkeypatch):
-    monkeypatch.setattr(samples_module, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(data_module, "IN_MEMORY_BYTES", 0)
     data = FORMS[form]()
     reads = []
     dataset = data.dataset if isinstance(data, DataLoader) else data
@@ -478,7 +479,7 @@ def test_rare_augmentation_is_found():
 @pytest.mark.parametrize("room", [10**9, 10])
 def test_data_move_to_an_accelerator_once_where_there_is_room(monkeypatch, room):
     """The meta device stands in for one."""
-    monkeypatch.setattr(samples_module, "free_memory", lambda device: room)
+    monkeypatch.setattr(data_module, "free_memory", lambda device: room)
     x, y = {"a": torch.ones(6, 3), "mask": torch.ones(6, 2)}, torch.arange(6)
     samples = as_samples((x, y), name="retain", device=torch.device("meta"), dtype=torch.float32)
     for _ in range(2):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice, check_int, check_real, check_seed
+from stabkit.data import Data
 from stabkit.metrics.accuracy import parameters_of
 from stabkit.metrics.bootstrap import Estimate, Resamples, estimate
 from stabkit.metrics.lira import Shadows, lira_scores
@@ -19,7 +20,7 @@ from stabkit.metrics.result import Audit, Distances, ModelAudit, SetAudit
 from stabkit.metrics.statistics import AUDIT_BATCH, SampleDistances, SampleStatistics, sample_statistics
 from stabkit.metrics.tables import GOLD, ORIGINAL
 from stabkit.problem import UnlearningProblem
-from stabkit.samples import Data, Samples
+from stabkit.samples import Samples
 
 GAP_ATTACK = "entropy/logistic"
 ATTACKS = attack_names(tuple(SIGNS))

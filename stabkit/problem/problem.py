@@ -4,7 +4,6 @@ Everything later reads the model through `UnlearningProblem`, as a function of o
 model is copied on entry; its parameters, buffers, mode, hooks, gradients and the global random state stay as they were.
 """
 
-import contextlib
 import copy
 import warnings
 from typing import Any
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stabkit._errors import OverlapWarning, ProbabilityWarning, UntrainedModelWarning, caller_level
-from stabkit._memory import is_out_of_memory
+from stabkit._errors import UntrainedModelWarning, caller_level
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice
+from stabkit.data import Data, as_samples
 from stabkit.losses import IGNORE_INDEX, CrossEntropy, Loss, PerSampleLoss, resolve_loss
 from stabkit.network import (
     arguments,
     check_layers,
-    check_stateless,
     checked_device,
     differentiable_attention,
     output_tensor,
@@ -30,19 +28,15 @@ from stabkit.network import (
     unwrapped,
     warn_train_mode,
 )
+from stabkit.problem.checks import check_function, check_samples, check_sets, check_weights, warn_of_twins
 from stabkit.reading import READS, Reading, labelled_positions, largest_logits, logits_to_read
-from stabkit.samples import EXTRA_PARTS, Data, Inputs, Samples, as_samples, map_tensors, tensors_of
+from stabkit.samples import Inputs, Samples, map_tensors
 
 Parameters = dict[str, Tensor]
 EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
 EVALUATED = 512  # samples of each set behind the losses at θ*: of a large set more would cost as much as a prediction
-PROBES = 16  # forget samples that are looked for in the retain set
-MOVED_SAMPLES = 4  # through which gradients away from θ* are compared
-PROBABILITIES = 1e-4  # how far from 1 the sum of outputs may be that are probabilities
-SAME_LOSS = 1e-4  # relative: of a sample alone and among others, from the same outputs
-COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
 
 
 class UnlearningProblem:
@@ -181,7 +175,13 @@ class UnlearningProblem:
         self.widest_output = 1
         self._whole: UnlearningProblem | None = None  # what this one reads parts of
         with preserved_rng(), torch.no_grad():
-            self._check()
+            check_weights((*self.parameters.items(), *self._constants.items()))
+            check_sets(self.forget, self.retain, batchnorm=self.batchnorm)
+            for samples in (self.forget, self.retain):
+                self._admit(samples)
+            check_function(self, self._module)
+            warn_of_twins(self.forget, self.retain)
+            self._evaluate()
         self.test = None if test is None else self.read(test, name="test")
 
     # ------------------------------------------------------------------ the network as a function of its parameters
@@ -225,11 +225,19 @@ class UnlearningProblem:
     def _read(self, parameters: Parameters, inputs: Inputs) -> Tensor:
         """The outputs, or what is read of them."""
         if isinstance(inputs, Reading):
-            return inputs.pick(output_tensor(self._call(parameters, inputs.inputs)), self._class_axis)
-        return output_tensor(self._call(parameters, inputs))
+            return inputs.pick(output_tensor(self.call(parameters, inputs.inputs)), self._class_axis)
+        return output_tensor(self.call(parameters, inputs))
 
-    def _call(self, parameters: Parameters, inputs: Inputs) -> Any:
-        """Whatever the network returns."""
+    def call(self, parameters: Parameters, inputs: Inputs) -> Any:
+        """Whatever the network returns, before its outputs are read.
+
+        Args:
+            parameters: Trainable parameters by name.
+            inputs: Inputs of b samples.
+
+        Returns:
+            A tensor, or an object of any kind. Cost: one forward pass.
+        """
         tensors = {**self._constants, **self.parameters, **parameters}
         placed = {place: tensors[name] for place, name in self._places.items()}
         own = map_tensors(
@@ -396,9 +404,12 @@ class UnlearningProblem:
         """
         samples = as_samples(data, name=name, device=self.device, dtype=self.dtype)
         with preserved_rng(), torch.no_grad():
-            self._check_finite(samples)
-            self._check_outputs(samples)
+            self._admit(samples)
         return samples
+
+    def _admit(self, samples: Samples) -> None:
+        """Check a set, and learn how wide the network's outputs are."""
+        self.widest_output = max(self.widest_output, check_samples(self, samples))
 
     def evaluate(
         self, samples: Samples, parameters: Parameters | None = None, indices: Tensor | None = None
@@ -467,52 +478,8 @@ class UnlearningProblem:
                 module.sparse = True
         return model
 
-    def layer_of(self) -> dict[str, str]:
-        """Which module each trainable parameter belongs to.
-
-        Returns:
-            Module name by parameter name; "" is the model itself.
-        """
-        return {name: name.rpartition(".")[0] for name in self.parameters}
-
-    # ------------------------------------------------------------------ validation
-
-    def _check(self) -> None:
-        for name, value in (*self.parameters.items(), *self._constants.items()):
-            if value.is_meta:
-                raise ValueError(
-                    f"`model` of `UnlearningProblem` must hold its weights; {name!r} is on the meta device. Give it memory "
-                    "with model.to_empty(device='cpu') and load its state_dict."
-                )
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"`model` of `UnlearningProblem` must have finite weights; {name!r} holds NaN or infinity. Load the "
-                    "checkpoint from before training failed."
-                )
-        shared = self.forget.overlap(self.retain)
-        if shared:
-            raise ValueError(
-                f"`forget` and `retain` must not overlap; they share {shared} samples. Remove the forget samples from "
-                "the retain set, e.g. with two disjoint index lists."
-            )
-        for samples in (self.forget, self.retain):
-            if self.batchnorm == "batch" and samples.size == 1:
-                raise ValueError(
-                    f"`{samples.name}` must hold at least two samples with batchnorm='batch'; got 1, and a batch of one has "
-                    "no variance. Use batchnorm='frozen'."
-                )
-            self._check_finite(samples)
-            self._check_outputs(samples)
-        self._check_stateless()
-        twins = self.forget.twins(self.retain, PROBES)
-        if 2 * twins > min(PROBES, self.forget.size):
-            warnings.warn(
-                f"`forget` and `retain` should not overlap; of {min(PROBES, self.forget.size)} forget samples looked at, "
-                f"{twins} are in the retain set too, with the same target. Remove them there, unless they are meant as "
-                "duplicates: what is kept cannot be forgotten.",
-                OverlapWarning,
-                stacklevel=caller_level(),
-            )
+    def _evaluate(self) -> None:
+        """The losses at θ*, and the level at which a run diverges."""
         outputs = self.outputs(self.parameters, self.retain.batch(torch.zeros(1, dtype=torch.int64))[0])
         self.divergence_level = self.loss.constant_level(outputs, self.retain.targets())
         evaluated = [samples.subset(EVALUATED, 0) for samples in (self.retain, self.forget)]
@@ -530,142 +497,10 @@ class UnlearningProblem:
                 stacklevel=caller_level(),
             )
 
-    @staticmethod
-    def _check_finite(samples: Samples) -> None:
-        for inputs, targets in samples.batches(4096):
-            for what, tensors in (("inputs", tensors_of(inputs)), ("targets", iter([targets]))):
-                for tensor in tensors:
-                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                        bad = int((~torch.isfinite(tensor)).sum())
-                        raise ValueError(
-                            f"{what} of `{samples.name}` must be finite; got {bad} NaN or infinite values. Drop or "
-                            "impute them first."
-                        )
+    def layer_of(self) -> dict[str, str]:
+        """Which module each trainable parameter belongs to.
 
-    def _check_outputs(self, samples: Samples) -> None:
-        """A few samples through the model: output type, determinism, one loss a sample, finite losses, no coupling."""
-        inputs, targets = samples.batch(torch.arange(min(3, samples.size)))
-        outputs = self._first_outputs(inputs, samples.name)
-        self.widest_output = max(self.widest_output, outputs[0].numel() if outputs.dim() else 1)
-        again = self.outputs(self.parameters, inputs)
-        if outputs.shape[:1] != targets.shape[:1]:
-            raise ValueError(
-                f"`model` must give one output per sample; got {tuple(outputs.shape)} for {targets.shape[0]} samples of "
-                f"`{samples.name}`."
-            )
-        if not torch.allclose(outputs, again, rtol=1e-3, atol=1e-5, equal_nan=True):
-            raise ValueError(
-                "`model` must be deterministic in eval mode; two passes over the same batch differ by "
-                f"{float((outputs - again).abs().max()):.3g}. Remove random layers that ignore eval()."
-            )
-        self.loss.check_targets(outputs, samples.targets(), name=samples.name)
-        if outputs.dim() < 2:
-            raise ValueError(
-                f"`model` must return a row of outputs per sample; got shape {tuple(outputs.shape)} for "
-                f"{outputs.shape[0]} samples of `{samples.name}`. Return shape (m, 1), for instance without the squeeze."
-            )
-        if type(self.loss) is CrossEntropy and samples is self.retain:
-            sums = outputs.sum(1)
-            if bool((outputs >= 0).all()) and bool(((sums - 1).abs() < PROBABILITIES).all()) and outputs.shape[1] > 1:
-                warnings.warn(
-                    "`model` seems to return probabilities, as its outputs are none below 0 and sum to 1, and cross-entropy "
-                    "takes the softmax of them once more. Return logits, unless it was trained this way.",
-                    ProbabilityWarning,
-                    stacklevel=caller_level(),
-                )
-        self._check_losses(outputs, targets, samples.name)
-        self._check_differentiable(inputs, targets, samples.name)
-        alone = self._first_outputs(samples.batch(torch.zeros(1, dtype=torch.int64))[0], samples.name)
-        if alone.shape != outputs[:1].shape:
-            raise ValueError(
-                f"`model` must return a row of outputs per sample; got shape {tuple(alone.shape)} for one sample of "
-                f"`{samples.name}` and {tuple(outputs.shape)} for {outputs.shape[0]}. Do not squeeze the first axis."
-            )
-        scale = float(outputs.where(outputs.isfinite(), 0).abs().max())
-        if not torch.allclose(alone, outputs[:1], rtol=0, atol=COUPLING * scale, equal_nan=True):
-            raise ValueError(
-                "`model` must give a sample the same outputs whatever else is in its batch; those of the first sample of "
-                f"`{samples.name}` alone differ by {float((alone - outputs[:1]).abs().max()):.3g}. Remove layers that mix "
-                "samples, such as normalisation by the batch's own mean."
-            )
-
-    def _check_losses(self, outputs: Tensor, targets: Tensor, name: str) -> None:
-        """Losses of a few samples: finite, each of its own sample, and the outputs left as they are."""
-        before = outputs.clone()
-        losses = self.loss.per_sample(outputs, targets)
-        if not torch.equal(outputs.nan_to_num(), before.nan_to_num()):
-            raise ValueError(
-                f"`loss` must leave the outputs as they are; got {self.loss.name!r}, which writes into them. Use o - t in "
-                "place of o.sub_(t)."
-            )
-        if not bool(torch.isfinite(losses).all()):
-            raise ValueError(
-                f"losses of `{name}` must be finite at the trained parameters; got {losses.tolist()}. Check the "
-                "loss and the inputs' scale."
-            )
-        alone = self.loss.per_sample(outputs[:1], targets[:1])
-        if not torch.allclose(alone, losses[:1], rtol=SAME_LOSS, atol=SAME_LOSS * float(losses.abs().max())):
-            raise ValueError(
-                f"`loss` must give a sample the same loss whatever else is in its batch; got {self.loss.name!r}, whose "
-                f"first one of `{name}` is {float(losses.flatten()[0]):.4g} among others and "
-                f"{float(alone.flatten()[0]):.4g} alone. Leave means over the batch out of it."
-            )
-
-    def _check_differentiable(self, inputs: Inputs, targets: Tensor, name: str) -> None:
-        """Whether derivatives reach the parameters, through the model and through the loss."""
-        with torch.enable_grad():
-            leaves = {key: p.detach().requires_grad_() for key, p in self.parameters.items()}
-            outputs = self.outputs(leaves, inputs)
-            losses = self.loss.per_sample(outputs, targets) if outputs.requires_grad else outputs
-        for what, found, owner in (("outputs", outputs, "model"), (f"losses of {self.loss.name!r}", losses, "loss")):
-            if not found.requires_grad:
-                raise ValueError(
-                    f"`{owner}` must be differentiable; got {what} without derivatives in the parameters, for `{name}`. "
-                    "Remove torch.no_grad(), detach() and detours through NumPy from it."
-                )
-
-    def _check_stateless(self) -> None:
-        """Whether the network is a function of its parameters, also in its backward pass."""
-        few = min(MOVED_SAMPLES, self.evaluation_batch, self.retain.size)
-        inputs, targets = self.retain.batch(torch.arange(few))
-        check_stateless(
-            self._module,
-            self.parameters,
-            inputs,
-            outputs=lambda parameters: self.outputs(parameters, inputs),
-            loss=lambda outputs: self.loss.per_sample(outputs, targets).sum(),
-        )
-
-    def _first_outputs(self, inputs: Inputs, name: str) -> Tensor:
-        """Outputs of a few samples; if the model cannot take them, an error that names the set and what to do."""
-        try:
-            raw = self._call(self.parameters, inputs)
-        except Exception as error:  # a forward pass fails in as many ways as there are layers
-            if is_out_of_memory(error):
-                raise
-            said = f"{type(error).__name__}: {error}"
-            integers = next((t for t in tensors_of(inputs) if not t.is_floating_point()), None)
-            if integers is not None and self._takes_floats(inputs):
-                raise TypeError(
-                    f"inputs of `{name}` must be floating point for this model; got integers from {int(integers.min())} to "
-                    f"{int(integers.max())}, on which its forward pass fails ({said}). Convert them as in training, for "
-                    "instance x.float() / 255; nothing is rescaled unasked."
-                ) from error
-            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_of(inputs))
-            remedy = "Give inputs of the shape, type and range that it was trained on."
-            if isinstance(error, TypeError) and isinstance(inputs, dict):
-                remedy = f"It is given {', '.join(inputs)} by name: leave out the columns that it does not know."
-            elif isinstance(error, TypeError) and isinstance(inputs, tuple):
-                remedy = EXTRA_PARTS
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(
-                f"`model` of `UnlearningProblem` must take the inputs of `{name}`; got {said}, for {shapes}. {remedy}"
-            ) from error
-        return output_tensor(raw)
-
-    def _takes_floats(self, inputs: Inputs) -> bool:
-        """Whether the same numbers in floating point are what the model wants."""
-        with contextlib.suppress(Exception):
-            self._call(self.parameters, map_tensors(lambda t: t.to(self.dtype), inputs))
-            return True
-        return False
+        Returns:
+            Module name by parameter name; "" is the model itself.
+        """
+        return {name: name.rpartition(".")[0] for name in self.parameters}

@@ -1,0 +1,380 @@
+"""Every way of handing over data, read as `Samples`.
+
+A `DataLoader`, a `Dataset`, an `(x, y)` pair of tensors, a dictionary of tensors or an iterable of batches will do. Small
+sets are held as stacked tensors; larger map-style data sets are read as needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from stabkit._memory import free_memory
+from stabkit._rng import preserved_rng
+from stabkit.samples import Identity, Inputs, Samples, map_tensors, tensors_of
+
+Data = DataLoader | Dataset | tuple[Any, Any] | Mapping[str, Tensor] | Iterable[Any]
+
+REREAD = 8  # samples read twice, to find random augmentation
+IN_MEMORY_BYTES = 4 * 2**30
+RESIDENT_SHARE = 0.25  # of an accelerator's free memory, that one set may take
+LABEL_KEYS = ("labels", "label", "targets", "target")
+EXTRA_PARTS = (
+    "A sample's last part is its target and those before are the model's inputs: where rows are (x, y, index), pass "
+    "[(x, y) for x, y, _ in data]."
+)
+
+
+def as_samples(data: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    """Read any accepted form of data as `Samples`.
+
+    The global random state is left as it was, also where a shuffling loader has to be iterated.
+
+    Args:
+        data: A DataLoader, map-style or iterable Dataset, (x, y) tensors, dictionary of tensors, or iterable of batches.
+        name: "forget", "retain" or "test".
+        device: Where batches go.
+        dtype: Floating dtype of batches.
+
+    Returns:
+        The samples.
+
+    Raises:
+        TypeError: If the data has none of the accepted forms, or holds what is no number.
+        ValueError: If the set is empty, or its parts differ in length or its samples in shape.
+    """
+    with preserved_rng():
+        samples = _read(data, name, device, dtype)
+    if samples.size == 0:
+        raise ValueError(f"`{name}` must hold at least one sample; got an empty set. Check how it was selected.")
+    return samples
+
+
+def _read(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    if _is_array(data):
+        kind = type(data).__name__.lower()
+        raise TypeError(f"`{name}` must come with targets; got a single {kind}. Pass a pair (x, y).")
+    if isinstance(data, DataLoader):
+        return _read_loader(data, name, device, dtype)
+    if isinstance(data, IterableDataset):
+        loader = DataLoader(data, batch_size=256, collate_fn=lambda rows: _collate(rows, name))
+        return _read_batches(loader, name, device, dtype)
+    if isinstance(data, Mapping) or _is_pair(data):
+        return _in_memory(*_split(data, name), name=name, device=device, dtype=dtype)
+    is_text = isinstance(data, str | bytes)
+    if isinstance(data, Dataset) or (
+        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data) and not is_text
+    ):
+        return _read_dataset(data, default_collate, name, device, dtype)
+    if isinstance(data, Iterable) and not is_text:
+        return _read_batches(data, name, device, dtype)
+    raise TypeError(
+        f"`{name}` must be a DataLoader, a Dataset, an (x, y) pair of tensors, a dict of tensors or an iterable of "
+        f"batches; got {type(data).__name__}."
+    )
+
+
+def _is_pair(data: Any) -> bool:
+    """A 2-tuple (inputs, targets); a list is an iterable of batches."""
+    if not isinstance(data, tuple) or len(data) != 2:
+        return False
+    inputs, targets = data
+    if isinstance(inputs, list) and _is_array(targets) and not any(_is_array(part) for part in inputs[:1]):
+        return True  # rows of numbers
+    return _is_array(inputs) or (isinstance(inputs, tuple | Mapping) and _is_array(targets))
+
+
+def _is_array(data: Any) -> bool:
+    """A tensor, or what NumPy can read: its own arrays and a table's columns."""
+    return isinstance(data, Tensor) or hasattr(data, "__array__")
+
+
+def _is_batches(data: Any) -> bool:
+    """Whether a sequence's items are batches rather than single samples: their targets have a leading axis."""
+    if not isinstance(data, Sequence) or len(data) == 0:
+        return isinstance(data, Sequence)
+    first = data[0]
+    if isinstance(first, Mapping):
+        return all(_axes(value) >= (1 if key in LABEL_KEYS else 2) for key, value in first.items())
+    if not isinstance(first, tuple | list) or len(first) < 2:
+        return False
+    return isinstance(first[-1], Tensor | np.ndarray) and first[-1].ndim >= 1
+
+
+def _axes(value: Any) -> int:
+    """Axes of an array or of nested lists."""
+    if isinstance(value, list):
+        return 1 + (_axes(value[0]) if value else 0)
+    return getattr(value, "ndim", 0)
+
+
+def _split(batch: Any, name: str) -> tuple[Any, Tensor]:
+    """Inputs and targets of one batch in any of its forms."""
+    targets_of, inputs_of = f"targets of `{name}`", f"inputs of `{name}`"
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS:
+            if key in batch:
+                inputs = {k: _tensor(v, f"column {k!r} of `{name}`") for k, v in batch.items() if k != key}
+                return inputs, _tensor(batch[key], targets_of)
+        raise TypeError(
+            f"`{name}` holds dict batches without targets: expected a key among {', '.join(LABEL_KEYS)}; got "
+            f"{', '.join(map(str, batch))}."
+        )
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        *leading, last = batch
+        targets = _tensor(last, targets_of, EXTRA_PARTS if len(leading) > 1 else "")
+        first = leading[0] if len(leading) == 1 else tuple(leading)
+        if isinstance(first, Mapping):
+            return {key: _tensor(value, f"column {key!r} of `{name}`") for key, value in first.items()}, targets
+        if isinstance(first, list) and first and not any(_is_array(part) for part in first):
+            return _tensor(first, inputs_of), targets
+        if isinstance(first, tuple | list):
+            return tuple(_tensor(value, inputs_of) for value in first), targets
+        return _tensor(first, inputs_of), targets
+    raise TypeError(
+        f"`{name}` must give (inputs, targets) pairs or dicts with labels; got a batch of type {type(batch).__name__}. "
+        "Pass two tensors as a tuple (x, y)."
+    )
+
+
+def _tensor(values: Any, what: str, remedy: str = "") -> Tensor:
+    """One part of a batch as a tensor."""
+    if not isinstance(values, Tensor | np.ndarray) and hasattr(values, "__array__"):
+        values = np.array(values)  # a table's own array may not be writable
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _refusal(values, what, error, remedy) from error
+
+
+def _collate(rows: list[Any], name: str) -> Any:
+    """Rows as one batch; a list of numbers in a row is a vector, where PyTorch's own collation sees so many inputs."""
+    try:
+        return default_collate([_vectors(row) for row in rows])
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise _refusal(rows, f"samples of `{name}`", error) from error
+
+
+def _vectors(row: Any) -> Any:
+    """A row with its lists of numbers as tensors."""
+
+    def vector(part: Any) -> Any:
+        is_numbers = isinstance(part, list) and all(isinstance(leaf, numbers.Number) for leaf in _leaves(part))
+        return torch.as_tensor(part) if is_numbers else part
+
+    if isinstance(row, Mapping):
+        return {key: vector(part) for key, part in row.items()}
+    return tuple(map(vector, row)) if isinstance(row, tuple | list) else row
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """What nested lists, dictionaries and arrays of objects hold."""
+    if isinstance(tree, np.ndarray) and tree.dtype.kind in "OSU":
+        tree = tree.tolist()
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, tuple | list):
+        for part in tree:
+            yield from _leaves(part)
+    else:
+        yield tree
+
+
+def _refusal(values: Any, what: str, error: Exception, remedy: str = "") -> TypeError | ValueError:
+    """Why these make no tensor: something in them is no number, or they differ in shape."""
+    plain = numbers.Number | np.generic | np.ndarray | Tensor
+    odd = [leaf for leaf in _leaves(values) if isinstance(leaf, str) or not isinstance(leaf, plain)]
+    if not odd:
+        return ValueError(
+            f"{what} must be numbers of one type and one shape; got {type(error).__name__}: {error}. "
+            + (remedy or "Pad or crop them to one size (for text, pad to the longest and pass an attention mask).")
+        )
+    if odd[0] is None:
+        remedy = remedy or "Leave out the column that is empty, or fill in what is missing."
+    elif isinstance(odd[0], str):
+        remedy = (
+            remedy or "Encode text as numbers first: classes as 0 to C-1, words as token ids; leave out other columns."
+        )
+    else:
+        remedy = remedy or "Convert them to tensors first."
+    shown = odd[0] if odd[0] is None or isinstance(odd[0], str) else type(odd[0])
+    return TypeError(f"{what} must be numbers; got {reprlib.repr(shown)}. {remedy}")
+
+
+def _in_memory(
+    inputs: Any,
+    targets: Tensor,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    identity: Identity | None = None,
+) -> Samples:
+    lengths = {t.shape[0] if t.dim() else 0 for t in (*tensors_of(inputs), targets)}
+    if len(lengths) != 1:
+        raise ValueError(f"`{name}` must have as many inputs as targets; got leading sizes {sorted(lengths)}.")
+    size = lengths.pop()
+    held: list[tuple[Any, Tensor]] = []  # from the first fetch on
+
+    def fetch(indices: Tensor) -> tuple[Inputs, Tensor]:
+        if not held:
+            held.append(_resident((inputs, targets), device))
+        x, y = held[0]
+        return map_tensors(lambda t: t[indices.to(t.device)], x), y[indices.to(y.device)]
+
+    if identity is None:
+        identity = _addresses(inputs, np.arange(size))
+    return Samples(name, size, fetch, identity, device, dtype)
+
+
+def _resident(data: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Tensor]:
+    """Data on an accelerator where there is room for them, so that no batch has to travel; as they are elsewhere."""
+    if device.type == "cpu":
+        return data
+    away = sum(t.numel() * t.element_size() for t in tensors_of(data) if t.device != device)
+    if away > RESIDENT_SHARE * free_memory(device):
+        return data
+    return map_tensors(lambda t: t.to(device), data[0]), data[1].to(device)
+
+
+def _addresses(inputs: Any, indices: np.ndarray) -> Identity:
+    """Where in memory the chosen rows of the first input tensor begin."""
+    first = next(tensors_of(inputs), None)
+    if first is None or first.numel() == 0 or first.stride(0) == 0:  # an expanded tensor's rows tell nothing
+        return {}
+    return {first.device: first.data_ptr() + indices * first.stride(0) * first.element_size()}
+
+
+def _root_indices(dataset: Any, indices: np.ndarray) -> Identity:
+    """Follow nested Subset, ConcatDataset and TensorDataset down to the underlying storage and its row numbers."""
+    if isinstance(dataset, Subset):
+        return _root_indices(dataset.dataset, np.asarray(dataset.indices, dtype=np.int64)[indices])
+    if isinstance(dataset, ConcatDataset):
+        found: Identity = {}
+        start = 0
+        for part, stop in zip(dataset.datasets, dataset.cumulative_sizes, strict=True):
+            inside = indices[(indices >= start) & (indices < stop)] - start
+            for key, rows in _root_indices(part, inside).items():
+                found[key] = np.concatenate([found[key], rows]) if key in found else rows
+            start = stop
+        return found
+    if isinstance(dataset, TensorDataset):
+        return _addresses(dataset.tensors, indices)
+    return {id(dataset): indices}
+
+
+@contextlib.contextmanager
+def _kept(generator: torch.Generator | None) -> Iterator[None]:
+    """Give the caller's generator back as it was."""
+    if generator is None:
+        yield
+        return
+    state = generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _read_loader(loader: DataLoader, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
+        return _read_batches(loader, name, device, dtype)
+    if loader.batch_size is None:  # the caller's own batch sampler
+        chosen = sorted({int(index) for batch in loader.batch_sampler for index in batch})
+    elif isinstance(loader.sampler, SequentialSampler | RandomSampler):
+        return _read_dataset(dataset, loader.collate_fn, name, device, dtype)
+    else:
+        with _kept(getattr(loader.sampler, "generator", None)):
+            drawn = [int(index) for index in loader.sampler]
+        chosen = sorted(set(drawn))
+        if len(chosen) < len(drawn):
+            raise ValueError(
+                f"the sampler of `{name}` must name every sample once; got {type(loader.sampler).__name__}, which drew "
+                f"{len(drawn)} and {len(chosen)} different ones. Pass the data set itself: how batches are drawn is said by "
+                "`sampling`."
+            )
+    return _read_dataset(Subset(dataset, chosen), loader.collate_fn, name, device, dtype)
+
+
+def _read_dataset(
+    dataset: Any, collate: Callable[[list[Any]], Any], name: str, device: torch.device, dtype: torch.dtype
+) -> Samples:
+    size = len(dataset)
+    identity = _root_indices(dataset, np.arange(size))
+    if size == 0:
+        return Samples(name, 0, lambda _: (torch.empty(0), torch.empty(0)), identity, device, dtype)
+
+    def fetch(indices: Tensor) -> tuple[Inputs, Tensor]:
+        rows = [dataset[i] for i in indices.tolist()]
+        return _split(_collate(rows, name) if collate is default_collate else collate(rows), name)
+
+    inputs, targets = fetch(torch.zeros(1, dtype=torch.int64))
+    for index in torch.linspace(0, size - 1, min(size, REREAD)).long().unique():
+        once, again = (fetch(index.reshape(1))[0] for _ in range(2))
+        for first, second in zip(tensors_of(once), tensors_of(again), strict=True):
+            if first.shape != second.shape or not torch.equal(first.nan_to_num(), second.nan_to_num()):
+                raise ValueError(
+                    f"`{name}` must give the same sample each time; sample {int(index)} read twice differs. Random "
+                    "augmentation makes the loss surface random: pass the set without it."
+                )
+    one = sum(t.numel() * t.element_size() for t in (*tensors_of(inputs), targets))
+    if one * size > IN_MEMORY_BYTES:
+        return Samples(name, size, fetch, identity, device, dtype)
+    parts = [fetch(chunk) for chunk in torch.arange(size).split(1024)]
+    stacked = _concatenate(parts, name)
+    return _in_memory(*stacked, name=name, device=device, dtype=dtype, identity=identity)
+
+
+def _read_batches(batches: Iterable[Any], name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    parts = [_split(batch, name) for batch in batches]
+    if not parts:
+        return Samples(name, 0, lambda _: (torch.empty(0), torch.empty(0)), {}, device, dtype)
+    if any(t.dim() == 0 for inputs, targets in parts for t in (*tensors_of(inputs), targets)):
+        raise ValueError(
+            f"`{name}` must give batches, with the samples along the first axis; got single samples. Pass a Dataset, or "
+            "a DataLoader with a batch size."
+        )
+    return _in_memory(*_concatenate(parts, name), name=name, device=device, dtype=dtype)
+
+
+def _concatenate(parts: list[tuple[Any, Tensor]], name: str) -> tuple[Any, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    kinds = [sorted(inputs) if isinstance(inputs, dict) else len(list(tensors_of(inputs))) for inputs, _ in parts]
+    odd = next((kind for kind in kinds if kind != kinds[0]), None)
+    if odd is not None:
+        raise ValueError(
+            f"`{name}` must have the same inputs in every batch; got {kinds[0]} and {odd}. Fill in the rest."
+        )
+    if isinstance(parts[0][0], dict):  # in one order
+        parts = [({key: inputs[key] for key in parts[0][0]}, targets) for inputs, targets in parts]
+    columns = list(zip(*([*tensors_of(inputs), targets] for inputs, targets in parts), strict=True))
+    for tensors in columns:
+        shapes = sorted({tuple(t.shape[1:]) for t in tensors})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"`{name}` must have samples of one shape; got {shapes[:4]}. Pad or crop them to one size (for text, pad "
+                "to the longest and pass an attention mask)."
+            )
+    *inputs, targets = map(torch.cat, columns)
+    stacked = iter(inputs)
+    return map_tensors(lambda _: next(stacked), parts[0][0]), targets
