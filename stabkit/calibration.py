@@ -23,6 +23,7 @@ from stabkit._validate import check_choice
 
 KINDS = ("one", "staged")
 COVERAGE = 0.9  # of the interval of the critical step size
+ODDS = math.log((1 + COVERAGE) / (1 - COVERAGE))  # log odds at its upper end
 SHIPPED = Path(__file__).with_name("calibration.json")
 
 
@@ -89,6 +90,20 @@ class Calibration:
         factor = self.step_factor or 1.0
         return min(low, value / factor), max(high, value * factor)
 
+    def margin(self, risk: float) -> float:
+        """How far below its critical step size a run must stay for a report's P(diverge) to be within a risk.
+
+        Args:
+            risk: The risk, in (0, 1).
+
+        Returns:
+            The least factor, 1 or more, by which the critical step size must be the larger one where rollouts hold.
+        """
+        past = 2 * risk  # of the two opinions that are averaged the rollouts' is 0
+        if self.step_factor is None or past >= 0.5:
+            return 1.0
+        return math.exp(math.log((1 - past) / past) * math.log(self.step_factor) / ODDS)
+
 
 def beyond(lr: float, critical: float, interval: tuple[float, float]) -> float:
     """Probability that a step size is past the critical one, whose logarithm is taken to be logistic.
@@ -105,8 +120,7 @@ def beyond(lr: float, critical: float, interval: tuple[float, float]) -> float:
     width = math.log(interval[1] / critical) if away > 0 else math.log(critical / interval[0])
     if width == 0:
         return float(away >= 0)
-    tail = (1 - COVERAGE) / 2
-    return float(expit(math.log((1 - tail) / tail) * away / width))
+    return float(expit(ODDS * away / width))
 
 
 def combined(rolled: float, lr: float, critical: float, interval: tuple[float, float]) -> float:

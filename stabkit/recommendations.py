@@ -25,12 +25,15 @@ class Recommendation:
         probability: P(diverge) with them, by the rollouts alone.
         retain_loss: Predicted retain loss at the end of the run, mean over the seeds.
         forget_loss: The same for the forget set.
-        holds: Whether P(diverge) is within the risk, here and, of a way out, at 1.25 times its step size.
+        further_probability: The same at `Recommendations.margin` times the step size; None where it was not asked for, as
+            staged rollouts do not hold here.
+        holds: Whether both are within the risk.
     """
 
     remedy: str
     changes: dict[str, Any]
     probability: float
+    further_probability: float | None
     retain_loss: float
     forget_loss: float
     holds: bool
@@ -64,16 +67,18 @@ class Recommendations(Shown, Stored):
     Attributes:
         algorithm: Name of the algorithm.
         risk: Largest P(diverge) of rollouts that counts as holding.
+        margin: How many times its step size a setting must hold at too, so that a report's P(diverge) is within the risk.
         kind: "one", or "staged" where staged rollouts have confirmed every setting but the front's.
         asked: The setting that was asked about.
         items: Ways out, in the order of `remedy`; those that do not hold are there too.
         front: The Pareto front of forget loss (up) against retain loss (down), by one linearisation, ascending in both.
     """
 
-    schema: ClassVar[int] = 1
+    schema: ClassVar[int] = 2
 
     algorithm: str
     risk: float
+    margin: float
     kind: str
     asked: Recommendation
     items: tuple[Recommendation, ...]
@@ -108,20 +113,21 @@ class Recommendations(Shown, Stored):
         rows = [("as asked", self.asked), *((item.remedy, item) for item in self.items)]
         return Table(
             title=f"What to do instead with {self.algorithm}",
-            columns=("remedy", "settings", "P(diverge)", "retain loss", "forget loss", ""),
+            columns=("remedy", "settings", "P", f"at {self.margin:.3g} lr", "retain loss", "forget loss", ""),
             rows=tuple(
                 (
                     name,
                     ", ".join(f"{key}={_short(value)}" for key, value in item.changes.items()),
                     f"{item.probability:.2f}",
+                    "–" if item.further_probability is None else f"{item.further_probability:.2f}",
                     f"{item.retain_loss:.3g}",
                     f"{item.forget_loss:.3g}",
                     "holds" if item.holds else "does not hold",
                 )
                 for name, item in rows
             ),
-            footer=f"risk {self.risk:.3g}; losses predicted at the end of the run"
-            + ("; confirmed by staged rollouts" if self.kind == "staged" else ""),
+            footer=f"P(diverge) by rollouts, also at {self.margin:.3g} times the step size; risk {self.risk:.3g}; "
+            "losses at the end of the run" + ("; confirmed by staged rollouts" if self.kind == "staged" else ""),
         )
 
     def __str__(self) -> str:

@@ -28,9 +28,6 @@ FRONT_STEPS, FRONT_MIXES = 16, 9  # step sizes and mixes behind the Pareto front
 LARGEST_BATCH = 8  # times the one asked about
 DAMPING = (0.3, 0.1)  # factors of the step size of the layers that break
 DAMPED_SHARE = 0.8  # of the predicted displacement that those layers hold together
-# Times its step size, and so to first order times its steps, that a way out must hold at too: one that would blow up just
-# after its end may do so before it. Own choice.
-MARGIN = 1.25
 BACKING_OFF = (1.0, 0.7, 0.5, 0.35, 0.25, 0.12)  # factors of the step size that staged rollouts try
 
 
@@ -44,24 +41,25 @@ def recommend(measurement: Measurement, seeds: Sequence[int], *, risk: float = R
             level or above, P is past 0.05 from the start (theory §7) and nothing holds: allow more.
 
     Returns:
-        The recommendations. A way out holds if P is within the risk at its own step size and at 1.25 times it. Cost:
-        rollouts of some 400 settings a seed, and one or two linearisations for layer damping; for a thorough prediction two
-        to twelve staged rollouts for each way out.
+        The recommendations. A setting holds if the P of its rollouts is within the risk at its own step size and at a margin
+        times it, beyond which the critical one must lie for a report's P to be within the risk. Cost: rollouts of some 400
+        settings a seed, and one or two linearisations for layer damping; for a thorough prediction two to twelve staged
+        rollouts for each way out.
 
     Raises:
         ValueError: If the risk is out of its domain.
     """
     check_real(risk, name="risk", owner="recommend", low=0, high=1, low_open=True, high_open=True)
     search = _Search(measurement, seeds, risk)
-    kind = "staged" if measurement.settings.staged else "one"
     asked = search.asked()
     items = [item for item in search.ways_out() if item is not None]
-    if kind == "staged":
+    if search.kind == "staged":
         asked, items = search.confirmed(asked, first=True), [search.confirmed(item) for item in items]
     return Recommendations(
         algorithm=measurement.algorithm.name,
         risk=risk,
-        kind=kind,
+        kind=search.kind,
+        margin=search.margin,
         asked=asked,
         items=tuple(items),
         front=search.front(items),
@@ -79,6 +77,8 @@ class _Search:
         )
         self._measurement = measurement
         self._seeds, self._risk = seeds, risk
+        self.kind = "staged" if measurement.settings.staged else "one"
+        self.margin = calibration(self.kind).margin(risk)
         self._scale = loss_scale(self._network)
 
     def _roll(self, algorithm: Algorithm, lrs: Sequence[float], mixes: Sequence[float]) -> Rollout:
@@ -94,14 +94,14 @@ class _Search:
     def _with_margin(
         self, algorithm: Algorithm, lrs: Sequence[float], mixes: Sequence[float]
     ) -> tuple[Rollout, list[float]]:
-        """Settings, and the larger P of each of them and of its step size times the margin."""
-        rolled = self._roll(algorithm, [*lrs, *(MARGIN * lr for lr in lrs)], [*mixes, *mixes])
-        return rolled, rolled.probability.reshape(2, -1).amax(0).tolist()
+        """Settings, and the P of each at the margin times its step size."""
+        rolled = self._roll(algorithm, [*lrs, *(self.margin * lr for lr in lrs)], [*mixes, *mixes])
+        return rolled, rolled.probability[len(lrs) :].tolist()
 
     def _item(
-        self, remedy: str, changes: dict[str, Any], rolled: Rollout, place: int, worst: float | None = None
+        self, remedy: str, changes: dict[str, Any], rolled: Rollout, place: int, further: float | None
     ) -> Recommendation:
-        """One setting of a rollout as a recommendation; it holds if its own P and the worst with the margin are small."""
+        """One setting of a rollout as a recommendation; it holds if its own P and that at the margin are small."""
         probability = float(rolled.probability[place])
         return Recommendation(
             remedy=remedy,
@@ -109,13 +109,15 @@ class _Search:
             probability=probability,
             retain_loss=float(rolled.retain_loss[:, place, -1].mean()),
             forget_loss=float(rolled.forget_loss[:, place, -1].mean()),
-            holds=max(probability, worst or 0.0) <= self._risk,
+            further_probability=further,
+            holds=further is not None and max(probability, further) <= self._risk,
         )
 
     def asked(self) -> Recommendation:
         """The setting that was asked about."""
-        rolled = self._roll(self._algorithm, [self._algorithm.lr], [self._algorithm.mix])
-        return self._item("as asked", {"lr": self._algorithm.lr, "mix": self._algorithm.mix}, rolled, 0)
+        rolled, further = self._with_margin(self._algorithm, [self._algorithm.lr], [self._algorithm.mix])
+        changes = {"lr": self._algorithm.lr, "mix": self._algorithm.mix}
+        return self._item("as asked", changes, rolled, 0, further[0])
 
     def ways_out(self) -> list[Recommendation | None]:
         """Every remedy, with its strongest setting that holds, or its safest where none does."""
@@ -150,17 +152,18 @@ class _Search:
         """Along one setting, from strong to weak: the strongest that holds with all weaker ones."""
         lrs = values if name == "lr" else [self._algorithm.lr] * len(values)
         mixes = values if name == "mix" else [self._algorithm.mix] * len(values)
-        rolled, worst = self._with_margin(self._algorithm, lrs, mixes)
+        rolled, further = self._with_margin(self._algorithm, lrs, mixes)
+        worst = [max(pair) for pair in zip(rolled.probability.tolist(), further, strict=False)]
         place = _strongest(worst, self._risk)
-        return self._item(remedy, {name: float(values[place])}, rolled, place, worst[place])
+        return self._item(remedy, {name: float(values[place])}, rolled, place, further[place])
 
     def _settings(self, remedy: str, changes: dict[str, Any]) -> Recommendation | None:
         """The asked-for step and mix with other settings."""
         if all(getattr(self._algorithm, name) == value for name, value in changes.items()):
             return None
         changed = self._algorithm.replace(**changes)
-        rolled, worst = self._with_margin(changed, [changed.lr], [changed.mix])
-        return self._item(remedy, changes, rolled, 0, worst[0])
+        rolled, further = self._with_margin(changed, [changed.lr], [changed.mix])
+        return self._item(remedy, changes, rolled, 0, further[0])
 
     def _batches(self, n_retain: int, n_forget: int) -> Recommendation | None:
         """The smallest larger batch that holds; the largest where none does."""
@@ -212,13 +215,13 @@ class _Search:
             rolled = rollout(
                 network,
                 damped,
-                lr=[damped.lr, MARGIN * damped.lr],
+                lr=[damped.lr, self.margin * damped.lr],
                 mix=[damped.mix] * 2,
                 batch_sizes=damped.batch_sizes(self._problem),
                 seeds=self._seeds,
             )
-            worst = float(rolled.probability.max())
-            found = self._item("layer damping", {"layer_lr": damped.layer_lr}, rolled, 0, worst)
+            further = float(rolled.probability[1])
+            found = self._item("layer damping", {"layer_lr": damped.layer_lr}, rolled, 0, further)
             if found.holds:
                 break
         return found
@@ -239,10 +242,11 @@ class _Search:
             if "layer_lr" in changes:
                 network = self._linearised(changed)
             rolled = self._staged(network, changed)
-            best = self._item(item.remedy, changes, rolled, 0)
-            if best.holds and not first:
-                further = self._staged(network, changed.replace(lr=MARGIN * changed.lr))
-                best = self._item(item.remedy, changes, rolled, 0, float(further.probability[0]))
+            further = None
+            if float(rolled.probability[0]) <= self._risk:
+                beyond = self._staged(network, changed.replace(lr=self.margin * changed.lr))
+                further = float(beyond.probability[0])
+            best = self._item(item.remedy, changes, rolled, 0, further)
             if best.holds:
                 break
         return best

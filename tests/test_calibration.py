@@ -1,6 +1,7 @@
 """From what rollouts say, and from where the boundary lies, to a report's probability."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,18 @@ def test_both_opinions_count_alike(rolled, away, width):
     # Where they agree about the side of one half, so does the mean: no verdict is turned round.
     if (rolled >= 0.5) == (away >= 0):
         assert (p >= 0.5) == (rolled >= 0.5)
+
+
+@given(st.floats(0.001, 0.999))
+def test_the_margin_is_where_the_boundary_alone_is_worth_the_risk(risk):
+    for kind in ("one", "staged"):
+        used = calibration(kind)
+        margin = used.margin(risk)
+        p = combined(0.0, 1.0, margin, used.interval(margin, margin, margin))
+        assert margin >= 1
+        assert p == pytest.approx(min(risk, 0.25)), kind  # at the critical step size itself it is a quarter
+    assert calibration("one").margin(0.05) > calibration("staged").margin(0.05) > 1
+    assert replace(calibration("one"), step_factor=None).margin(0.05) == 1
 
 
 @pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")  # of few samples near the boundary

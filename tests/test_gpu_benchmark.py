@@ -20,6 +20,7 @@ from benchmarks.gpu.scale import FULL, REDUCED, SCALES, SMALL, Scale, Training
 from benchmarks.gpu.store import Store, arithmetic_now, canonical, sha256
 from benchmarks.gpu.tasks import PADDING, Task, augmented, fit
 from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of
+from stabkit.calibration import calibration, combined
 from stabkit.curvature.lowrank import OVERSAMPLING
 from stabkit.curvature.sketch import OWN
 from stabkit.datasets import digits
@@ -180,6 +181,23 @@ def test_the_page_tells_predictions_that_were_changed_afterwards(folder, tmp_pat
     (tmp_path / "predictions.json").write_text(json.dumps(changed))
     page = tables.write(tmp_path, tmp_path / "page.md", total=5).read_text()
     assert "2 of 2 predictions were made before their first run; 1 still have the SHA-256" in page
+
+
+def test_recorded_probabilities_are_made_a_reports():
+    """By the boundary that was on record before the runs, and by the rollouts alone where there is none."""
+    line = {
+        "found": True,
+        "critical_lr": 0.2,
+        "interval": [0.05, 0.4],
+        "staged": {"found": True, "critical_lr": 0.1, "low": 0.02},
+    }
+    staged = calibration("staged").interval(0.1, 0.02, 0.1)
+    assert staged[0] == 0.02  # the halved-down interval is the wider one here
+    assert tables._probability(0.3, 0.07, line, "one") == combined(0.3, 0.07, 0.2, (0.05, 0.4))
+    assert tables._probability(0.3, 0.07, line, "staged") == combined(0.3, 0.07, 0.1, staged)
+    line["found"] = line["staged"]["found"] = False
+    for kind in ("one", "staged"):
+        assert tables._probability(0.3, 0.07, line, kind) == tables._probability(0.3, 0.07, {}, kind) == 0.3
 
 
 # ---------------------------------------------------------------------- resuming

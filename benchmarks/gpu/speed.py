@@ -24,8 +24,8 @@ from benchmarks.gpu.store import Store, timed
 from benchmarks.gpu.tasks import Task
 from benchmarks.gpu.unlearning import PUBLISHED_BATCH, problem_of
 from stabkit.algorithms import GradDiff, SFROn
-from stabkit.boundary import frontier
 from stabkit.curvature import DataOperator, GGNOperator, HessianOperator, curvature_gram
+from stabkit.frontier import frontier
 from stabkit.heavy_tail import layer_exponents
 from stabkit.measure import measure
 from stabkit.modes import MODES, Sizes

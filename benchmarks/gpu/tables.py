@@ -14,6 +14,7 @@ from benchmarks.gpu.store import canonical, sha256
 from stabkit._serialise import write_atomically
 from stabkit.bench.records import Prediction, Record
 from stabkit.bench.scores import Scores, scores
+from stabkit.calibration import calibration, combined
 
 KINDS = {"one": "one linearisation", "staged": "staged rollouts"}
 NETWORKS = {
@@ -163,7 +164,7 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         mine = {key: found for key, found in cells.items() if found["cell"]["task"] == task}
         if not mine:
             continue
-        found = _scores(mine, predictions)
+        found, alone = _scores(mine, predictions), _scores(mine, predictions, boundaries=False)
         for kind, quality in (("one", found.one), ("staged", found.staged)):
             rows.append((
                 name,
@@ -174,11 +175,13 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
                 _number(quality.balanced_accuracy),
                 _number(quality.auc),
                 _number(quality.brier),
+                _number(quality.log_loss),
+                _number(getattr(alone, kind).log_loss),
                 _number(quality.step_ratio),
                 *_ratios(mine.values(), kind),
             ))
         for what, quality in (("η > 2(1+β)/λ_max", found.step_limit), ("another real run", found.again)):
-            dashes = ("–",) * 7
+            dashes = ("–",) * 9
             rows.append((
                 name,
                 len(mine),
@@ -194,7 +197,9 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary that staged rollouts,\n"
         f"or else one linearisation, predict for each mix, with {seeds} seeds of each. Ratios are of predicted over\n"
         "observed critical step sizes, where the grid brackets one. Staged rollouts are of one seed, where a thorough\n"
-        "`predict` takes several. The other real run has other batches.",
+        "`predict` takes several. The other real run has other batches. P(diverge) is as a report has it, made of the\n"
+        "rollouts' and of the boundary's that were recorded before the runs. That it takes in the boundary was decided\n"
+        "after them, on other runs (`benchmarks/verify.md`); the second log loss is by the rollouts alone.",
         _table(
             (
                 "network",
@@ -205,6 +210,8 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
                 "balanced accuracy",
                 "AUC",
                 "Brier",
+                "log loss",
+                "by the rollouts alone",
                 "divergence step, predicted / observed",
                 "boundaries",
                 "median ratio",
@@ -459,26 +466,27 @@ def _order(results: dict[str, Any], predictions: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------- numbers
 
 
-def _scores(cells: dict[str, Any], predictions: dict[str, Any]) -> Scores:
-    """Quality over all runs of some cells."""
+def _scores(cells: dict[str, Any], predictions: dict[str, Any], *, boundaries: bool = True) -> Scores:
+    """Quality over all runs of some cells, P(diverge) being a report's or that of the rollouts alone."""
     said = {key: predictions[key]["predictions"]["mixes"] for key in cells}
-    return scores([record for key, found in cells.items() for record in _records(found, said[key])])
+    return scores([record for key, found in cells.items() for record in _records(found, said[key], boundaries)])
 
 
-def _records(found: dict[str, Any], said: list[dict[str, Any]]) -> Iterator[Record]:
+def _records(found: dict[str, Any], said: list[dict[str, Any]], boundaries: bool) -> Iterator[Record]:
     """A cell's runs as the benchmark has them."""
-    limits = {line["mix"]: line["step_limit"] for line in said}
+    lines = {line["mix"]: line for line in said}
     points = {(line["mix"], point["lr"]): point for line in said for point in line["grid"]}
     for setting in found["settings"]:
-        point, limit = points[setting["mix"], setting["lr"]], limits[setting["mix"]]
+        line, point = lines[setting["mix"]], points[setting["mix"], setting["lr"]]
         one, staged = (
             Prediction(
-                probability=said["probability"],
+                probability=_probability(said["probability"], setting["lr"], line if boundaries else {}, kind),
                 scores=() if said["score"] is None else (said["score"],),
                 step=said["divergence_step"],
             )
-            for said in (point, point["staged"])
+            for kind, said in (("one", point), ("staged", point["staged"]))
         )
+        limit = line["step_limit"]
         for place, diverged in enumerate(setting["diverged"]):
             yield Record(
                 lr=setting["lr"],
@@ -492,6 +500,16 @@ def _records(found: dict[str, Any], said: list[dict[str, Any]]) -> Iterator[Reco
                 divergence_step=setting["divergence_step"][place],
                 again=setting["diverged"][place - 1],
             )
+
+
+def _probability(rolled: float, lr: float, line: dict[str, Any], kind: str) -> float:
+    """P(diverge) of a report whose rollouts say this, with the boundary that was predicted at the mix, if there is one."""
+    edge = line if kind == "one" else line.get("staged", {})
+    if not edge.get("found"):
+        return rolled
+    critical = edge["critical_lr"]
+    low, high = line["interval"] if kind == "one" else calibration(kind).interval(critical, edge["low"], critical)
+    return combined(rolled, lr, critical, (low, high))
 
 
 def _ratios(cells: Iterable[dict[str, Any]], kind: str) -> tuple[str, ...]:
