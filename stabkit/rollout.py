@@ -263,6 +263,21 @@ class _Part:
         return moved.reshape(-1, *base.shape[2:])
 
 
+def players_of(network: LinearisedNetwork, seed: int) -> tuple[Tensor, Tensor]:
+    """Which samples play in a seed's rollout: for every sample of both sets the held one that has its part.
+
+    Args:
+        network: The compressed network.
+        seed: The rollout's.
+
+    Returns:
+        Indices in the retain and in the forget set, of as many entries as these have samples.
+    """
+    held = network.retain, network.forget
+    retain, forget = (part.indices.cpu()[_players(part, 2 * seed + i)] for i, part in enumerate(held))
+    return retain, forget
+
+
 def _players(part: LinearisedSet, seed: int) -> Tensor:
     """Which of the m held samples plays each of the n: itself where held; the others are shared out evenly at random."""
     m, n = part.samples, part.population

@@ -22,11 +22,14 @@ from stabkit.algorithms.base import Algorithm
 from stabkit.curvature import LinearisedNetwork
 from stabkit.curvature.dormant import SAMPLES, awakened
 from stabkit.problem import Parameters, UnlearningProblem
-from stabkit.rollout import SCORE_CAP, Rollout, loss_scale, rollout
+from stabkit.rollout import SCORE_CAP, Rollout, loss_scale, players_of, rollout
 from stabkit.steps import Position, check_coupled, statistics_along, steps_from
 
 # Chosen on calibration cells of the benchmark: half of either does hardly better there and costs half as much again.
 MAX_LOSS_ERROR, MAX_OUTPUT_ERROR = 0.05, 0.2
+PATH_STEPS = 4  # real ones at the start of a run, which show whether it goes where the linearised one goes
+SMALL_PATH = 1e-4  # share of the outputs that counts as a movement of theirs
+MAX_PATH_ERROR = 0.5  # of the outputs then, relative to how far they moved; own choice: see papers/theory.md
 MAX_AWAKENED = 0.1  # share of the sensitivity that is to parameters which were dormant at θ*
 
 
@@ -39,12 +42,15 @@ class Handover:
         real_steps: Steps that are taken on the real network after it; 0 where the linearisation holds to the end.
         loss_error: Error of the linearised retain loss at `step`, as a share of the divergence level.
         output_error: Error of the linearised outputs there, relative to how far they moved.
+        path_error: How far the outputs of a few first steps are from those of the linearised steps, relative to how far
+            they moved; 0 where that was not looked at.
     """
 
     step: int
     real_steps: int
     loss_error: float
     output_error: float
+    path_error: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,6 +84,7 @@ def staged_rollout(
     seeds: Sequence[int],
     max_loss_error: float = MAX_LOSS_ERROR,
     max_output_error: float = MAX_OUTPUT_ERROR,
+    max_path_error: float = MAX_PATH_ERROR,
     progress: bool = False,
 ) -> StagedRollout:
     """Roll one setting out, on the real network where the linearised one is wrong and where it crosses the level.
@@ -92,20 +99,24 @@ def staged_rollout(
         seeds: One run each.
         max_loss_error: Error of the retain loss, as a share of the divergence level, up to which the linearisation is kept.
         max_output_error: Error of the outputs, relative to how far they moved, up to which it is.
+        max_path_error: How far, by the same measure, the outputs of a few first steps may be from those of the linearised
+            ones: beyond it the run is not where it is predicted to be, however right the outputs there, and all steps are
+            real. Not looked at with batchnorm="batch".
         progress: Whether to show a progress bar.
 
     Returns:
-        The rollout. Cost of a seed: forward passes over the linearised samples at up to log2(steps) + 2 places, and then
-        what the rest of the run costs, with such passes at each look; gradients of up to 128 samples at each of those places
-        where the network has dormant tensors. With batchnorm="batch" the running statistics are
-        known from B_R + B_F forward passes a linearised step, and as they move the outputs by themselves the loss's error
-        counts alone.
+        The rollout. Cost of a seed: a few real steps, forward passes over the linearised samples at up to log2(steps) + 3
+        places, and then what the rest of the run costs, with such passes at each look; gradients of up to 128 samples at
+        each of those places where the network has dormant tensors. With batchnorm="batch" the running statistics are known
+        from B_R + B_F forward passes a linearised step, and as they move the outputs by themselves the loss's error counts
+        alone.
 
     Raises:
         ValueError: If an argument is out of its domain, or batches may have no variance to be normalised by.
     """
     check_real(max_loss_error, name="max_loss_error", owner="staged_rollout", low=0, low_open=True)
     check_real(max_output_error, name="max_output_error", owner="staged_rollout", low=0, low_open=True)
+    check_real(max_path_error, name="max_path_error", owner="staged_rollout", low=0, low_open=True)
     if len(seeds) == 0:
         raise ValueError("`seeds` of `staged_rollout` must name at least one seed; got none.")
     bounds = max_loss_error, max_output_error
@@ -113,7 +124,7 @@ def staged_rollout(
         check_coupled(algorithm, batch_sizes)
         bounds = max_loss_error, math.inf
     runs = [_Run(problem, network, algorithm, batch_sizes, seed) for seed in seeds]
-    parts = [run.roll(bounds) for run in progress_bar(runs, "staged rollout", progress)]
+    parts = [run.roll(bounds, max_path_error) for run in progress_bar(runs, "staged rollout", progress)]
     fields = ("score", "divergence_step", "stopped_step", "retain_loss", "forget_loss", "coordinates")
     joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part, _ in parts]) for name in fields}
     return StagedRollout(
@@ -157,7 +168,7 @@ class _Run:
         self._statistics: list[Parameters] = []  # after every step, with batchnorm="batch"
         self.gradients = 0.0
 
-    def roll(self, bounds: tuple[float, float]) -> tuple[Rollout, Handover]:
+    def roll(self, bounds: tuple[float, float], max_path_error: float) -> tuple[Rollout, Handover]:
         """Linearised as far as that is right, then for real."""
 
         def keep(step: int, coordinates: Tensor, velocity: Tensor) -> None:
@@ -179,15 +190,52 @@ class _Run:
         ahead = [k for k in self._path if k > 0 and not k >= crossing]
         if self._problem.batchnorm == "batch":
             self._statistics = self._followed(ahead)
-        last, seen = self._believed(rolled, ahead, bounds)
+        departed = self._path_error(ahead) if self._problem.batchnorm == "frozen" else 0.0
+        if departed > max_path_error:
+            last, seen = 0, _Seen(loss_error=0.0, output_error=0.0, losses=(math.nan, math.nan))
+        else:
+            last, seen = self._believed(rolled, ahead, bounds)
         if ahead and last == ahead[-1] and math.isnan(crossing):
             rolled, real_steps = self._ended(rolled, last, seen), 0
         else:
             rolled, real_steps = self._walked(rolled, last)
         handover = Handover(
-            step=last, real_steps=real_steps, loss_error=seen.loss_error, output_error=seen.output_error
+            step=last,
+            real_steps=real_steps,
+            loss_error=seen.loss_error,
+            output_error=seen.output_error,
+            path_error=departed,
         )
         return replace(rolled, coordinates=self._path[last][0].reshape(1, 1, -1).double().cpu()), handover
+
+    def _path_error(self, ahead: list[int]) -> float:
+        """Error of the linearised outputs a few steps on, against real steps with the same batches, stand-ins included."""
+        # The outputs at predicted parameters cannot show it: a gradient outside of the linearisation's directions moves the
+        # real run and not the predicted one, which may be right about a place that the run never comes to.
+        if not ahead:
+            return 0.0
+        plan, mix, network = self._algorithm.plan(), self._algorithm.mix, self._network
+        # Both sets are to have had a part: a cycle may begin with steps on one of them.
+        begins = [
+            next((k for k, step in enumerate(plan, 1) if weight and getattr(step, name)), 1)
+            for name, weight in (("retain", 1 - mix), ("forget", mix))
+        ]
+        last = min(max(PATH_STEPS, *begins), ahead[-1])
+        steps = steps_from(
+            self._problem,
+            self._algorithm,
+            network.preconditioner,
+            Position(step=0, theta=self._theta, velocity=torch.zeros_like(self._theta)),
+            batch_sizes=self._batch_sizes,
+            seed=self._seed,
+            players=players_of(network, self._seed),
+        )
+        for at in steps:
+            if at.step == last or at.stopped:
+                break
+        self.gradients += at.gradient_equivalents
+        outputs, _ = self._evaluated(self._problem.unflatten(at.theta))
+        return network.output_error(self._path[at.step][0], outputs, least=SMALL_PATH)
 
     def _believed(self, rolled: Rollout, ahead: list[int], bounds: tuple[float, float]) -> tuple[int, _Seen]:
         """Last step up to which the linearisation is right, and the real network there."""

@@ -94,6 +94,7 @@ def steps_from(
     *,
     batch_sizes: tuple[int, int],
     seed: int,
+    players: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[Position]:
     """The steps of a run from the middle of it on, with the batches that a whole run of that seed has.
 
@@ -104,13 +105,14 @@ def steps_from(
         start: Where to begin.
         batch_sizes: B_R and B_F.
         seed: Seed of the batches.
+        players: For every retain and every forget sample the one that stands in for it; each for itself when None.
 
     Yields:
         The position after each step, to the last one or where the algorithm's rule ends the run. Cost of each: B_R + B_F
         gradients.
     """
     state = StepState(theta=start.theta, velocity=start.velocity, statistics=copies(start.statistics), taken=start.step)
-    steps = Steps(problem, algorithm, preconditioner, batch_sizes, seed, "full")
+    steps = Steps(problem, algorithm, preconditioner, batch_sizes, seed, "full", players=players)
     steps.skip(start.step)
     while state.taken < algorithm.steps and state.stop_reason == "steps":
         steps.take(state, measured=False)
@@ -197,7 +199,9 @@ class Steps:
         seed: int,
         precision: str,
         graphs: NetworkGraphs | None = None,
+        players: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        self._players = players
         self._autocast, self._graphs = precision == "bfloat16", graphs
         self._problem, self._algorithm, self._preconditioner = problem, algorithm, preconditioner
         self._batches, self._seed = batches, seed
@@ -212,7 +216,7 @@ class Steps:
         watched = self._rule.leakage_bound is not None
         retain = next(self._streams[0]) if plan.retain else empty
         forget = next(self._streams[1]) if plan.forget or watched else empty
-        return retain, forget
+        return (retain, forget) if self._players is None else (self._players[0][retain], self._players[1][forget])
 
     def skip(self, steps: int) -> None:
         """Draw the batches of the steps before."""

@@ -218,3 +218,77 @@ def test_bad_arguments_are_named(options, message):
         staged_rollout(
             problem, everything(problem, Identity()), algorithm, batch_sizes=(8, 8), **{"seeds": [0], **options}
         )
+
+
+# ---------------------------------------------------------------------- the path
+
+
+def narrow(problem, algorithm, rank, *, samples=None, seed=0):
+    """A linearisation of few directions, and of a few samples if asked for."""
+    counts = {"retain_samples": samples, "forget_samples": samples and samples // 2}
+    return linearise(problem, algorithm.preconditioner(problem), rank=rank, seed=seed, **counts)
+
+
+def rolled_out(problem, network, algorithm, **options):
+    return staged_rollout(problem, network, algorithm, batch_sizes=algorithm.batch_sizes(problem), seeds=[3], **options)
+
+
+def test_a_run_that_leaves_the_linearisations_directions_is_stepped_for_real():
+    """Where the real network agrees all along a path that the run does not take."""
+    problem = small_problem(curved())
+    algorithm = GradDiff(lr=0.4, mix=0.4, steps=STEPS, batch_size=8)
+    network = narrow(problem, algorithm, 1)
+    trusting = rolled_out(problem, network, algorithm, max_path_error=1e9)
+    assert trusting.real_steps == 0  # its outputs and losses are right where it looks
+    found = rolled_out(problem, network, algorithm)
+    (handover,) = found.handovers
+    assert handover.path_error > 0.5
+    assert (handover.step, handover.real_steps) == (0, STEPS)
+    real = real_run(problem, algorithm)
+    compare(found, real)
+    end = real.trajectory[-1].forget_loss
+    assert abs(float(trusting.rollout.forget_loss[0, 0, -1]) - end) > 0.2 * end
+    whole = rolled_out(problem, narrow(problem, algorithm, 10_000), algorithm)
+    assert whole.handovers[0].path_error < 0.1
+
+
+@pytest.mark.parametrize(
+    "algorithm", [GradDiff(lr=0.01, mix=0.4), GradDiff(lr=0.01, mix=0.4, momentum=0.8), AGU(lr=0.05)]
+)
+def test_the_path_of_a_linear_network_is_right_with_samples_that_stand_in_too(algorithm):
+    """The batches of its real steps are those of the linearised ones, not the run's own, which other samples are in."""
+    torch.manual_seed(0)
+    problem = small_problem(nn.Linear(4, 3).double())
+    algorithm = algorithm.replace(steps=STEPS, batch_size=8)
+    for samples in (None, 20):
+        network = narrow(problem, algorithm, 10_000, samples=samples)
+        found = rolled_out(problem, network, algorithm)
+        assert found.handovers[0].path_error < 1e-6
+        assert found.real_steps == 0
+
+
+def test_both_sets_have_a_part_in_the_steps_that_are_looked_at(monkeypatch):
+    """A schedule that begins with retain steps is followed into its first forget step."""
+    import stabkit.staged
+
+    problem = small_problem(curved())
+    seen = []
+    real = stabkit.staged.steps_from
+
+    def counted(*arguments, players=None, **options):
+        for at in real(*arguments, players=players, **options):
+            if players is not None:
+                seen.append(at.step)
+            yield at
+
+    monkeypatch.setattr(stabkit.staged, "steps_from", counted)
+    plain = GradDiff(lr=1e-3, mix=0.4, steps=STEPS, batch_size=8)
+    for algorithm, last in (
+        (plain, 4),
+        (plain.replace(forget_schedule=(0.0,) * 5 + (1.0,) * 9), 6),
+        (plain.replace(steps=2), 2),
+        (FineTune(lr=1e-3, steps=STEPS, batch_size=8), 4),
+    ):
+        seen.clear()
+        rolled_out(problem, narrow(problem, algorithm, 10_000), algorithm)
+        assert seen == list(range(1, last + 1)), algorithm

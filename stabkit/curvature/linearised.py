@@ -171,15 +171,18 @@ class LinearisedNetwork:
             landmarks=last,
         )
 
-    def output_error(self, coordinates: Tensor, outputs: Sequence[Tensor], *, evaluated: bool = False) -> float:
+    def output_error(
+        self, coordinates: Tensor, outputs: Sequence[Tensor], *, evaluated: bool = False, least: float = SMALL_MOVE
+    ) -> float:
         """‖f(θ) - f(θ*) - Φc‖ / ‖Φc‖ over the samples of both sets and the outputs that the loss reads (theory §6).
 
-        A movement of less than a thousandth of ‖f(θ*)‖ counts as one of that size: its error would be that of rounding.
+        A movement of less than a small share of ‖f(θ*)‖ counts as one of that size: its error would be that of rounding.
 
         Args:
             coordinates: c, shape (r,).
             outputs: The real network's outputs f(θ) for the retain and for the forget samples, shapes (m, ...).
             evaluated: Whether those are of eval mode although batches are coupled.
+            least: That share.
 
         Returns:
             The relative error; infinity where outputs are not finite, 0 where nothing moves.
@@ -196,7 +199,7 @@ class LinearisedNetwork:
             size += float(before.double().square().sum())
         if not math.isfinite(wrong):
             return math.inf
-        moved = max(moved, (SMALL_MOVE**2) * size)
+        moved = max(moved, least**2 * size)
         return math.sqrt(wrong / moved) if moved > 0 else 0.0
 
     def displacement(self, coordinates: Tensor) -> Tensor:
