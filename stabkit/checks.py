@@ -70,18 +70,20 @@ def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake:
         "depend before the run, as adapters that begin at 0 hold; the linearised network never moves them.",
         remedy="mode='thorough' goes on with real steps there.",
     )
+    captured = Check(
+        name=CAPTURED,
+        value=network.captured,
+        threshold=least,
+        passed=network.captured >= least,
+        meaning="Share of the outputs' sensitivity to the parameters that the compressed directions hold.",
+        remedy="mode='thorough' takes real steps where a run leaves them; otherwise raise `rank`.",
+    )
     return (
         *([] if rough is None else [tf32]),
         *([] if measurement.settings.staged else [linearised]),
         *([] if measurement.settings.staged or not network.dormant else [dormant]),
-        Check(
-            name=CAPTURED,
-            value=network.captured,
-            threshold=least,
-            passed=network.captured >= least,
-            meaning="Share of the outputs' sensitivity to the parameters that the compressed directions hold.",
-            remedy="Raise `rank`.",
-        ),
+        # A staged rollout asks whether the run leaves these directions, but with coupled batches.
+        *([] if measurement.settings.staged and measurement.problem.batchnorm == "frozen" else [captured]),
         Check(
             name="relative eigen-residual",
             value=residual,

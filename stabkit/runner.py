@@ -51,8 +51,8 @@ class RunResult:
 
     Attributes:
         model: A new model with the final parameters, and running statistics where they moved, in the mode the original was
-            in.
-        diverged: Whether the retain loss ever reached the best constant predictor's, or anything became non-finite.
+            in and in the problem's dtype.
+        diverged: Whether the retain loss reached the best constant predictor's at any look, or anything became non-finite.
         divergence_step: First checked step at which it had; None if it never did.
         stop_reason: "steps", "drift", "leakage", "diverged" or "on_step" (the caller's hook raised StopIteration).
         steps: Steps taken.

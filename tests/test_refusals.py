@@ -10,6 +10,7 @@ from torch import nn
 
 import stabkit
 from stabkit.algorithms import AGU, GradDiff
+from stabkit.curvature.jacobian import vjp_block
 from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
@@ -273,3 +274,117 @@ def test_the_weights_of_the_factor_are_those_of_the_docstring():
     assert seen[0] == 1.0
     assert 0 < seen[-1] < 1
     assert seen == sorted(seen, reverse=True)
+
+
+# ---------------------------------------------------------------------- derivatives
+
+
+class Doubled(torch.autograd.Function):
+    """As functions were written before torch.func: forward and context in one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Once(torch.autograd.Function):
+    """Squares, with a derivative that has none."""
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class Through(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.inner, self.function = trained(), function
+
+    def forward(self, x):
+        outputs = self.inner(x)
+        return outputs + 0.1 * self.function.apply(outputs)
+
+
+def test_a_layer_that_is_differentiable_once_is_refused():
+    """PyTorch's products with the Hessian would lack what lies beyond it, without a word."""
+    x, y = data()
+    with pytest.raises(
+        RuntimeError, match=r"`model` must be differentiable twice; got .*once_differentiable\. Write its"
+    ):
+        stabkit.predict(Through(Once), (x[:20], y[:20]), (x[20:], y[20:]), lr=0.01, steps=5, batch_size=8)
+    assert (
+        stabkit.run(problem_of(Through(Once)), GradDiff(lr=0.01, steps=2, batch_size=8)).steps == 2
+    )  # needs one alone
+
+
+def test_a_layer_that_torch_func_cannot_pass_comes_with_a_remedy():
+    problem = problem_of(Through(Doubled))
+    inputs, _ = problem.retain.batch(torch.arange(4))
+    with pytest.raises(
+        RuntimeError,
+        match=r"`model` must be differentiable twice, by autograd and by torch\.func; got RuntimeError: .+ Replace",
+    ) as caught:
+        vjp_block(problem, inputs, torch.ones(4, 3, 2))
+    assert "setup_context" in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_hooks_for_activation_checkpointing_are_left_off_the_copy():
+    """Hugging Face's models keep it when checkpointing is switched off, and torch.func refuses what it does."""
+    model = trained()
+
+    def make_inputs_require_grads(module, inputs, output):
+        output.requires_grad_(True)
+
+    x, y = data()
+    sets = (x[:20], y[:20]), (x[20:], y[20:])
+    wanted = stabkit.predict(model, *sets, lr=0.01, steps=5, batch_size=8)
+    model[0].register_forward_hook(make_inputs_require_grads)
+    found = stabkit.predict(model, *sets, lr=0.01, steps=5, batch_size=8)
+    assert (found.probability, found.critical_lr) == (wanted.probability, wanted.critical_lr)
+    assert len(model[0]._forward_hooks) == 1
+
+
+# ---------------------------------------------------------------------- inputs
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = trained()
+
+    def forward(self, x, mask=None):
+        return self.inner(x if mask is None else x * mask)
+
+
+def test_sets_of_different_inputs_are_refused():
+    x, y = data()
+    mask = torch.ones_like(x)
+    whole = {"x": x[20:], "mask": mask[20:], "labels": y[20:]}
+    with pytest.raises(ValueError, match=r"`forget` and `retain` must hold the same inputs; got 'x' and 'mask', 'x'\."):
+        UnlearningProblem(Masked(), {"x": x[:20], "labels": y[:20]}, whole)
+    with pytest.raises(ValueError, match=r"got one tensor and a tuple of 2\."):
+        UnlearningProblem(Masked(), (x[:20], y[:20]), ((x[20:], mask[20:]), y[20:]))
+    UnlearningProblem(Masked(), {"x": x[:20], "mask": mask[:20], "labels": y[:20]}, whole)
+
+
+def test_an_encoder_and_decoder_is_told_what_it_lacks():
+    class Decoding(Masked):
+        def forward(self, x):
+            raise ValueError("You have to specify either decoder_input_ids or decoder_inputs_embeds")
+
+    with pytest.raises(ValueError, match=r"Labels go to the loss: add 'decoder_input_ids'"):
+        problem_of(Decoding())

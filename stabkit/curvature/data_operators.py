@@ -21,6 +21,7 @@ from stabkit._errors import FallbackWarning, MemoryWarning, caller_level
 from stabkit._memory import is_out_of_memory, memory_budget
 from stabkit._validate import check_choice, check_int
 from stabkit.curvature.operators import CurvatureOperator
+from stabkit.network import check_twice, derivatives
 from stabkit.parallel import DataParallel
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples
@@ -156,7 +157,7 @@ def _gradient_graph(
     """Fresh leaves for the parameters, and the summed gradient in them with its graph."""
     leaves = {name: p.detach().requires_grad_() for name, p in problem.parameters.items()}
     parameters = list(leaves.values())
-    with torch.enable_grad():
+    with torch.enable_grad(), derivatives():
         losses = problem.loss.per_sample(problem.outputs(leaves, inputs), targets)
         gradient = torch.autograd.grad(
             losses.sum(), parameters, create_graph=True, allow_unused=True, materialize_grads=True
@@ -171,8 +172,13 @@ class HessianOperator(DataOperator):
     backward pass through the gradient's graph, twice as long as the loss's.
     """
 
+    _known_twice = False  # whether the first batch's graph has been looked through
+
     def _batch_product(self, inputs: Inputs, targets: Tensor) -> BatchProduct:
         parameters, gradient = _gradient_graph(self._problem, inputs, targets)
+        if not self._known_twice:
+            check_twice(gradient)
+            self._known_twice = True
         sizes = [p.numel() for p in parameters]
         curved = [place for place, g in enumerate(gradient) if g.requires_grad]  # the others are constant
 
@@ -181,14 +187,15 @@ class HessianOperator(DataOperator):
                 return torch.zeros_like(vector)
             pieces = [piece.view_as(p) for piece, p in zip(vector.split(sizes), parameters, strict=True)]
             # v -> Hv = d(g·v)/dθ
-            result = torch.autograd.grad(
-                [gradient[place] for place in curved],
-                parameters,
-                grad_outputs=[pieces[place] for place in curved],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            with derivatives():
+                result = torch.autograd.grad(
+                    [gradient[place] for place in curved],
+                    parameters,
+                    grad_outputs=[pieces[place] for place in curved],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
             return torch.cat([r.reshape(-1) for r in result])
 
         return product

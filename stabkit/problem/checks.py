@@ -50,7 +50,7 @@ def check_weights(named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_sets(forget: Samples, retain: Samples, *, batchnorm: str) -> None:
-    """Refuse sets that share samples, by their place in memory or in a data set, or are too small.
+    """Refuse sets that share samples, by their place in memory or in a data set, are of different kinds, or too small.
 
     Args:
         forget: What to forget.
@@ -58,7 +58,7 @@ def check_sets(forget: Samples, retain: Samples, *, batchnorm: str) -> None:
         batchnorm: "batch" where batches need two samples.
 
     Raises:
-        ValueError: If they do, or one has a single sample there.
+        ValueError: If they do, the inputs of one have parts that the other's lack, or one has a single sample there.
     """
     shared = forget.overlap(retain)
     if shared:
@@ -66,12 +66,25 @@ def check_sets(forget: Samples, retain: Samples, *, batchnorm: str) -> None:
             f"`forget` and `retain` must not overlap; they share {shared} samples. Remove the forget samples from "
             "the retain set, e.g. with two disjoint index lists."
         )
+    parts = [_parts(samples.batch(torch.zeros(1, dtype=torch.int64))[0]) for samples in (forget, retain)]
+    if parts[0] != parts[1]:
+        raise ValueError(
+            f"`forget` and `retain` must hold the same inputs; got {parts[0]} and {parts[1]}. What one of them lacks, such "
+            "as an attention mask, the model would make up for that one alone."
+        )
     for samples in (forget, retain):
         if batchnorm == "batch" and samples.size == 1:
             raise ValueError(
                 f"`{samples.name}` must hold at least two samples with batchnorm='batch'; got 1, and a batch of one has "
                 "no variance. Use batchnorm='frozen'."
             )
+
+
+def _parts(inputs: Inputs) -> str:
+    """What a sample's inputs consist of, in words."""
+    if isinstance(inputs, dict):
+        return ", ".join(map(repr, sorted(inputs)))
+    return f"a tuple of {len(inputs)}" if isinstance(inputs, tuple) else "one tensor"
 
 
 def warn_of_twins(forget: Samples, retain: Samples) -> None:
@@ -246,6 +259,10 @@ def _first_outputs(problem: UnlearningProblem, inputs: Inputs, name: str) -> Ten
             ) from error
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_of(inputs))
         remedy = "Give inputs of the shape, type and range that it was trained on."
+        if "decoder_input_ids" in said:
+            remedy = (
+                "Labels go to the loss: add 'decoder_input_ids', as prepare_decoder_input_ids_from_labels makes them."
+            )
         if isinstance(error, TypeError) and isinstance(inputs, dict):
             remedy = f"It is given {', '.join(inputs)} by name: leave out the columns that it does not know."
         elif isinstance(error, TypeError) and isinstance(inputs, tuple):

@@ -36,6 +36,8 @@ Parameters = dict[str, Tensor]
 EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
+# Hugging Face's hook for activation checkpointing, which stays when that is switched off and which torch.func refuses.
+GRADIENT_HOOK = "make_inputs_require_grad"
 EVALUATED = 512  # samples of each set behind the losses at θ*: of a large set more would cost as much as a prediction
 
 
@@ -142,6 +144,9 @@ class UnlearningProblem:
         for module in self._module.modules():  # they watch or edit .backward(), and torch.func cannot pass through them
             module._backward_hooks.clear()
             module._backward_pre_hooks.clear()
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__name__", "").startswith(GRADIENT_HOOK):
+                    del module._forward_hooks[key]
         self.parameters: Parameters = {
             name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad
         }
@@ -464,7 +469,8 @@ class UnlearningProblem:
             parameters: Trainable parameters, and running statistics, to put in; the problem's own when None.
 
         Returns:
-            A new module that shares no memory with the caller's. Forward hooks are copied, backward hooks are not.
+            A new module that shares no memory with the caller's, in the problem's dtype: at least float32, whatever the
+            caller's is in. Forward hooks are copied, backward hooks and those for activation checkpointing are not.
         """
         with preserved_rng():
             model = copy.deepcopy(self._module)
