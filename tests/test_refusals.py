@@ -335,7 +335,7 @@ def test_a_layer_that_torch_func_cannot_pass_comes_with_a_remedy():
     inputs, _ = problem.retain.batch(torch.arange(4))
     with pytest.raises(
         RuntimeError,
-        match=r"`model` must be differentiable twice, by autograd and by torch\.func; got RuntimeError: .+ Replace",
+        match=r"`model` must be differentiable twice, by autograd and by torch\.func; got Runt.+ Replace",
     ) as caught:
         vjp_block(problem, inputs, torch.ones(4, 3, 2))
     assert "setup_context" in str(caught.value)
