@@ -280,6 +280,7 @@ def _run(measurement: Measurement, batch_sizes: tuple[int, int], seed: int) -> R
         loss=problem.loss.name,
         batchnorm=problem.batchnorm,
         divergence_level=problem.divergence_level,
+        check_every=problem.check_every,
         retain_loss=problem.retain_loss,
         forget_loss=problem.forget_loss,
         device=str(problem.device),

@@ -24,7 +24,7 @@ from stabkit.measure import (
 )
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost
-from stabkit.runner import CHECK_EVERY, check_steps
+from stabkit.runner import check_steps
 
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 14  # that the two extreme eigenpairs take, with the quotients; typical, not a bound
@@ -196,7 +196,7 @@ def estimate_cost(
     compared = min(COHERENCE_SAMPLES, max(FEWEST_SAMPLES, COHERENCE_ROWS // curvature_rows))
     kept = sum(min(size, max(FEWEST_SAMPLES, THEORY_ROWS // curvature_rows)) for size in held)
     rolled = algorithm.steps * 4 * sum(algorithm.batch_sizes(problem))
-    rolled += len(check_steps(algorithm.steps, CHECK_EVERY)) * 2 * sum(held)
+    rolled += len(check_steps(algorithm.steps, problem.check_every)) * 2 * sum(held)
     # Beside the passes: rows times the block, or what goes through the network with each vector.
     each_pass = 2 * problem.size * rank
     if not rows_pay(outputs, rank, size=problem.size, operations=passed):

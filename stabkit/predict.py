@@ -19,7 +19,7 @@ from stabkit.losses import Loss, PerSampleLoss
 from stabkit.measure import measure
 from stabkit.modes import CHECKING, CostEstimate, Sizes, choose_settings, estimate_cost
 from stabkit.precision import PRECISIONS
-from stabkit.problem import UnlearningProblem
+from stabkit.problem import CHECK_EVERY, UnlearningProblem
 from stabkit.report import Cost, Report
 
 
@@ -42,6 +42,7 @@ def predict(
     lr_schedule: str | Sequence[float] | None = None,
     loss: str | PerSampleLoss | Loss = "cross_entropy",
     batchnorm: str = "frozen",
+    check_every: int = CHECK_EVERY,
     curvature: str = "hessian",
     mode: str = "auto",
     budget: float | str | None = None,
@@ -83,6 +84,9 @@ def predict(
             steps of another length, to which `lr` must be scaled.
         batchnorm: "frozen": running statistics, in the prediction and in the run it is about. "batch": every batch by its
             own statistics, as in train mode, the running ones drifting along.
+        check_every: Steps from one look at the losses to the next, in the prediction and in the run it is about; each of as
+            many first ones, and the last, is looked at too. A spike between two looks is no divergence; 1 misses none, and
+            makes rollouts several times as long.
         curvature: Whose extreme eigenvalues to report, "hessian" or "ggn".
         mode: "fast": a small linearisation and spectrum. "standard": larger ones. "thorough": beside those, the
             linearised network is left for real steps on a copy wherever its loss is not the real one's any more, which finds
@@ -136,7 +140,16 @@ def predict(
         lr_schedule=lr_schedule,
     )
     start = time.perf_counter()
-    problem = UnlearningProblem(model, forget, retain, loss=loss, batchnorm=batchnorm, device=device, dtype=dtype)
+    problem = UnlearningProblem(
+        model,
+        forget,
+        retain,
+        loss=loss,
+        batchnorm=batchnorm,
+        check_every=check_every,
+        device=device,
+        dtype=dtype,
+    )
     checking = Cost(
         stage=CHECKING, seconds=time.perf_counter() - start, gradient_equivalents=problem.checking_gradients
     )
@@ -161,6 +174,7 @@ def predict_cost(
     batch_size: int | None = None,
     loss: str | PerSampleLoss | Loss = "cross_entropy",
     batchnorm: str = "frozen",
+    check_every: int = CHECK_EVERY,
     mode: str = "auto",
     budget: float | str | None = None,
     rank: int | str | None = None,
@@ -182,6 +196,7 @@ def predict_cost(
         batch_size: Retain samples a step; the algorithm's own when None.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         batchnorm: As `predict` has it.
+        check_every: As `predict` has it.
         mode: As `predict` has it.
         budget: As `predict` has it.
         rank: As `predict` has it.
@@ -199,7 +214,16 @@ def predict_cost(
     sizes = Sizes(
         rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
     )
-    problem = UnlearningProblem(model, forget, retain, loss=loss, batchnorm=batchnorm, device=device, dtype=dtype)
+    problem = UnlearningProblem(
+        model,
+        forget,
+        retain,
+        loss=loss,
+        batchnorm=batchnorm,
+        check_every=check_every,
+        device=device,
+        dtype=dtype,
+    )
     settings = choose_settings(
         problem, chosen, mode=mode, budget=budget, sizes=sizes, curvature="hessian", seed=0, seeds=seeds
     )

@@ -142,7 +142,7 @@ def _limits(report: Report) -> Section:
             Row(
                 label="divergence step",
                 value=number(report.divergence_step),
-                note=f"median of {rollout.seeds} rollouts; the run is looked at every few steps",
+                note=f"median of {rollout.seeds} rollouts; looks every {report.run.check_every} steps and at the first",
             ),
             Row(
                 label="retain loss",

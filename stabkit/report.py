@@ -37,6 +37,7 @@ class Run:
         loss: Name of the per-sample loss.
         batchnorm: Treatment of BatchNorm statistics.
         divergence_level: Retain loss of the best constant predictor.
+        check_every: Steps from one look at the losses to the next.
         retain_loss: Retain loss at θ*, of up to 512 samples.
         forget_loss: Forget loss at θ*, of as many.
         device: Where it was computed.
@@ -56,6 +57,7 @@ class Run:
     loss: str
     batchnorm: str
     divergence_level: float
+    check_every: int
     retain_loss: float
     forget_loss: float
     device: str

@@ -28,7 +28,7 @@ from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
 from stabkit.calibration import calibration
 from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet
 from stabkit.losses import Loss
-from stabkit.runner import CHECK_EVERY, check_steps
+from stabkit.runner import check_steps
 from stabkit.sampling import batch_streams
 from stabkit.steps import CLIP_EPSILON
 
@@ -114,7 +114,7 @@ def rollout(
     mix: Sequence[float] | Tensor,
     batch_sizes: tuple[int, int],
     seeds: Sequence[int] = (0, 1, 2),
-    check_every: int = CHECK_EVERY,
+    check_every: int | None = None,
     dtype: torch.dtype | None = None,
     on_step: Callable[[int, Tensor, Tensor], object] | None = None,
     progress: bool = False,
@@ -133,7 +133,7 @@ def rollout(
         mix: Mixes, G of them.
         batch_sizes: B_R and B_F.
         seeds: One run each; whole numbers >= 0.
-        check_every: Steps between two looks at the losses, as in `run`.
+        check_every: Steps between two looks at the losses, as in `run`; the network's when None.
         dtype: Floating dtype of the iteration; the features' own when None.
         on_step: Called at the start and after every step with the step, the coordinates and the velocities of the settings
             that still run, (G', r) each.
@@ -148,6 +148,7 @@ def rollout(
     Raises:
         ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, or a value is out of its domain.
     """
+    check_every = network.check_every if check_every is None else check_every
     check_int(check_every, name="check_every", owner="rollout", low=1)
     etas = torch.as_tensor(lr, dtype=torch.float64).reshape(-1)
     alphas = torch.as_tensor(mix, dtype=torch.float64).reshape(-1)

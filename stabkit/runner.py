@@ -23,7 +23,6 @@ from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.steps import StepRecord, Steps, StepState, check_coupled, copies
 
-CHECK_EVERY = 10
 MONITOR_SAMPLES = 512
 PRECISIONS = ("full", "bfloat16")
 
@@ -143,7 +142,7 @@ def run(
     *,
     preconditioner: Preconditioner | None = None,
     seed: int = 0,
-    check_every: int = CHECK_EVERY,
+    check_every: int | None = None,
     monitor_samples: int | None = MONITOR_SAMPLES,
     stop_on_divergence: bool = True,
     precision: str = "full",
@@ -164,7 +163,7 @@ def run(
         preconditioner: P, where it is already at hand, as `Report.preconditioner`; computed from the algorithm otherwise.
         seed: Seed of the batches; the caller's random state is left as it was.
         check_every: Steps between two looks at the losses; the first ones and the last are always looked at
-            (`check_steps`).
+            (`check_steps`). The problem's when None.
         monitor_samples: Samples of each set the losses are watched on; all when None.
         stop_on_divergence: Whether to end the run at the check that finds it diverged.
         precision: "full", or "bfloat16": passes of the steps under autocast, with float32 parameters, updates and looks.
@@ -195,6 +194,7 @@ def run(
                 "run(UnlearningProblem(model, forget, retain), GradDiff(lr=0.01))."
             )
     check_seed(seed, owner="run")
+    check_every = problem.check_every if check_every is None else check_every
     check_int(check_every, name="check_every", owner="run", low=1)
     check_int(checkpoint_every, name="checkpoint_every", owner="run", low=1)
     if monitor_samples is not None:

@@ -237,6 +237,7 @@ def verify(
         loss=_loss(report, loss),
         test=test,
         batchnorm=report.run.batchnorm,
+        check_every=report.run.check_every,
         device=device,
         dtype=getattr(torch, report.run.dtype) if dtype is None else dtype,
     )

@@ -547,3 +547,45 @@ def test_a_run_may_take_the_mask_that_its_prediction_made(digits_mlp, random_del
     for copy in (pickle.loads(pickle.dumps(report)), stabkit.Report.from_json(report.to_json())):
         with pytest.raises(RuntimeError, match=r"`preconditioner` of `Report` needs what was measured"):
             _ = copy.preconditioner
+
+
+def test_the_looks_are_those_that_are_asked_for(digits_mlp, random_deletion):
+    """In the prediction, in the runs that verify it, and in any other run of such a problem."""
+    settings = {**QUICK, "mode": "standard", "lr": 0.3, "mix": 0.3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stabkit.StabkitWarning)
+        every, tenth = (stabkit.predict(digits_mlp, *random_deletion, check_every=k, **settings) for k in (1, 10))
+    assert every.rollout.steps == tuple(range(31))
+    assert tenth.rollout.steps == (*range(11), 20, 30)
+    assert (every.run.check_every, tenth.run.check_every) == (1, 10)
+    assert every.critical_lr <= tenth.critical_lr  # who looks more often misses nothing that the other one sees
+    assert "looks every 1 steps" in str(every)
+    check = stabkit.verify(every, digits_mlp, *random_deletion)
+    assert {r.steps for r in check.runs if not r.diverged} == {tuple(range(31))}
+    problem = stabkit.UnlearningProblem(digits_mlp, *random_deletion, check_every=7)
+    algorithm = GradDiff(lr=0.01, mix=0.3, steps=30)
+    run = stabkit.run(problem, algorithm)
+    assert [c.step for c in run.trajectory] == [*range(8), 14, 21, 28, 30]
+    assert run.trajectory == stabkit.run(problem, algorithm, check_every=7).trajectory
+    assert len(stabkit.run(problem, algorithm, check_every=1).trajectory) == 31
+    with pytest.raises(ValueError, match=r"`check_every` of `UnlearningProblem` must be .*; got 0"):
+        stabkit.UnlearningProblem(digits_mlp, *random_deletion, check_every=0)
+
+
+def test_a_spike_between_two_looks_is_seen_by_who_looks_at_every_step():
+    """One forget step throws a linear model past the level, and the retain step after it brings it back."""
+    x = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).repeat(8, 1)
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, 1.0)
+    sets = (torch.ones(4, 1, dtype=torch.float64), -torch.ones(4, 1, dtype=torch.float64)), (x, x.clone())
+    algorithm = GradDiff(
+        lr=1.0, mix=0.5, steps=20, batch_size=16, forget_batch_size=4, forget_schedule=(0.0,) * 14 + (1.0,) + (0.0,) * 5
+    )
+    for every, seen in ((1, True), (10, False)):
+        problem = stabkit.UnlearningProblem(model, *sets, loss="mse", check_every=every)
+        assert problem.divergence_level == pytest.approx(1.0)
+        real = stabkit.run(problem, algorithm)
+        report = stabkit.predict(model, *sets, loss="mse", algorithm=algorithm, check_every=every, mode="standard")
+        assert real.diverged == seen
+        assert (report.rollout.probability > 0.5) == seen
+        assert report.divergence_step == real.divergence_step == (15 if seen else None)

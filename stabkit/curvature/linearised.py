@@ -13,6 +13,7 @@ from stabkit.curvature.factors import SampleFactors
 from stabkit.losses import Loss
 from stabkit.precision import arithmetic
 from stabkit.preconditioner import Preconditioner
+from stabkit.problem import CHECK_EVERY
 
 FACTORED_AT_ONCE = 64  # samples, in float64
 SMALL_MOVE = 1e-3  # of the outputs, relative to their size
@@ -110,6 +111,7 @@ class LinearisedNetwork:
         preconditioner: P.
         loss: The per-sample loss.
         divergence_level: Retain loss at which a run counts as diverged.
+        check_every: Steps from one look at it to the next.
         metric: V^T P V, shape (r, r): ‖θ - θ*‖² = c^T metric c.
         anchor: V^T P^{1/2} θ*, shape (r,): <θ - θ*, θ*> = anchor · c.
         anchor_norm: ‖θ*‖.
@@ -134,6 +136,7 @@ class LinearisedNetwork:
     singular_values: Tensor
     captured: float
     gradient_equivalents: float
+    check_every: int = CHECK_EVERY
     dormant: tuple[str, ...] = ()
     landmarks: int = 0
 

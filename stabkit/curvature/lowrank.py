@@ -300,6 +300,7 @@ def linearise(
         preconditioner=preconditioner,
         loss=problem.loss,
         divergence_level=problem.divergence_level,
+        check_every=problem.check_every,
         metric=(root.T @ root).double(),
         anchor=(root.T @ theta).double(),
         anchor_norm=float(theta.double().norm()),

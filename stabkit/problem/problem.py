@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabkit._errors import UntrainedModelWarning, caller_level
 from stabkit._rng import preserved_rng
-from stabkit._validate import check_choice
+from stabkit._validate import check_choice, check_int
 from stabkit.data import Data, as_samples
 from stabkit.losses import IGNORE_INDEX, CrossEntropy, Loss, PerSampleLoss, resolve_loss
 from stabkit.network import (
@@ -36,6 +36,7 @@ Parameters = dict[str, Tensor]
 EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 256 * 2**20  # of a batch's outputs, which makes batches of long outputs smaller
 BATCHNORMS = ("frozen", "batch")
+CHECK_EVERY = 10  # steps from one look at the losses of a run to the next
 # Hugging Face's hook for activation checkpointing, which stays when that is switched off and which torch.func refuses.
 GRADIENT_HOOK = "make_inputs_require_grad"
 EVALUATED = 512  # samples of each set behind the losses at θ*: of a large set more would cost as much as a prediction
@@ -60,7 +61,9 @@ class UnlearningProblem:
         model_name: Class of the model.
         retain_loss: Mean retain loss at θ*, of up to 512 samples.
         forget_loss: Mean forget loss at θ*, of as many.
-        divergence_level: Mean retain loss of the best constant predictor (theory §7); a run that reaches it diverges.
+        divergence_level: Mean retain loss of the best constant predictor (theory §7); a run that reaches it at a look has
+            diverged.
+        check_every: Steps from one look to the next, in runs and rollouts.
         widest_output: Numbers that the network itself gives for a sample, which a pass holds whatever is read of them.
         checking_gradients: What the losses at θ* took; a forward pass counts as a third of a gradient.
         reading_gradients: What `reading` spent to make this problem; a forward pass counts as a third of a gradient.
@@ -75,6 +78,7 @@ class UnlearningProblem:
         loss: str | PerSampleLoss | Loss = "cross_entropy",
         test: Data | None = None,
         batchnorm: str = "frozen",
+        check_every: int = CHECK_EVERY,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,6 +95,8 @@ class UnlearningProblem:
             test: Held-out data, in any of the same forms.
             batchnorm: "frozen": running statistics, which no run changes. "batch": as in a training loop that keeps the
                 BatchNorm layers in train mode, with a pass for the retain batch and one for the forget batch.
+            check_every: Steps from one look at the losses to the next; each of as many first ones, and the last, is looked
+                at too. What spikes between two looks goes unseen.
             device: Where to compute; where the model is when None.
             dtype: Floating dtype to compute in; the model's, but at least float32, when None.
 
@@ -113,6 +119,7 @@ class UnlearningProblem:
         check_layers(model)
         self.model_name = type(model).__name__
         check_choice(batchnorm, name="batchnorm", owner="UnlearningProblem", choices=BATCHNORMS)
+        self.check_every = check_int(check_every, name="check_every", owner="UnlearningProblem", low=1)
         has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
         self.batchnorm = batchnorm if has_statistics else "frozen"
         first = next((p for p in model.parameters() if p.requires_grad), None)
