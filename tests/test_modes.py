@@ -126,6 +126,9 @@ def test_the_estimate_is_near_what_the_report_tells(case):
     report = stabkit.predict(*case, **SMALL)
     told = {cost.stage: cost.gradient_equivalents for cost in report.costs}
     for stage in estimate.stages:
+        if stage.stage == "staged rollouts":  # of a run that stays where it is linearised next to nothing is for real
+            assert 1 < stage.gradient_equivalents / told[stage.stage] < 3
+            continue
         assert stage.gradient_equivalents == pytest.approx(told[stage.stage], rel=0.6), stage.stage
     assert estimate.run.gradient_equivalents == 30 * 16
     assert estimate.seconds > 0
