@@ -50,7 +50,7 @@ def check_weights(named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_sets(forget: Samples, retain: Samples, *, batchnorm: str) -> None:
-    """Refuse sets that share samples, by their place in memory or in a data set, are of different kinds, or too small.
+    """Refuse sets that share samples, by their place in memory or in a data set, or are too small.
 
     Args:
         forget: What to forget.
@@ -58,7 +58,7 @@ def check_sets(forget: Samples, retain: Samples, *, batchnorm: str) -> None:
         batchnorm: "batch" where batches need two samples.
 
     Raises:
-        ValueError: If they do, the inputs of one have parts that the other's lack, or one has a single sample there.
+        ValueError: If they do, or one has a single sample there.
     """
     shared = forget.overlap(retain)
     if shared:
@@ -66,18 +66,30 @@ def check_sets(forget: Samples, retain: Samples, *, batchnorm: str) -> None:
             f"`forget` and `retain` must not overlap; they share {shared} samples. Remove the forget samples from "
             "the retain set, e.g. with two disjoint index lists."
         )
-    parts = [_parts(samples.batch(torch.zeros(1, dtype=torch.int64))[0]) for samples in (forget, retain)]
-    if parts[0] != parts[1]:
-        raise ValueError(
-            f"`forget` and `retain` must hold the same inputs; got {parts[0]} and {parts[1]}. What one of them lacks, such "
-            "as an attention mask, the model would make up for that one alone."
-        )
     for samples in (forget, retain):
         if batchnorm == "batch" and samples.size == 1:
             raise ValueError(
                 f"`{samples.name}` must hold at least two samples with batchnorm='batch'; got 1, and a batch of one has "
                 "no variance. Use batchnorm='frozen'."
             )
+
+
+def check_alike(forget: Samples, retain: Samples) -> None:
+    """Refuse sets of which one has inputs that the other lacks.
+
+    Args:
+        forget: What to forget, which the model takes.
+        retain: What to retain, which it takes too.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    parts = [_parts(samples.batch(torch.zeros(1, dtype=torch.int64))[0]) for samples in (forget, retain)]
+    if parts[0] != parts[1]:
+        raise ValueError(
+            f"`forget` and `retain` must hold the same inputs; got {parts[0]} and {parts[1]}. What one of them lacks, such "
+            "as an attention mask, the model would make up for that one alone."
+        )
 
 
 def _parts(inputs: Inputs) -> str:

@@ -28,7 +28,7 @@ from stabkit.network import (
     unwrapped,
     warn_train_mode,
 )
-from stabkit.problem.checks import check_function, check_samples, check_sets, check_weights, warn_of_twins
+from stabkit.problem.checks import check_alike, check_function, check_samples, check_sets, check_weights, warn_of_twins
 from stabkit.reading import READS, Reading, labelled_positions, largest_logits, logits_to_read
 from stabkit.samples import Inputs, Samples, map_tensors
 
@@ -191,6 +191,7 @@ class UnlearningProblem:
             check_sets(self.forget, self.retain, batchnorm=self.batchnorm)
             for samples in (self.forget, self.retain):
                 self._admit(samples)
+            check_alike(self.forget, self.retain)
             check_function(self, self._module)
             warn_of_twins(self.forget, self.retain)
             self._evaluate()
