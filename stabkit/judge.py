@@ -32,7 +32,7 @@ from stabkit.measure import FEWEST_SAMPLES, THEORY_ROWS, Measurement
 from stabkit.precision import arithmetic
 from stabkit.problem import UnlearningProblem
 from stabkit.recommendations import Recommendations
-from stabkit.remedy import recommend
+from stabkit.remedy import RISK, recommend
 from stabkit.report import CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
 from stabkit.rollout import Rollout, rollout
 from stabkit.spectrum._common import ROUNDING
@@ -42,6 +42,7 @@ from stabkit.steps import check_coupled
 STABLE_BELOW, DIVERGES_ABOVE = 0.25, 0.75  # of P(diverge); between them the verdict is "marginal"
 HORIZON_GROWTH = 1e3  # of the mean square, at `Thresholds.horizon_lr`
 LYAPUNOV_STEPS, LYAPUNOV_RUNS = 100, 16
+ADVISED = 2.0  # how far below the critical step size an advised one lies at least; rule of thumb
 NEGLIGIBLE = 1e-3  # negative curvature, as a share of the largest
 DAMPING = 1e-3  # ε of T5, as a share of λ_max(H_R)
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
@@ -134,7 +135,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         layers=measurement.layers,
         checks=checks,
         linearisation_error=error,
-        advice=_advice(algorithm, lr_detail, mix_detail, probability),
+        advice=_advice(algorithm, lr_detail, mix_detail, probability, max(ADVISED, used.margin(RISK))),
         costs=(
             *measurement.costs,
             theory,
@@ -457,14 +458,14 @@ def _rollout_summary(verdict_by: _VerdictBy, measurement: Measurement, seeds: in
 
 
 def _advice(
-    algorithm: Algorithm, lr_detail: CriticalValue, mix_detail: CriticalValue, probability: float
+    algorithm: Algorithm, lr_detail: CriticalValue, mix_detail: CriticalValue, probability: float, margin: float
 ) -> tuple[str, ...]:
-    """What to do, in words; the margins of one half are rules of thumb."""
+    """What to do, in words: a margin below the critical step size, and half the critical mix."""
     if probability < STABLE_BELOW:
         advice = ["Run it."]
-        if lr_detail.found and lr_detail.value < 2 * algorithm.lr:
+        if lr_detail.found and lr_detail.value < margin * algorithm.lr:
             advice.append(
-                f"The step size is within a factor 2 of the critical one, {lr_detail.value:.3g}: leave a margin."
+                f"The step size is within a factor {margin:.2g} of the critical one, {lr_detail.value:.3g}: leave a margin."
             )
         return tuple(advice)
     advice = []
@@ -473,7 +474,7 @@ def _advice(
             f"No step size down to {lr_detail.value:.2g} is safe: the model is at or past the divergence level already.",
         )
     if lr_detail.found:
-        advice.append(f"Keep mix {algorithm.mix:.3g} and lower the step size to {lr_detail.low / 2:.2g} or less.")
+        advice.append(f"Keep mix {algorithm.mix:.3g} and lower the step size to {lr_detail.low / margin:.2g} or less.")
     if mix_detail.found and mix_detail.low > 0:
         advice.append(f"Or keep step size {algorithm.lr:.3g} and lower the mix to {mix_detail.low / 2:.2g} or less.")
     elif mix_detail.found:

@@ -88,7 +88,11 @@ def test_a_report_weighs_both(digits_mlp, random_deletion):
         assert said.probability == pytest.approx((said.rollout.probability + past) / 2)
         assert f"of the rollouts alone: {said.rollout.probability:.2f}" in str(said)
         assert f"that the critical step size is smaller: {past:.2f}" in str(said)
+    margin = calibration("one").margin(0.05)
+    assert margin > 2
+    assert f"lower the step size to {said.critical_lr_detail.low / margin:.2g} or less" in said.advice[0]
     near = report.at(lr=0.8 * report.critical_lr)
+    assert f"within a factor {margin:.2g} of the critical one" in near.advice[1]
     assert near.probability > near.rollout.probability + 0.05
 
 
