@@ -51,7 +51,10 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         "been seen, and so was the stretch of half-trained models' scores, which moves P but never to the other side of one "
         "half; that a staged prediction here takes the three seeds of `predict`, not one to save time, after one's Brier "
         "score had. That P is half of what the rollouts say and half of what the boundary says was decided when the "
-        "reliability of the rollouts alone had been seen on all cells; its width is that of the calibration cells.",
+        "reliability of the rollouts alone had been seen on all cells; its width is that of the calibration cells. That "
+        "staged rollouts take a run's first steps for real was decided after a trial on a network that is none of these, and "
+        "a look at those steps in a dozen cells.",
+        *_without_path(summary["without_path"]),
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]
     for role, found in summary["roles"].items():
@@ -61,6 +64,16 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         draw_worst(found["worst"], worst)
         parts += _section(role, found, f"figures/{figure.name}", f"figures/{worst.name}")
     return write_atomically(target, "\n\n".join(parts) + "\n")
+
+
+def _without_path(keys: Sequence[str]) -> list[str]:
+    """Which cells were recorded when staged rollouts did not look at where a run goes."""
+    if not keys:
+        return []
+    return [
+        "Recorded before staged rollouts took the first steps of a run for real, to see whether it goes where it is "
+        f"predicted to go: {', '.join(dict.fromkeys(keys))}."
+    ]
 
 
 def _section(role: str, found: dict[str, Any], figure: str, worst: str) -> list[str]:

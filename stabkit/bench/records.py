@@ -23,7 +23,7 @@ from stabkit.modes import MODES, Sizes
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import Rollout, rollout
 from stabkit.runner import RunResult, run
-from stabkit.staged import staged_rollout
+from stabkit.staged import PATH_STEPS, staged_rollout
 
 MIXES = (0.05, 0.2, 0.4, 0.6, 0.9)
 POINTS = 10
@@ -124,6 +124,7 @@ class CellResult:
         linearised_samples: Retain and forget samples linearised.
         captured: Share of the outputs' sensitivity inside the linearisation.
         most_samples: Retain and forget samples to linearise at most.
+        path_steps: Real steps that staged rollouts took first, to see where the run goes; 0 in records from before they did.
     """
 
     cell: Cell
@@ -139,6 +140,7 @@ class CellResult:
     linearised_samples: tuple[int, int]
     captured: float
     most_samples: tuple[int, int]
+    path_steps: int = 0
 
 
 def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
@@ -216,6 +218,7 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         linearised_samples=(network.retain.samples, network.forget.samples),
         captured=network.captured,
         most_samples=at.most_samples,
+        path_steps=PATH_STEPS,
     )
 
 

@@ -114,6 +114,7 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         "device": "cpu",
         "seeds": sorted({result.seed for result in results}),
         "missing": [cell.key for cell in CELLS if cell.key not in {result.cell.key for result in results}],
+        "without_path": [result.cell.key for result in results if not result.path_steps],
         "grid_factor": float(np.median([_grid_factor(result) for result in results])),
         "roles": {},
     }
