@@ -52,8 +52,8 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         "half; that a staged prediction here takes the three seeds of `predict`, not one to save time, after one's Brier "
         "score had. That P is half of what the rollouts say and half of what the boundary says was decided when the "
         "reliability of the rollouts alone had been seen on all cells; its width is that of the calibration cells. That "
-        "staged rollouts take a run's first steps for real was decided after a trial on a network that is none of these, and "
-        "a look at those steps in a dozen cells.",
+        "staged rollouts take a run's first steps for real was decided after a trial on a network that is none of these, "
+        "and a look at those steps in a dozen cells.",
         *_without_path(summary["without_path"]),
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]
