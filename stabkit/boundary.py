@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from stabkit.curvature.lowrank import LinearisedNetwork
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import Rollout, rollout
 from stabkit.staged import staged_rollout
-
-if TYPE_CHECKING:
-    pass
 
 DECADES_AROUND = (3, 2)  # below and above the guess, in the first scan
 POINTS_PER_DECADE = 5
@@ -58,6 +55,11 @@ class CriticalValue:
     high: float
     found: bool
     scanned: tuple[float, float]
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether a run holds below it: a scan that crosses from its first value on has found no boundary."""
+        return self.found and self.value > self.scanned[0]
 
     def with_spread_of(self, other: CriticalValue, *, most: float = math.inf) -> CriticalValue:
         """This value of one seed, with the spread that another way has over several.

@@ -76,7 +76,9 @@ def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake:
         threshold=least,
         passed=network.captured >= least,
         meaning="Share of the outputs' sensitivity to the parameters that the compressed directions hold.",
-        remedy="mode='thorough' takes real steps where a run leaves them; otherwise raise `rank`.",
+        remedy="Raise `rank`."
+        if measurement.problem.batchnorm == "batch"
+        else "mode='thorough' takes real steps where a run leaves them; otherwise raise `rank`.",
     )
     return (
         *([] if rough is None else [tf32]),

@@ -109,6 +109,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     interval = (lr_detail.scanned[1], math.inf)
     if lr_detail.found:
         interval = used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
+    if lr_detail.bracketed:
         probability = combined(probability, algorithm.lr, lr_detail.value, interval)
     verdict = _verdict(probability)
     checks = (

@@ -33,6 +33,8 @@ COHERENCE_SAMPLES = 256  # of each set, and fewer where their factors have more 
 COHERENCE_ROWS, THEORY_ROWS, FEWEST_SAMPLES = 2**12, 2**14, 16
 MOST_DIRECTIONS = 400  # of a rank that is found: what the theory's maps cost grows with its square
 # Settings that no measurement depends on.
+# What PyTorch says of layers that lack a derivative which a prediction takes.
+UNDIFFERENTIABLE = ("derivative for", "from the 'Sparse", "functorch transforms", "Invalid strides")
 FREE_SETTINGS = frozenset({
     "lr",
     "steps",
@@ -183,12 +185,13 @@ def measure(
         try:
             return _measured(read, algorithm, settings, reuse, progress=progress)
         except RuntimeError as error:  # a NotImplementedError is one
-            if "derivative for" not in str(error) and "from the 'Sparse" not in str(error):
+            if not any(words in str(error) for words in UNDIFFERENTIABLE):
                 raise
             raise ValueError(
                 f"`model` and `loss` of `predict` must be differentiable twice; got {problem.model_name} with loss "
                 f"{problem.loss.name!r}, of which a layer is not ({error}). Replace it, as nn.EmbeddingBag by nn.Embedding "
-                "and a sum."
+                "and a sum, or let it have what is missing: a torch.autograd.Function `setup_context`, experts of Hugging "
+                "Face's models `set_experts_implementation('eager')`."
             ) from error
 
 

@@ -25,7 +25,7 @@ from stabkit.measure import (
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost
 from stabkit.runner import check_steps
-from stabkit.staged import PATH_STEPS
+from stabkit.staged import first_look
 
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 14  # that the two extreme eigenpairs take, with the quotients; typical, not a bound
@@ -215,9 +215,8 @@ def estimate_cost(
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
     if settings.staged:
         # With coupled batches the running statistics are followed along the linearised steps.
-        each_rollout = (TYPICAL_SHARE + (1 / 3 if coupled else 0)) * run + PATH_STEPS * sum(
-            algorithm.batch_sizes(problem)
-        )
+        each_rollout = (TYPICAL_SHARE + (1 / 3 if coupled else 0)) * run
+        each_rollout += 0 if coupled else first_look(algorithm) * sum(algorithm.batch_sizes(problem))
         looks = len(check_steps(algorithm.steps, problem.check_every))
         each_rollout += (PLACES + TYPICAL_SHARE * looks) * sum(held) / 3
         scans = 1 if algorithm.fixed_mix else 2

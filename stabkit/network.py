@@ -168,40 +168,21 @@ def check_twice(gradient: Sequence[Tensor]) -> None:
         gradient: The gradient in each parameter, with its graph.
 
     Raises:
-        RuntimeError: If it does.
+        ValueError: If it does.
     """
     waiting = [g.grad_fn for g in gradient if g.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         if node.name().endswith("::Error"):
-            raise RuntimeError(
-                "`model` must be differentiable twice; got a gradient that passes through a torch.autograd.Function with "
-                "@once_differentiable. Write its backward pass with differentiable operations and without that mark."
+            raise ValueError(
+                "`model` and `loss` must be differentiable twice; got a gradient that passes through a "
+                "torch.autograd.Function with @once_differentiable. Write its backward pass with differentiable operations "
+                "and without that mark."
             )
         following = {before for before, _ in node.next_functions if before is not None} - seen
         seen |= following
         waiting += following
-
-
-@contextlib.contextmanager
-def derivatives() -> Iterator[None]:
-    """Where derivatives are taken that a model may not have, so that PyTorch's error comes with what to do about it.
-
-    Raises:
-        RuntimeError: If one fails for another reason than memory.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise RuntimeError(
-            "`model` must be differentiable twice, by autograd and by torch.func; got "
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}. Replace the layer that is not: a "
-            "torch.autograd.Function needs `setup_context`, experts of Hugging Face's models "
-            "`model.set_experts_implementation('eager')`."
-        ) from error
 
 
 def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -86,7 +86,7 @@ def predict(
             own statistics, as in train mode, the running ones drifting along.
         check_every: Steps from one look at the losses to the next, in the prediction and in the run it is about; each of as
             many first ones, and the last, is looked at too. A spike between two looks is no divergence; 1 misses none, and
-            makes rollouts several times as long.
+            makes rollouts longer.
         curvature: Whose extreme eigenvalues to report, "hessian" or "ggn".
         mode: "fast": a small linearisation and spectrum. "standard": larger ones. "thorough": beside those, the
             linearised network is left for real steps on a copy wherever its loss is not the real one's any more, which finds

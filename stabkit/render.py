@@ -126,7 +126,7 @@ def _limits(report: Report) -> Section:
     if mix.scanned[0] == mix.scanned[1]:  # one value is no scan
         mix_note = f"{report.run.algorithm} has a mix of its own, {number(mix.value)}"
     rolled = f"of the rollouts alone: {rollout.probability:.2f}"
-    if lr.found:
+    if lr.bracketed:
         past = beyond(report.run.lr, lr.value, report.critical_lr_interval)
         rolled += f"; that the critical step size is smaller: {past:.2f}"
     return Section(
@@ -142,7 +142,7 @@ def _limits(report: Report) -> Section:
             Row(
                 label="divergence step",
                 value=number(report.divergence_step),
-                note=f"median of {rollout.seeds} rollouts; looks every {report.run.check_every} steps and at the first",
+                note=f"median of {rollout.seeds} rollouts; {_looks(report.run.check_every)}",
             ),
             Row(
                 label="retain loss",
@@ -156,6 +156,11 @@ def _limits(report: Report) -> Section:
             ),
         ),
     )
+
+
+def _looks(every: int) -> str:
+    """How often a run is looked at, in words."""
+    return "looked at after every step" if every == 1 else f"looked at after {every} first steps and every {every}th"
 
 
 def _why(report: Report) -> Section:

@@ -28,7 +28,7 @@ from stabkit.steps import Position, check_coupled, statistics_along, steps_from
 # Chosen on calibration cells of the benchmark: half of either does hardly better there and costs half as much again.
 MAX_LOSS_ERROR, MAX_OUTPUT_ERROR = 0.05, 0.2
 PATH_STEPS = 4  # real ones at the start of a run, which show whether it goes where the linearised one goes
-SMALL_PATH = 1e-4  # share of the outputs that counts as a movement of theirs
+ROUNDING = 100  # epsilons of the outputs: they move no less, as far as can be told
 MAX_PATH_ERROR = 0.5  # of the outputs then, relative to how far they moved; own choice: see papers/theory.md
 MAX_AWAKENED = 0.1  # share of the sensitivity that is to parameters which were dormant at θ*
 
@@ -105,11 +105,11 @@ def staged_rollout(
         progress: Whether to show a progress bar.
 
     Returns:
-        The rollout. Cost of a seed: a few real steps, forward passes over the linearised samples at up to log2(steps) + 3
-        places, and then what the rest of the run costs, with such passes at each look; gradients of up to 128 samples at
-        each of those places where the network has dormant tensors. With batchnorm="batch" the running statistics are known
-        from B_R + B_F forward passes a linearised step, and as they move the outputs by themselves the loss's error counts
-        alone.
+        The rollout. Cost of a seed: the first steps (`first_look`), forward passes over the linearised samples at up to
+        log2(steps) + 3 places, and then what the rest of the run costs, with such passes at each look; gradients of up to
+        128 samples at each of those places where the network has dormant tensors. With batchnorm="batch" the running
+        statistics are known from B_R + B_F forward passes a linearised step, and as they move the outputs by themselves the
+        loss's error counts alone.
 
     Raises:
         ValueError: If an argument is out of its domain, or batches may have no variance to be normalised by.
@@ -214,13 +214,8 @@ class _Run:
         # real run and not the predicted one, which may be right about a place that the run never comes to.
         if not ahead:
             return 0.0
-        plan, mix, network = self._algorithm.plan(), self._algorithm.mix, self._network
-        # Both sets are to have had a part: a cycle may begin with steps on one of them.
-        begins = [
-            next((k for k, step in enumerate(plan, 1) if weight and getattr(step, name)), 1)
-            for name, weight in (("retain", 1 - mix), ("forget", mix))
-        ]
-        last = min(max(PATH_STEPS, *begins), ahead[-1])
+        network = self._network
+        last = min(first_look(self._algorithm), ahead[-1])
         steps = steps_from(
             self._problem,
             self._algorithm,
@@ -235,7 +230,8 @@ class _Run:
                 break
         self.gradients += at.gradient_equivalents
         outputs, _ = self._evaluated(self._problem.unflatten(at.theta))
-        return network.output_error(self._path[at.step][0], outputs, least=SMALL_PATH)
+        rounding = ROUNDING * torch.finfo(self._theta.dtype).eps
+        return network.output_error(self._path[at.step][0], outputs, least=rounding)
 
     def _believed(self, rolled: Rollout, ahead: list[int], bounds: tuple[float, float]) -> tuple[int, _Seen]:
         """Last step up to which the linearisation is right, and the real network there."""
@@ -379,3 +375,24 @@ class _Run:
             means.append(mean if math.isfinite(mean) else math.inf)
             self.gradients += part.samples / 3
         return (outputs[0], outputs[1]), (means[0], means[1])
+
+
+def first_look(algorithm: Algorithm) -> int:
+    """The step by which a run has gone as far as `PATH_STEPS` whole ones, and each set that drives it as far as one.
+
+    Schedules begin with small steps, in which nothing shows, and cycles with steps on one of the sets.
+
+    Args:
+        algorithm: The algorithm.
+
+    Returns:
+        The step, at most the last one.
+    """
+    plan, mix = algorithm.plan(), algorithm.mix
+    lrs = torch.tensor([step.lr for step in plan], dtype=torch.float64)
+    sets = [[step.retain for step in plan]] * (mix < 1) + [[step.forget for step in plan]] * (mix > 0)
+    wanted = [(lrs, PATH_STEPS), *((lrs * torch.tensor(weights, dtype=torch.float64), 1) for weights in sets)]
+    gone = torch.ones(len(plan), dtype=torch.bool)
+    for lengths, least in wanted:
+        gone &= lengths.cumsum(0) >= least * lengths.max()
+    return int(gone.int().argmax()) + 1 if bool(gone.any()) else len(plan)

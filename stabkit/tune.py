@@ -50,7 +50,8 @@ def tune(
             the mean probability of the right labels, which a few confident mistakes leave alone; the mean of other losses.
             The forget set's mean loss is what is to reach it.
         forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss.
-        risk: Largest P(diverge), in (0, 1).
+        risk: Largest P(diverge) by the rollouts alone, in (0, 1): what is chosen may lie close to the boundary, where a
+            report's P, which also weighs how uncertain that is, is larger.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         **settings: Anything else that `predict` takes but for `lr` and `mix`, which are chosen here: batch_size, steps,
             seed, progress; its mode is "standard" unless it or a budget is given.
@@ -107,7 +108,7 @@ def tune(
         )
     tuned = algorithm_at(chosen.replace(**report.run.settings), point)
     for _ in range(HALVINGS if report.mode == "thorough" else 0):
-        if report.at(lr=tuned.lr, steps=tuned.steps, **_mix(tuned)).probability <= risk:
+        if report.at(lr=tuned.lr, steps=tuned.steps, **_mix(tuned)).rollout.probability <= risk:
             break
         tuned = tuned.replace(lr=tuned.lr / 2)
     return tuned

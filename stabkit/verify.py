@@ -247,8 +247,7 @@ def verify(
     places: list[tuple[str, float, bool | None]] = [
         ("asked", report.run.lr, {"stable": False, "diverges": True}.get(report.verdict))
     ]
-    # A scan that crosses from its first value on has found no boundary to stand on either side of.
-    if math.isfinite(report.critical_lr) and report.critical_lr > report.critical_lr_detail.scanned[0]:
+    if report.critical_lr_detail.bracketed:
         places += [
             ("below", report.critical_lr / factor, False),
             ("at", report.critical_lr, None),

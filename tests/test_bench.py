@@ -43,6 +43,7 @@ def result(records, *, role="evaluation", name="digits-cnn-class-graddiff", seed
         linearised_samples=(5, 4),
         most_samples=(896, 448),
         captured=0.9,
+        path_steps=4,
     )
 
 
@@ -379,6 +380,19 @@ def test_a_boundary_makes_the_probability_honest():
     assert whole.brier < alone.brier
     assert whole.balanced_accuracy == alone.balanced_accuracy
     assert calibration("one").slope == fitted.slope
+
+
+def test_records_from_before_the_look_at_the_path_are_read_and_named(tmp_path):
+    records = [record(lr, 0.5, 0.5, lr > 0.3, score=lr) for lr in (0.1, 0.2, 0.4, 0.8)]
+    found = result(records, boundaries=[(0.5, 0.3, 0.3, 0.3)])
+    plain = {"schema": verification.SCHEMA, **to_plain(found)}
+    del plain["path_steps"]
+    path = tmp_path / f"{NAME}-s0.json"
+    path.write_text(dumps(plain), encoding="utf-8")
+    assert verification.read_cell(path).path_steps == 0
+    for kept, named in ((found, False), (verification.read_cell(path), True)):
+        page = bench.write_page(verification.summarise([kept]), tmp_path / "page.md").read_text(encoding="utf-8")
+        assert ("Recorded before staged rollouts took the first steps of a run for real" in page) == named
 
 
 def test_evaluation_cells_are_no_calibration():

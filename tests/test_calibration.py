@@ -104,3 +104,19 @@ def test_without_a_boundary_the_rollouts_have_the_say(digits_mlp, random_deletio
     assert math.isinf(report.critical_lr)
     assert report.probability == report.rollout.probability < 0.25
     assert "critical step size is smaller" not in str(report)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_a_scan_that_crosses_from_its_first_value_on_bounds_nothing():
+    """A model that is past the level already diverges at every step size, however small."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=g), torch.arange(60) % 3
+    model = torch.nn.Linear(4, 3)
+    torch.nn.init.normal_(model.weight, std=5.0, generator=g)
+    report = stabkit.predict(
+        model, (x[:20], y[:20]), (x[20:], y[20:]), lr=1e-12, steps=5, batch_size=8, mode="standard"
+    )
+    assert report.critical_lr_detail.found
+    assert not report.critical_lr_detail.bracketed
+    assert report.probability == report.rollout.probability > 0.9
+    assert report.verdict == "diverges"

@@ -14,7 +14,7 @@ from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout
 from stabkit.runner import run
-from stabkit.staged import staged_rollout
+from stabkit.staged import first_look, staged_rollout
 
 STEPS = 14
 NOTHING = {"max_loss_error": 1e-15, "max_output_error": 1e-15}
@@ -265,6 +265,36 @@ def test_the_path_of_a_linear_network_is_right_with_samples_that_stand_in_too(al
         found = rolled_out(problem, network, algorithm)
         assert found.handovers[0].path_error < 1e-6
         assert found.real_steps == 0
+
+
+@pytest.mark.parametrize("schedule", ["warmup", tuple((k / STEPS) ** 3 for k in range(STEPS))])
+def test_a_ramp_is_followed_to_where_something_shows(schedule):
+    problem = small_problem(curved())
+    algorithm = GradDiff(lr=0.4, mix=0.4, steps=STEPS, batch_size=8, lr_schedule=schedule)
+    found = rolled_out(problem, narrow(problem, algorithm, 1), algorithm)
+    assert found.handovers[0].path_error > 0.5
+    assert found.real_steps == STEPS
+
+
+def test_a_small_step_hides_nothing():
+    problem = small_problem(curved())
+    algorithm = GradDiff(lr=1e-8, mix=0.4, steps=STEPS, batch_size=8)
+    assert rolled_out(problem, narrow(problem, algorithm, 1), algorithm).handovers[0].path_error > 0.5
+    assert rolled_out(problem, narrow(problem, algorithm, 10_000), algorithm).handovers[0].path_error < 1e-3
+
+
+def test_the_first_look_comes_when_either_set_has_gone_as_far_as_a_whole_step():
+    plain = GradDiff(lr=1e-3, mix=0.4, steps=20, batch_size=8)
+    for algorithm, last in (
+        (plain, 4),
+        (plain.replace(forget_schedule=(0.0,) * 5 + (1.0,) * 15), 6),
+        (plain.replace(forget_schedule=(0.25,) * 19 + (0.5,)), 4),
+        (plain.replace(lr_schedule=(0.1,) * 10 + (1.0,) * 10), 13),
+        (plain.replace(steps=2), 2),
+        (FineTune(lr=1e-3, steps=20, batch_size=8), 4),
+        (GradDiff(lr=1e-3, mix=1.0, steps=20, batch_size=8, forget_every=5), 4),
+    ):
+        assert first_look(algorithm) == last, algorithm
 
 
 def test_both_sets_have_a_part_in_the_steps_that_are_looked_at(monkeypatch):

@@ -140,7 +140,7 @@ class CellResult:
     linearised_samples: tuple[int, int]
     captured: float
     most_samples: tuple[int, int]
-    path_steps: int = 0
+    path_steps: int
 
 
 def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:

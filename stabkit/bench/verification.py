@@ -211,5 +211,5 @@ def read_cell(path: Path) -> CellResult:
             f"{os.fspath(path)!r} must be a cell's file of schema {SCHEMA}. It was written by another version, or is none: "
             "delete it to have it made again."
         )
-    found = from_plain(CellResult, {"most_samples": EARLIER_SAMPLES, **plain})
+    found = from_plain(CellResult, {"most_samples": EARLIER_SAMPLES, "path_steps": 0, **plain})
     return with_probabilities(found, {kind: calibration(kind) for kind in KINDS})

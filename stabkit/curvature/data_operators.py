@@ -21,7 +21,7 @@ from stabkit._errors import FallbackWarning, MemoryWarning, caller_level
 from stabkit._memory import is_out_of_memory, memory_budget
 from stabkit._validate import check_choice, check_int
 from stabkit.curvature.operators import CurvatureOperator
-from stabkit.network import check_twice, derivatives
+from stabkit.network import check_twice
 from stabkit.parallel import DataParallel
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples
@@ -157,7 +157,7 @@ def _gradient_graph(
     """Fresh leaves for the parameters, and the summed gradient in them with its graph."""
     leaves = {name: p.detach().requires_grad_() for name, p in problem.parameters.items()}
     parameters = list(leaves.values())
-    with torch.enable_grad(), derivatives():
+    with torch.enable_grad():
         losses = problem.loss.per_sample(problem.outputs(leaves, inputs), targets)
         gradient = torch.autograd.grad(
             losses.sum(), parameters, create_graph=True, allow_unused=True, materialize_grads=True
@@ -187,15 +187,14 @@ class HessianOperator(DataOperator):
                 return torch.zeros_like(vector)
             pieces = [piece.view_as(p) for piece, p in zip(vector.split(sizes), parameters, strict=True)]
             # v -> Hv = d(g·v)/dθ
-            with derivatives():
-                result = torch.autograd.grad(
-                    [gradient[place] for place in curved],
-                    parameters,
-                    grad_outputs=[pieces[place] for place in curved],
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
+            result = torch.autograd.grad(
+                [gradient[place] for place in curved],
+                parameters,
+                grad_outputs=[pieces[place] for place in curved],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
             return torch.cat([r.reshape(-1) for r in result])
 
         return product

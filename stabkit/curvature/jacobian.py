@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stabkit._errors import MemoryWarning
 from stabkit._memory import is_out_of_memory, pass_bytes
-from stabkit.network import derivatives
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, map_tensors, tensors_of
@@ -100,8 +99,7 @@ def vjp_block(
         RuntimeError: If memory runs out.
     """
     forward = problem.batch_outputs if coupled else problem.outputs
-    with derivatives():
-        primal = vjp(lambda parameters: forward(parameters, inputs), problem.parameters)
+    primal = vjp(lambda parameters: forward(parameters, inputs), problem.parameters)
     outputs, pull = primal[0], primal[1]
     result = torch.empty(problem.size, cotangents.shape[2], dtype=problem.dtype, device=problem.device)
     at_once = at_once or cotangents.shape[2]

@@ -74,21 +74,21 @@ def check_sets(forget: Samples, retain: Samples, *, batchnorm: str) -> None:
             )
 
 
-def check_alike(forget: Samples, retain: Samples) -> None:
+def check_alike(samples: Samples, retain: Samples) -> None:
     """Refuse sets of which one has inputs that the other lacks.
 
     Args:
-        forget: What to forget, which the model takes.
+        samples: What to forget, or to test on, which the model takes.
         retain: What to retain, which it takes too.
 
     Raises:
         ValueError: If they differ.
     """
-    parts = [_parts(samples.batch(torch.zeros(1, dtype=torch.int64))[0]) for samples in (forget, retain)]
+    parts = [_parts(part.batch(torch.zeros(1, dtype=torch.int64))[0]) for part in (samples, retain)]
     if parts[0] != parts[1]:
         raise ValueError(
-            f"`forget` and `retain` must hold the same inputs; got {parts[0]} and {parts[1]}. What one of them lacks, such "
-            "as an attention mask, the model would make up for that one alone."
+            f"`{samples.name}` and `retain` must hold the same inputs; got {parts[0]} and {parts[1]}. What one of them "
+            "lacks, such as an attention mask, the model would make up for that one alone."
         )
 
 

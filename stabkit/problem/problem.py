@@ -418,6 +418,7 @@ class UnlearningProblem:
         samples = as_samples(data, name=name, device=self.device, dtype=self.dtype)
         with preserved_rng(), torch.no_grad():
             self._admit(samples)
+            check_alike(samples, self.retain)
         return samples
 
     def _admit(self, samples: Samples) -> None:
