@@ -42,8 +42,8 @@ def recommend(measurement: Measurement, seeds: Sequence[int], *, risk: float = R
 
     Returns:
         The recommendations. A setting holds if the P of its rollouts is within the risk at its own step size and at a margin
-        times it, beyond which the critical one must lie for a report's P to be within the risk. Cost: rollouts of some 400
-        settings a seed, and one or two linearisations for layer damping; for a thorough prediction two to twelve staged
+        times it, beyond which the critical one must lie for a report's P to be about within the risk. Cost: rollouts of some
+        400 settings a seed, and one or two linearisations for layer damping; for a thorough prediction two to twelve staged
         rollouts for each way out.
 
     Raises:

@@ -279,7 +279,7 @@ class _Staged:
 
 
 def _advised(report: Report, staged: dict[str, Any]) -> float:
-    """The report's own advice: half the largest step size that nothing broke at, and no more than half of 2/λ_max."""
+    """Half the largest step size that nothing broke at, and no more than half of 2/λ_max: bolder than a report's advice."""
     detail = report.critical_lr_detail
     limits = [detail.low] if detail.found else []
     limits += [staged["low"]] if staged["found"] else []

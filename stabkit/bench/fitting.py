@@ -81,7 +81,9 @@ def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
 
 
 def with_probabilities(result: CellResult, calibrations: Mapping[str, Calibration]) -> CellResult:
-    """A cell with the probabilities that calibrations give what was recorded before its runs, as reports have them.
+    """A cell with the probabilities that calibrations give what was recorded before its runs.
+
+    They are a report's, but for the seeds' spread, which is not on record and by which a report's interval may be wider.
 
     Args:
         result: The cell's settings, with their scores and the predicted boundaries.
