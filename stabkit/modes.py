@@ -25,7 +25,7 @@ from stabkit.measure import (
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost
 from stabkit.runner import check_steps
-from stabkit.staged import first_look
+from stabkit.staged import PATH_STEPS
 
 HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 14  # that the two extreme eigenpairs take, with the quotients; typical, not a bound
@@ -198,7 +198,8 @@ def estimate_cost(
     compared = min(COHERENCE_SAMPLES, max(FEWEST_SAMPLES, COHERENCE_ROWS // curvature_rows))
     kept = sum(min(size, max(FEWEST_SAMPLES, THEORY_ROWS // curvature_rows)) for size in held)
     rolled = algorithm.steps * 4 * sum(algorithm.batch_sizes(problem))
-    rolled += len(check_steps(algorithm.steps, problem.check_every)) * 2 * sum(held)
+    looks = len(check_steps(algorithm.steps, problem.check_every))
+    rolled += looks * 2 * sum(held)
     # Beside the passes: rows times the block, or what goes through the network with each vector.
     each_pass = 2 * problem.size * rank
     if not rows_pay(outputs, rank, size=problem.size, operations=passed):
@@ -216,8 +217,7 @@ def estimate_cost(
     if settings.staged:
         # With coupled batches the running statistics are followed along the linearised steps.
         each_rollout = (TYPICAL_SHARE + (1 / 3 if coupled else 0)) * run
-        each_rollout += 0 if coupled else first_look(algorithm) * sum(algorithm.batch_sizes(problem))
-        looks = len(check_steps(algorithm.steps, problem.check_every))
+        each_rollout += 0 if coupled else PATH_STEPS * sum(algorithm.batch_sizes(problem))
         each_rollout += (PLACES + TYPICAL_SHARE * looks) * sum(held) / 3
         scans = 1 if algorithm.fixed_mix else 2
         gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN) * each_rollout

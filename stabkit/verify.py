@@ -247,7 +247,7 @@ def verify(
     places: list[tuple[str, float, bool | None]] = [
         ("asked", report.run.lr, {"stable": False, "diverges": True}.get(report.verdict))
     ]
-    if report.critical_lr_detail.bracketed:
+    if math.isfinite(report.critical_lr) and report.critical_lr_detail.bracketed:
         places += [
             ("below", report.critical_lr / factor, False),
             ("at", report.critical_lr, None),
