@@ -26,7 +26,7 @@ def frozen_adam(
     """P = diag(1/(√v + ε)), v the mean square of a step's batch gradient at θ*, where Adam's running mean would settle.
 
     An approximation, good while a run stays where v is: Adam lets v follow the run, at the rate 1-β₂ a step, and grow with
-    it. A run whose gradients grow, as under ascent, is predicted to break at far smaller steps than it does, and no check of
+    it. A run whose gradients grow, as under ascent, may be predicted to break at smaller steps than it does, and no check of
     a report says so. With η(1-β₁) as the step size and β₁ as the momentum (`stabkit.stability.Optimiser`) the linear theory
     applies.
 

@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -57,7 +56,9 @@ def test_an_interval_without_width_is_a_step():
 def test_both_opinions_count_alike(rolled, away, width):
     interval = math.exp(-width), math.exp(width)
     p = combined(rolled, math.exp(away), 1.0, interval)
-    assert p == pytest.approx(np.mean([rolled, beyond(math.exp(away), 1.0, interval)]))
+    assert combined(rolled, 1.0, 1.0, interval) == pytest.approx(rolled / 2 + 0.25)
+    assert combined(rolled, interval[0], 1.0, interval) == pytest.approx(rolled / 2 + 0.025)
+    assert combined(rolled, interval[1], 1.0, interval) == pytest.approx(rolled / 2 + 0.475)
     # Where they agree about the side of one half, so does the mean: no verdict is turned round.
     if (rolled >= 0.5) == (away >= 0):
         assert (p >= 0.5) == (rolled >= 0.5)
