@@ -406,9 +406,13 @@ def test_a_batch_of_settings_is_each_alone(pairs, case, sampling, momentum, rule
     for g, pair in enumerate(pairs):
         alone = roll(network, algorithm, [pair])
         for name in FIELDS:
-            np.testing.assert_allclose(
-                getattr(together, name)[:, g], getattr(alone, name)[:, 0], rtol=1e-9, atol=1e-12, err_msg=name
-            )
+            found, wanted = (np.asarray(getattr(r, name)) for r in (together, alone))
+            found, wanted = found[:, g], wanted[:, 0]
+            rtol, atol = 1e-9, 1e-12
+            if name == "coordinates":  # products of other shapes round by a share of the vector, not of each entry
+                size = np.abs(wanted).max(-1, keepdims=True).clip(1e-2)
+                found, wanted, rtol, atol = found / size, wanted / size, 0.0, 1e-10
+            np.testing.assert_allclose(found, wanted, rtol=rtol, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize(
