@@ -12,7 +12,8 @@ need. Estimates are of an H200; where the jobs so far took longer, the others ar
 
 Several workers fill the device, which waits for the next kernel most of the time where batches are small. On NVIDIA's GPUs
 start its multi-process service before (`nvidia-cuda-mps-control -d`): without it processes take turns at the device, and
-what consists of many small operations becomes very slow. What is timed is done alone. Where the data have to be carried to
+what consists of many small operations becomes very slow. What is timed is done alone. Two calls may share a folder and a
+GPU if `--only` gives them different jobs and `--memory` a share of its memory each. Where the data have to be carried to
 the GPU, `shards.py` packs them to 58 %.
 
 Every real run is preceded by predictions of it that are on disk, with time and SHA-256. BatchNorm is frozen, the
@@ -52,7 +53,7 @@ ALGORITHMS = ("graddiff", "sfr_on", "salun", "scrub", "ga", "agu", "sragu")
 TRAIN_MINUTES = {"resnet18": 2.0, "vit": 2.2, "lm": 0.7, "lm-gpt2": 1.2}
 MIX_MINUTES = {"resnet18": 2.0, "vit": 1.6, "lm": 1.0, "lm-gpt2": 0.8}  # of a cell, for each mix
 SPEED_MINUTES = {"predictions": 4.3, "exponents": 0.2, "products": 0.4, "precision": 0.3, "spectrum": 0.4, "steps": 0.3}
-WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes
+WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes, where the call has it to itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,10 @@ def jobs() -> list[Job]:
         _train("resnet18", "random10"),
         _train("vit"),
         *map(_speed, ("predictions", "exponents", "products", "steps", "spectrum")),
-        *map(_published, ("sfr_on-paper", "salun-torchunlearn", "neggrad-torchunlearn", "scrub-torchunlearn")),
         *(_cell("resnet18", "random10", name, mixes=2 if name == "graddiff" else 1) for name in ALGORITHMS),
-        _published("ga-sfr_on-paper"),
         *(_cell("vit", "random10", name, mixes=1) for name in ALGORITHMS[:5]),
+        *map(_published, ("sfr_on-paper", "salun-torchunlearn", "neggrad-torchunlearn", "scrub-torchunlearn")),
+        _published("ga-sfr_on-paper"),
         _train("lm-gpt2"),
         *(_cell("lm-gpt2", "people", name, mixes=1) for name in ("graddiff", "npo", "ga")),
         _train("resnet18", "class"),
@@ -173,6 +174,7 @@ def work(
     minutes: float,
     retry: bool = False,
     workers: int = 1,
+    memory: float = WORKERS_MEMORY,
     say: Callable[[str], object] = print,
 ) -> list[str]:
     """Do what is missing, as far as the minutes reach.
@@ -184,6 +186,7 @@ def work(
         minutes: What this call may take; a job that is expected to take longer than what is left is not begun.
         retry: Whether to try again what failed before.
         workers: Jobs at once, each in a process of its own where there are several; then they must be among `jobs`.
+        memory: Share of an accelerator's memory that those processes may take together.
         say: Told of every job.
 
     Returns:
@@ -229,7 +232,7 @@ def work(
         running[pool.submit(job)] = job
         return True
 
-    with _pool(store, scale, workers) as pool:
+    with _pool(store, scale, workers, memory) as pool:
         while waiting or running:
             for job in list(waiting):
                 if any(other.alone for other in running.values()):
@@ -320,14 +323,14 @@ class _Here:
 class _Beside:
     """Does jobs in processes beside this one: small batches leave an accelerator waiting for its next kernel."""
 
-    def __init__(self, store: Store, scale: Scale, workers: int) -> None:
-        self._place = (os.fspath(store.folder), scale.name, str(store.device), workers)
+    def __init__(self, store: Store, scale: Scale, workers: int, memory: float) -> None:
+        self._workers, self._place = workers, (os.fspath(store.folder), scale.name, str(store.device), workers, memory)
         self.renew()
 
     def renew(self) -> None:
         """Begin with new processes."""
         self.executor = ProcessPoolExecutor(
-            self._place[-1], mp_context=get_context("spawn"), initializer=_begin_worker, initargs=self._place
+            self._workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=self._place
         )
 
     def submit(self, job: Job) -> Future[Outcome]:
@@ -336,12 +339,12 @@ class _Beside:
 
 
 @contextmanager
-def _pool(store: Store, scale: Scale, workers: int) -> Iterator[_Here | _Beside]:
+def _pool(store: Store, scale: Scale, workers: int, memory: float) -> Iterator[_Here | _Beside]:
     """Where jobs are done: here, or in that many processes."""
     if workers == 1:
         yield _Here(store, scale)
         return
-    pool = _Beside(store, scale, workers)
+    pool = _Beside(store, scale, workers, memory)
     try:
         yield pool
     finally:
@@ -351,12 +354,16 @@ def _pool(store: Store, scale: Scale, workers: int) -> Iterator[_Here | _Beside]
 _WORKER: dict[str, Any] = {}  # what a worker process does jobs with
 
 
-def _begin_worker(folder: str, scale: str, device: str, workers: int) -> None:
+def _begin_worker(folder: str, scale: str, device: str, workers: int, memory: float) -> None:
     """Make a process ready for jobs."""
     quiet()
     store = Store(folder, scale, torch.device(device), beside=workers, gathered=False)
     _WORKER.update(
-        here=_Here(store, SCALES[scale]), jobs={job.key: job for job in jobs()}, store=store, workers=workers
+        here=_Here(store, SCALES[scale]),
+        jobs={job.key: job for job in jobs()},
+        store=store,
+        workers=workers,
+        memory=memory,
     )
 
 
@@ -368,7 +375,7 @@ def _in_worker(key: str) -> Outcome:
     threads = max(1, (os.cpu_count() or 1) // share)
     torch.set_num_threads(threads)
     if store.device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(WORKERS_MEMORY / share)
+        torch.cuda.set_per_process_memory_fraction(_WORKER["memory"] / share)
     with threadpool_limits(threads):
         return _WORKER["here"].do(job)
 
@@ -382,6 +389,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="beginnings of the names of jobs to do; all when left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="jobs at once, each in a process of its own")
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=WORKERS_MEMORY,
+        help="share of a GPU's memory for the workers, where calls share it",
+    )
     parser.add_argument("--retry", action="store_true", help="try again what failed before")
     parser.add_argument("--list", action="store_true", help="name the jobs and do nothing")
     parser.add_argument("--page", type=Path, help="write the page of what FOLDER holds there, and do nothing else")
@@ -403,6 +416,7 @@ def main() -> None:
         minutes=options.minutes,
         retry=options.retry,
         workers=options.workers,
+        memory=options.memory,
         say=partial(print, flush=True),
     )
     store.pack()
