@@ -588,15 +588,17 @@ def test_model_must_be_a_module():
 
 def test_layers_side_by_side_are_those_one_by_one(monkeypatch):
     model = seeded(cnn)
-    places, solved = set(), set()
+    places, solved, inside = set(), set(), set()
     plain = stabkit.heavy_tail.layers._gram_eigenvalues
 
     def seen(matrices, seed):
         places.add(threading.current_thread().name)
+        inside.add(torch.get_num_threads())
         return shuffle(matrices, seed)
 
     def solving(matrix, *, step):
         solved.add(threading.current_thread().name)
+        inside.add(torch.get_num_threads())
         return plain(matrix, step=step)
 
     monkeypatch.setattr("stabkit.heavy_tail.layers.shuffle", seen)
@@ -610,12 +612,15 @@ def test_layers_side_by_side_are_those_one_by_one(monkeypatch):
         places.clear()
         solved.clear()
         torch.set_num_threads(3)
+        inside.clear()
         together = layer_exponents(wide, bootstrap=20)
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
     assert len(places) > 1
     assert threading.main_thread().name not in places
     assert len(solved) > 1
+    assert inside == {1}  # or each of these threads would start three more
     assert not solved & {*places, threading.main_thread().name}  # a convolution's matrices have threads of their own
     assert together == alone
 

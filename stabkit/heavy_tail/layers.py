@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 from torch import Tensor, nn
 
 from stabkit._validate import check_choice, check_int, check_seed
@@ -160,14 +160,31 @@ def _in_threads(
                 stack.enter_context(torch.cuda.stream(stream))
             return measured(entry, beside=inner)
 
+    openmp = ThreadpoolController().select(user_api="openmp")
+
+    def single() -> None:
+        """Keep PyTorch's operations in a new thread from starting as many threads again as the process may have."""
+        torch.get_num_threads()  # at its first use PyTorch sets a thread's number
+        openmp.limit(limits=1)
+
+    longest = sorted(
+        range(len(entries)), key=lambda i: _work(entries[i]), reverse=True
+    )  # none is waited for at the end
     # The limit is the process's: two calls at once would undo each other's.
     with (
         LIMITING,
         threadpool_limits(max(1, threads // at_once)),
-        ThreadPoolExecutor(at_once) as inner,
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(at_once, initializer=single) as inner,
+        ThreadPoolExecutor(workers, initializer=single) as pool,
     ):
-        return tuple(pool.map(on_stream, entries))
+        rows = dict(zip(longest, pool.map(on_stream, [entries[i] for i in longest]), strict=True))
+    return tuple(rows[i] for i in range(len(entries)))
+
+
+def _work(entry: WeightMatrix) -> int:
+    """Multiplications of a layer's Gram matrices, to which those of their eigenvalues are in proportion."""
+    s, a, b = entry.stack
+    return s * a * b * min(a, b)
 
 
 def _matches(entry: WeightMatrix, pattern: str) -> bool:
