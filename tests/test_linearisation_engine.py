@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import warnings
@@ -479,6 +480,24 @@ def test_progress_goes_to_stderr_alone(capsys):
     assert "/100 " in err  # two walks over 50 samples
     everything(problem, Identity(), rank=6)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("settings", [{"rank": 3}, {"rank": 3, "power_iterations": 2}, {"rank": None}])
+def test_nothing_large_is_left_for_the_garbage_collector(settings):
+    """An accelerator's memory would stay taken until Python next looks for cycles."""
+    subject = wide_problem()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        linearise(subject, Identity(), retain_samples=8, forget_samples=4, **settings)
+        gc.collect()
+        left = [found for found in gc.garbage if isinstance(found, torch.Tensor) and found.numel() >= subject.size]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left
 
 
 def test_nothing_is_touched(tmp_path):

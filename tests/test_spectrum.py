@@ -991,12 +991,23 @@ def test_the_operators_of_a_pencil_must_fit():
         generalised_eigenpairs(DenseOperator(torch.eye(3)), eye(3), damping=0.1)
 
 
-@given(d=st.integers(1, 60), c=st.integers(1, 12), largest=st.integers(1, 200), seed=st.integers(0, 99))
-def test_tall_matrices_are_factored_by_blocks(d, c, largest, seed):
+@given(
+    d=st.integers(1, 60),
+    c=st.integers(1, 12),
+    largest=st.integers(1, 200),
+    overwrite=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_tall_matrices_are_factored_by_blocks(d, c, largest, overwrite, seed):
     x = torch.randn(d, c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    given = x.clone()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orthonormal_module, "LARGEST", largest)
-        q, upper = tall_qr(x)
+        patch.setattr(orthonormal_module, "BLOCK", largest)
+        q, upper = tall_qr(given, overwrite=overwrite)
+    if overwrite and d > c and d * c > largest:
+        assert q is given
+    else:
+        torch.testing.assert_close(given, x, rtol=0, atol=0)
     k = min(d, c)
     assert q.shape == (d, k)
     torch.testing.assert_close(q @ upper, x, rtol=0, atol=1e-12)

@@ -277,12 +277,14 @@ def linearise(
     leading = rotation.shape[1]
     if beside.shape[1]:
         energies, rotation = _with_landmarks(sketch, beside, energies, rotation)
-    basis = _rotated(sketch.basis, rotation)
+    basis, features = _rotated(sketch.basis, rotation), [_rotated(f, rotation) for f in sketch.features]
+    gradients, dormant = sketch.gradients, dormant_tensors(problem, sketch.probes)
+    del sketch  # which is as large as the basis
     root = preconditioner.sqrt(basis)
     sets = [
         LinearisedSet(
             outputs=passed[i],
-            features=_rotated(sketch.features[i], rotation),
+            features=features[i],
             targets=evaluated[i][1],
             indices=indices[i],
             population=samples.size,
@@ -307,8 +309,8 @@ def linearise(
         singular_values=energies.sqrt(),
         landmarks=rotation.shape[1] - leading,
         captured=captured,
-        gradient_equivalents=sketch.gradients + passes * sum(map(len, jacobians)) / 3,
-        dormant=dormant_tensors(problem, sketch.probes),
+        gradient_equivalents=gradients + passes * sum(map(len, jacobians)) / 3,
+        dormant=dormant,
     )
 
 

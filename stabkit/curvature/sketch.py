@@ -66,7 +66,9 @@ class RowSketch:
         """
         self._jacobians, self._residuals, self._preconditioner = jacobians, residuals, preconditioner
         self._like, self._landmarks, self._drawn_from = like, landmarks, tuple(drawn_from)
-        self._walks = [self._pull, *[self._push, self._pull] * power_iterations, self._push]
+        # Which walks are pulls, by value: methods of this object in an attribute of it would keep both alive until Python
+        # next looks for cycles, and an accelerator's memory with them.
+        self._pulls = (True, *(False, True) * power_iterations, False)
         self._generator = torch.Generator().manual_seed(seed)
         self._before = self._generator.get_state()  # the draws of the block in the making
         self.basis = self.probes = like.new_empty(like.numel(), 0)
@@ -116,21 +118,21 @@ class RowSketch:
         """
         every, drawn = sum(len(j) for j in self._jacobians), sum(self._drawn_from)
         gradients = 0 if self.drawn else every - drawn
-        return gradients + (len(self._walks) - 1) * drawn + every if width > self.drawn else 0
+        return gradients + (len(self._pulls) - 1) * drawn + every if width > self.drawn else 0
 
     # ------------------------------------------------------------------ one block
 
     def _block_steps(self) -> Iterator[int]:
         """Everything that is left to do for the block."""
-        while self._walk < len(self._walks):
-            yield from self._walks[self._walk]()
+        while self._walk < len(self._pulls):
+            yield from self._pull() if self._pulls[self._walk] else self._push()
             self._walk, self._set = self._walk + 1, 0
-        self.basis = torch.cat([self.basis, self._block], 1)
+        self.basis = torch.cat([self.basis, self._block], 1) if self.basis.shape[1] else self._block
         self.features = [torch.cat(pair, 2) for pair in zip(self.features, self._images, strict=True)]
         self.drawn += self._width
         self._width = 0
-        self._block = self._mean_gradients = self._block[:, :0]
-        self._images = [image[:, :, :0] for image in self._images]
+        self._block = self._mean_gradients = self._like.new_empty(self._like.numel(), 0)
+        self._images = [image.new_empty(*image.shape[:2], 0) for image in self._images]
 
     def _pull(self) -> Iterator[int]:
         """P^{1/2} Jᵀ U of both sets, summed and orthonormalised: a new block."""
@@ -139,28 +141,37 @@ class RowSketch:
         if (self._set, self._sample) == (0, 0):
             self._block = self._like.new_zeros(self._like.numel(), cotangents[0].shape[2] + first * OWN)
         while self._set < len(self._jacobians):
-            total, chosen = self._block, cotangents[self._set]
-            if first:  # the sets share the columns in the middle
-                total = total[:, OWN:] if self._set else total[:, :-OWN]
-            if self._sample <= len(chosen):  # at the last one its walk may have been put down before it was counted
-                walk = self._jacobians[self._set].add_transposed(chosen, total, self._sample)
-                yield from self._through(walk, len(chosen), chosen.shape[2])
-            if first:  # the mean gradient is that of all samples
-                residual = self._residuals[self._set].unsqueeze(2)
-                place = self._block.shape[1] - OWN if self._set else PROBES
-                total, count = self._block[:, place : place + 1], len(residual) - len(chosen)
-                walk = self._jacobians[self._set].add_transposed(residual / len(residual), total, self._sample)
-                yield from self._through(walk, count, 1)
+            yield from self._pull_set(cotangents[self._set], first=first)
             self._set, self._sample = self._set + 1, 0
+        self._block = self._orthonormal(self._pulled(first))
+
+    def _pull_set(self, chosen: Tensor, *, first: bool) -> Iterator[int]:
+        """Add one set's part of a pull."""
+        total = self._block
+        if first:  # the sets share the columns in the middle
+            total = total[:, OWN:] if self._set else total[:, :-OWN]
+        if self._sample <= len(chosen):  # at the last one its walk may have been put down before it was counted
+            walk = self._jacobians[self._set].add_transposed(chosen, total, self._sample)
+            yield from self._through(walk, len(chosen), chosen.shape[2])
+        if first:  # the mean gradient is that of all samples
+            residual = self._residuals[self._set].unsqueeze(2)
+            place = self._block.shape[1] - OWN if self._set else PROBES
+            total, count = self._block[:, place : place + 1], len(residual) - len(chosen)
+            walk = self._jacobians[self._set].add_transposed(residual / len(residual), total, self._sample)
+            yield from self._through(walk, count, 1)
+
+    def _pulled(self, first: bool) -> Tensor:
+        """P^{1/2} of the block in the making, which it lets go of, with what joins its columns and without what does not."""
         pulled = self._preconditioner.sqrt(self._block)
+        self._block = self._like.new_empty(self._like.numel(), 0)
         if first:
             self.probes = torch.cat([pulled[:, :PROBES], pulled[:, -PROBES:]], 1)
             self._mean_gradients = torch.cat([pulled[:, PROBES:OWN], pulled[:, -OWN:-PROBES]], 1)
             pulled = pulled[:, OWN:-OWN]
-        if self._walk + 2 == len(self._walks):
+        if self._walk + 2 == len(self._pulls):
             # As they are, however many power iterations.
             pulled = torch.cat([pulled, self._mean_gradients, *([] if self.drawn else [self._landmarks])], 1)
-        self._block = self._orthonormal(pulled)
+        return pulled
 
     def _push(self) -> Iterator[int]:
         """J P^{1/2} times the block, for both sets."""
@@ -181,7 +192,7 @@ class RowSketch:
 
     def _counts(self) -> Sequence[int]:
         """Samples of either set that the walk at hand goes over."""
-        last = self._walk + 1 == len(self._walks)
+        last = self._walk + 1 == len(self._pulls)
         return [len(j) for j in self._jacobians] if last else self._drawn_from
 
     def _through(self, walk: Iterator[int], samples: int, columns: int) -> Iterator[int]:
@@ -223,9 +234,9 @@ class RowSketch:
         return torch.cat([signs.to(self._like), (residual[: shape[0]] / len(residual)).unsqueeze(2)], dim=2)
 
     def _orthonormal(self, pulled: Tensor) -> Tensor:
-        """An orthonormal basis of what a pulled block has beyond the basis."""
+        """An orthonormal basis of what a pulled block has beyond the basis; the block is lost."""
         if self.drawn == 0:
-            return tall_qr(pulled)[0]  # d columns where the block has more
+            return tall_qr(pulled, overwrite=True)[0]  # d columns where the block has more
         added, _ = orthonormal(
             pulled,
             self.basis,
