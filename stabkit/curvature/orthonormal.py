@@ -54,7 +54,6 @@ def orthonormal(
     Returns:
         Q, shape (d, width), orthonormal and orthogonal to the basis, and QᵀW, shape (width, p), float64 on the CPU.
     """
-
     block = _cleaned(block, basis)
     q, upper = tall_qr(block)
     left, strengths, _ = torch.linalg.svd(upper.double())
