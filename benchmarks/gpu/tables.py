@@ -178,10 +178,10 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
                 _number(quality.log_loss),
                 _number(getattr(alone, kind).log_loss),
                 _number(quality.step_ratio),
-                *_ratios(mine.values(), kind),
+                *_ratios(mine, predictions, kind),
             ))
         for what, quality in (("η > 2(1+β)/λ_max", found.step_limit), ("another real run", found.again)):
-            dashes = ("–",) * 9
+            dashes = ("–",) * 10
             rows.append((
                 name,
                 len(mine),
@@ -196,10 +196,11 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         "## Predictions against runs",
         "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary that staged rollouts,\n"
         f"or else one linearisation, predict for each mix, with {seeds} seeds of each. Ratios are of predicted over\n"
-        "observed critical step sizes, where the grid brackets one. Staged rollouts are of one seed, where a thorough\n"
-        "`predict` takes several. The other real run has other batches. P(diverge) is as a report has it, made of the\n"
-        "rollouts' and of the boundary's that were recorded before the runs. That it takes in the boundary was decided\n"
-        "after them, on other runs (`benchmarks/verify.md`); the second log loss is by the rollouts alone.",
+        "observed critical step sizes, where the grid brackets one; the interval is where the prediction said it to be at\n"
+        "nine in ten. Staged rollouts are of one seed, where a thorough `predict` takes several. The other real run has\n"
+        "other batches. P(diverge) is as a report has it, made of the rollouts' and of the boundary's that were recorded\n"
+        "before the runs. That it takes in the boundary was decided after them, on other runs (`benchmarks/verify.md`);\n"
+        "the second log loss is by the rollouts alone.",
         _table(
             (
                 "network",
@@ -217,6 +218,7 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
                 "median ratio",
                 "within 1.5",
                 "within 2",
+                "in the interval",
             ),
             rows,
         ),
@@ -507,28 +509,37 @@ def _probability(rolled: float, lr: float, line: dict[str, Any], kind: str) -> f
     edge = line if kind == "one" else line.get("staged", {})
     if not edge.get("found"):
         return rolled
-    critical = edge["critical_lr"]
-    low, high = line["interval"] if kind == "one" else calibration(kind).interval(critical, edge["low"], critical)
-    return combined(rolled, lr, critical, (low, high))
+    return combined(rolled, lr, edge["critical_lr"], _interval(line, kind))
 
 
-def _ratios(cells: Iterable[dict[str, Any]], kind: str) -> tuple[str, ...]:
-    """Boundaries that both sides have, the median ratio, and the shares within 1.5 and 2."""
+def _interval(line: dict[str, Any], kind: str) -> tuple[float, float]:
+    """Where the critical step size lies at nine in ten, by a mix's prediction."""
+    if kind == "one":
+        low, high = line["interval"]
+        return low, high
+    edge = line["staged"]
+    return calibration(kind).interval(edge["critical_lr"], edge["low"], edge["critical_lr"])
+
+
+def _ratios(cells: dict[str, Any], predictions: dict[str, Any], kind: str) -> tuple[str, ...]:
+    """Boundaries that both sides have, the median ratio, the shares within 1.5 and 2, and that within the interval."""
     predicted = "predicted" if kind == "one" else "staged"
-    ratios = [
-        b[predicted] / b["observed"]
-        for found in cells
-        for b in found["boundaries"]
+    both = [
+        (b[predicted], b["observed"], _interval(line, kind))
+        for key, found in cells.items()
+        for b, line in zip(found["boundaries"], predictions[key]["predictions"]["mixes"], strict=True)
         if b[predicted] is not None and b["observed"] is not None
     ]
-    if not ratios:
-        return ("0", "–", "–", "–")
+    if not both:
+        return ("0", *("–",) * 4)
+    ratios = np.array([said / happened for said, happened, _ in both])
     away = np.abs(np.log(ratios))
     return (
         str(len(ratios)),
         f"{np.median(ratios):.2f}",
         f"{(away <= math.log(1.5)).mean():.2f}",
         f"{(away <= math.log(2)).mean():.2f}",
+        f"{np.mean([low <= happened <= high for _, happened, (low, high) in both]):.2f}",
     )
 
 

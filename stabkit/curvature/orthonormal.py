@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements that are factorised at once. On a CPU as many as its caches hold are quicker than all, and more accurate in float32;
-# an accelerator wants larger ones.
+# Elements that are factorised at once. On a CPU as many as its caches hold are quicker than all, and more accurate in
+# float32; an accelerator wants larger ones.
 BLOCK, ACCELERATOR_BLOCK = 2**21, 2**26
 
 
