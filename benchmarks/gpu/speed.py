@@ -235,7 +235,7 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
 
 
 def exponents(store: Store, task: Task) -> dict[str, Any]:
-    """Heavy-tailed exponents of every layer on the device, on the CPU, and by weightwatcher."""
+    """Heavy-tailed exponents of every layer on the device, on the CPU, and by weightwatcher, in float32 on a GPU."""
     model = store.load_weights(f"train-{task.name}", task.build(0))
     device, host = store.device, torch.device("cpu")
     repeats = min(2, task.scale.repeats)
