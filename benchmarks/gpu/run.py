@@ -52,7 +52,15 @@ ALGORITHMS = ("graddiff", "sfr_on", "salun", "scrub", "ga", "agu", "sragu")
 # Minutes that jobs are expected to take at the full scale with six of them at once.
 TRAIN_MINUTES = {"resnet18": 2.0, "vit": 2.2, "lm": 0.7, "lm-gpt2": 1.2}
 MIX_MINUTES = {"resnet18": 2.0, "vit": 1.6, "lm": 1.0, "lm-gpt2": 0.8}  # of a cell, for each mix
-SPEED_MINUTES = {"predictions": 4.3, "exponents": 0.2, "products": 0.4, "precision": 0.3, "spectrum": 0.4, "steps": 0.3}
+SPEED_MINUTES = {
+    "sfr_on": 1.0,
+    "predictions": 2.8,
+    "exponents": 0.2,
+    "products": 0.4,
+    "precision": 0.3,
+    "spectrum": 0.4,
+    "steps": 0.3,
+}
 WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes, where the call has it to itself
 
 
@@ -83,7 +91,7 @@ def jobs() -> list[Job]:
         _train("resnet18"),
         _train("resnet18", "random10"),
         _train("vit"),
-        *map(_speed, ("predictions", "exponents", "products", "steps", "spectrum")),
+        *map(_speed, ("exponents", "sfr_on", "predictions", "products", "steps", "spectrum")),
         *(_cell("resnet18", "random10", name, mixes=2 if name == "graddiff" else 1) for name in ALGORITHMS),
         *(_cell("vit", "random10", name, mixes=1) for name in ALGORITHMS[:5]),
         *map(_published, ("sfr_on-paper", "salun-torchunlearn", "neggrad-torchunlearn", "scrub-torchunlearn")),

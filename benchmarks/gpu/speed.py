@@ -169,7 +169,7 @@ def spectrum(store: Store, task: Task) -> dict[str, Any]:
 
 
 def predictions(store: Store, task: Task) -> dict[str, Any]:
-    """`predict` in two modes, a map of 400 settings both ways, and the runs that they are about."""
+    """`predict` in two modes, a map of 400 settings both ways, and the run that they are about."""
     problem, device, scale = subject(store, task), store.device, task.scale
     model, sets = problem.new_model(), task.sets("random10")
     batch = min(PUBLISHED_BATCH, scale.batch)
@@ -218,13 +218,25 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
     safe = 0.1 * min(report.critical_lr, report.thresholds.step_limit)
     result, rows["run"] = timed(lambda: run(problem, shortest.replace(lr=safe), monitor_samples=scale.watched), device)
     rows["run_gradients"], rows["run_diverged"] = result.gradient_equivalents, result.diverged
-    # The run that a prediction is to be cheap beside: SFR-on's, with the information that its mask reads.
-    sfr_on = SFROn(lr=safe, steps=scale.run_steps[1], batch_size=batch)
-    result, rows["run_sfr_on"] = timed(lambda: run(problem, sfr_on, monitor_samples=scale.watched), device)
-    rows["run_sfr_on_gradients"], rows["run_sfr_on_diverged"] = result.gradient_equivalents, result.diverged
+    return rows
+
+
+def sfr_on(store: Store, task: Task) -> dict[str, Any]:
+    """A fast prediction of SFR-on and the run that it is to be cheap beside, which takes the prediction's mask over."""
+    problem, device, scale = subject(store, task), store.device, task.scale
+    model, sets = problem.new_model(), task.sets("random10")
+    plain = SFROn(steps=scale.run_steps[1], batch_size=min(PUBLISHED_BATCH, scale.batch))
+    own = dict(scale.linearised) or {"seeds": scale.measured[task.name]["seeds"]}
+    rows: dict[str, Any] = {"kind": "sfr_on", "sfr_on_steps": plain.steps}
     report, rows["predict_sfr_on"] = timed(
-        lambda: stabkit.predict(model, sets.forget, sets.retain, algorithm=sfr_on, mode="fast", **own), device
+        lambda: stabkit.predict(model, sets.forget, sets.retain, algorithm=plain, mode="fast", **own), device
     )
+    # A run that does not break, and so takes all of its steps.
+    safe = plain.replace(lr=0.1 * min(report.critical_lr, report.thresholds.step_limit))
+    result, rows["run_sfr_on"] = timed(
+        lambda: run(problem, safe, preconditioner=report.preconditioner, monitor_samples=scale.watched), device
+    )
+    rows["run_sfr_on_gradients"], rows["run_sfr_on_diverged"] = result.gradient_equivalents, result.diverged
     rows["predict_sfr_on_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
     rows["predict_sfr_on_mask_gradients"] = sum(
         cost.gradient_equivalents for cost in report.costs if cost.stage == "preconditioner"
@@ -352,6 +364,7 @@ PARTS: dict[str, Callable[[Store, Task], dict[str, Any]]] = {
     "products": products,
     "spectrum": spectrum,
     "predictions": predictions,
+    "sfr_on": sfr_on,
     "exponents": exponents,
     "precision": precision,
     "steps": steps,

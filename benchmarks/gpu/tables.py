@@ -80,7 +80,11 @@ def write(folder: str | Path, page: str | Path, *, total: int) -> Path:
         _cells(cells, predictions),
         _published(kinds.get("published", {})),
         *_audits({**cells, **{key: entry["result"] for key, entry in kinds.get("published", {}).items()}}, names),
-        _cost(cells, kinds.get("published", {}), kinds.get("predictions", {})),
+        _cost(
+            cells,
+            kinds.get("published", {}),
+            [entry for kind in ("predictions", "sfr_on") for entry in kinds.get(kind, {}).values()],
+        ),
         _speed(kinds),
         _order(results, predictions),
     ]
@@ -338,21 +342,34 @@ def _audit(found: dict[str, Any], names: dict[str, str]) -> str:
     return "\n\n".join(text)
 
 
-def _cost(cells: dict[str, Any], published: dict[str, Any], timings: dict[str, Any]) -> str:
+def _cost(cells: dict[str, Any], published: dict[str, Any], timings: Iterable[dict[str, Any]]) -> str:
     """What a prediction costs beside the run that it is about."""
     rows = []
-    for entry in timings.values():
-        r = entry["result"]
+    r: dict[str, Any] = {}
+    for entry in timings:
+        r |= entry["result"]
+    if "run" in r:
+        steps = r["run_steps"][0]
         for mode in ("fast", "standard"):
             rows.append((
-                f"predict, mode {mode}, against a run of {r['run_steps'][0]} steps",
+                f"predict, mode {mode}, against a run of {steps} steps",
                 _number(r[f"predict_{mode}"]),
                 _number(r["run"]),
                 _number(r[f"predict_{mode}"] / r["run"]),
                 _number(r[f"predict_{mode}_gradients"] / r["run_gradients"]),
             ))
+        for way in ("rolled_out", "exact"):
+            rows.append((
+                f"map of 400 settings, {way.replace('_', ' ')}, against a run of {steps} steps",
+                _number(r[f"map_of_400_{way}"]),
+                _number(r["run"]),
+                _number(r[f"map_of_400_{way}"] / r["run"]),
+                "0",
+            ))
+    if "run_sfr_on" in r:
+        steps = r["sfr_on_steps"] if "sfr_on_steps" in r else r["run_steps"][1]  # once part of the other predictions
         rows.append((
-            f"predict of SFR-on, mode fast, against SFR-on's run of {r['run_steps'][1]} steps",
+            f"predict of SFR-on, mode fast, against SFR-on's run of {steps} steps",
             _number(r["predict_sfr_on"]),
             _number(r["run_sfr_on"]),
             _number(r["predict_sfr_on"] / r["run_sfr_on"]),
@@ -361,19 +378,11 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: dict[str, A
         if "predict_sfr_on_mask_gradients" in r:
             own = r["predict_sfr_on_gradients"] - r["predict_sfr_on_mask_gradients"]
             rows.append((
-                "the same without SFR-on's mask, which the run makes too",
+                "the same without SFR-on's mask, which the run takes over",
                 "–",
                 "–",
                 "–",
                 _number(own / r["run_sfr_on_gradients"]),
-            ))
-        for way in ("rolled_out", "exact"):
-            rows.append((
-                f"map of 400 settings, {way.replace('_', ' ')}, against a run of {r['run_steps'][0]} steps",
-                _number(r[f"map_of_400_{way}"]),
-                _number(r["run"]),
-                _number(r[f"map_of_400_{way}"] / r["run"]),
-                "0",
             ))
     for entry in published.values():
         r = entry["result"]
@@ -412,6 +421,7 @@ def _speed(kinds: dict[str, dict[str, Any]]) -> str:
         "products": "Products, in gradients of the same batch",
         "spectrum": "Spectrum and Gram",
         "predictions": "Predictions and maps, seconds",
+        "sfr_on": "A fast prediction of SFR-on and its run, seconds",
         "exponents": "Layer exponents, seconds",
         "steps": "Steps of a run, milliseconds",
     }
