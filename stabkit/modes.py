@@ -36,8 +36,9 @@ TYPICAL_SHARE, PLACES = 0.2, 2
 # Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
 ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 6e10
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
-# Gradients times parameters up to which "auto" is thorough without being asked: a minute or two of one core. Own choice.
-SMALL_WORK = 2e10
+# Gradients times parameters up to which "auto" is thorough without being asked: a minute or two of one core, and of a GPU
+# that does a fifth of what an H200 does in runs of ResNet-18 (benchmarks/gpu). Own choice.
+SMALL_WORK, SMALL_GPU_WORK = 2e10, 2e12
 TIMED_BATCH = 64
 
 
@@ -310,7 +311,7 @@ def choose_settings(
         algorithm: The algorithm.
         mode: "fast", "standard", "thorough" or "auto".
         budget: For "auto": gradient-equivalents, or seconds as text, such as "30s". None: "thorough" where its gradients
-            times the number of parameters come to no more than 2e10, "standard" elsewhere.
+            times the number of parameters come to no more than 2e10, on CUDA 2e12; "standard" elsewhere.
         sizes: What the caller asks for beside the mode.
         curvature: "hessian" or "ggn".
         seed: Seed of everything random.
@@ -337,9 +338,9 @@ def choose_settings(
         return estimate_cost(problem, algorithm, wanted[name], seeds=seeds, seconds_per_gradient=each)
 
     if budget is None:
-        # Counted, not timed: the same call takes the same mode on every machine.
+        # Counted, not timed: the same call takes the same mode on every machine of a kind.
         work = cost("thorough", 0.0).gradient_equivalents * problem.size
-        return wanted["thorough" if work <= SMALL_WORK else "standard"]
+        return wanted["thorough" if work <= small_work(problem.device) else "standard"]
     allowed, timed = _allowed(budget), isinstance(budget, str)
     each = _seconds_per_gradient(problem) if timed else 0.0
     spent = math.inf
@@ -357,6 +358,18 @@ def choose_settings(
         stacklevel=caller_level(),
     )
     return wanted["fast"]
+
+
+def small_work(device: torch.device) -> float:
+    """Work up to which a prediction is thorough without being asked.
+
+    Args:
+        device: Where it is computed.
+
+    Returns:
+        Per-sample gradients times parameters.
+    """
+    return SMALL_GPU_WORK if device.type == "cuda" else SMALL_WORK
 
 
 def _allowed(budget: float | str) -> float:

@@ -93,8 +93,8 @@ def predict(
             runs that break, or do not, because features move, and costs a few runs. "auto": the most thorough of them within
             `budget`; without one, thorough where network and run are small and standard elsewhere.
         budget: For "auto": gradient-equivalents, or seconds as text, such as "30s". None: gradients times parameters of a
-            thorough prediction may come to 2e10, a minute or two of one core. A `BudgetWarning` says so where even the fast
-            mode is estimated to take more.
+            thorough prediction may come to 2e10, a minute or two of one core, on CUDA to 2e12. A `BudgetWarning` says so
+            where even the fast mode is estimated to take more.
         rank: Directions of the linearisation; the mode's when None, and found, so that 95 % of the outputs' sensitivity is
             captured, when "auto".
         retain_samples: Retain samples to linearise; the mode's when None, and "all" takes all.

@@ -14,7 +14,7 @@ from stabkit.calibration import calibration
 from stabkit.checks import margin_check
 from stabkit.curvature import forward_size, rows_pay
 from stabkit.models import SmallCNN
-from stabkit.modes import MODES, OPERATIONS_A_SECOND, SMALL_WORK, Sizes, estimate_cost
+from stabkit.modes import MODES, OPERATIONS_A_SECOND, SMALL_WORK, Sizes, estimate_cost, small_work
 from stabkit.problem import UnlearningProblem
 from stabkit.training import train
 
@@ -118,6 +118,10 @@ def test_without_a_budget_small_networks_and_runs_are_predicted_thoroughly(case)
     # Staged rollouts cost by the step, so that a long enough run is predicted by one linearisation.
     steps = int(SMALL_WORK / parameters)
     assert stabkit.predict_cost(*case, **{**_settings(), "steps": steps}).mode == "standard"
+    with pytest.MonkeyPatch.context() as patch:  # a GPU does a hundred times as much in the time
+        patch.setattr("stabkit.modes.small_work", lambda device: small_work(torch.device("cuda", 0)))
+        assert stabkit.predict_cost(*case, **{**_settings(), "steps": steps}).mode == "thorough"
+        assert stabkit.predict_cost(*case, **{**_settings(), "steps": 100 * steps}).mode == "standard"
     assert stabkit.predict(*case, **SMALL).mode == "thorough"
 
 
