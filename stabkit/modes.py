@@ -31,8 +31,10 @@ HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 14  # that the two extreme eigenpairs take, with the quotients; typical, not a bound
 CHECKING = "checking the problem"  # the stage before all others
 # What a staged rollout of one seed takes beside its first steps: a share of the run for real, with the looks there, and
-# passes over what is linearised at some places. Typical of the benchmark's grids (verify.md there).
-TYPICAL_SHARE, PLACES = 0.2, 2
+# passes over what is linearised at some places. Typical of the benchmark's grids (verify.md there), the larger share of
+# those of networks of ten million parameters, which are linear for fewer steps (gpu/results.md).
+TYPICAL_SHARE, LARGE_SHARE, PLACES = 0.2, 0.5, 2
+LARGE = 10**6  # parameters, between the two
 # Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
 ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 6e10
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
@@ -217,9 +219,10 @@ def estimate_cost(
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
     if settings.staged:
         # With coupled batches the running statistics are followed along the linearised steps.
-        each_rollout = (TYPICAL_SHARE + (1 / 3 if coupled else 0)) * run
+        share = TYPICAL_SHARE if problem.size < LARGE else LARGE_SHARE
+        each_rollout = (share + (1 / 3 if coupled else 0)) * run
         each_rollout += 0 if coupled else PATH_STEPS * sum(algorithm.batch_sizes(problem))
-        each_rollout += (PLACES + TYPICAL_SHARE * looks) * sum(held) / 3
+        each_rollout += (PLACES + share * looks) * sum(held) / 3
         scans = 1 if algorithm.fixed_mix else 2
         gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN) * each_rollout
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient

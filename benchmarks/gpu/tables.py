@@ -246,17 +246,34 @@ def _cells(cells: dict[str, Any], predictions: dict[str, Any]) -> str:
             _number(scored.one.balanced_accuracy),
             _number(scored.staged.balanced_accuracy),
             " · ".join(edges),
+            _number(_real_share(predictions[key], found["steps"])),
             f"{_number(advised['lr'])}: {'diverged' if advised['diverged'] else 'stable'}",
         ))
     return "\n\n".join([
         "## Cell by cell",
         "Critical step sizes by one linearisation / by staged rollouts / observed, for each mix; – where none was found in\n"
-        "the scan, or the grid does not bracket one. The advised step is half the largest that nothing broke at.",
+        "the scan, or the grid does not bracket one. Real steps are those that a staged rollout takes of a run's, mean\n"
+        "over the grid. The advised step is half the largest that nothing broke at.",
         _table(
-            ("cell", "runs", "diverged", "accuracy, one", "accuracy, staged", "critical step size", "advised step"),
+            (
+                "cell",
+                "runs",
+                "diverged",
+                "accuracy, one",
+                "accuracy, staged",
+                "critical step size",
+                "real steps",
+                "advised step",
+            ),
             rows,
         ),
     ])
+
+
+def _real_share(prediction: dict[str, Any], steps: int) -> float:
+    """Mean share of a run's steps that a cell's staged rollouts take on the real network."""
+    points = [point["staged"]["real_steps"] for line in prediction["predictions"]["mixes"] for point in line["grid"]]
+    return float(np.mean(points)) / steps
 
 
 def _published(entries: dict[str, Any]) -> str:
