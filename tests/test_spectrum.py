@@ -1004,7 +1004,7 @@ def test_tall_matrices_are_factored_by_blocks(d, c, largest, overwrite, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orthonormal_module, "BLOCK", largest)
         q, upper = tall_qr(given, overwrite=overwrite)
-    if overwrite and d > c and d * c > largest:
+    if overwrite and d >= 2 * c and d * c > largest:
         assert q is given
     else:
         torch.testing.assert_close(given, x, rtol=0, atol=0)

@@ -8,6 +8,7 @@ from torch import Tensor
 # Elements that are factorised at once. On a CPU as many as its caches hold are quicker than all, and more accurate in
 # float32; an accelerator wants larger ones.
 BLOCK, ACCELERATOR_BLOCK = 2**21, 2**26
+TALL = 8  # rows of a block to a column at least, so that the triangles are an eighth of the matrix
 
 
 def tall_qr(x: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
@@ -19,15 +20,16 @@ def tall_qr(x: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
 
     Returns:
         Q of shape (d, min(d, c)) with orthonormal columns, and R of shape (min(d, c), c). Cost: 4·d·c² multiplications and
-        additions, and half as many again where it is done by blocks; memory: Q, unless it takes the place of x, and some
+        additions, and half as many again and an eighth where it is done by blocks; memory: Q, unless it takes the place of x, and some
         blocks.
     """
     d, c = x.shape
     most = BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
-    if x.numel() <= most or c >= d:
+    count = min(d // max(1, TALL * c), -(-x.numel() // most))
+    if count <= 1:
         q, upper = torch.linalg.qr(x)
         return q, upper
-    blocks = list(x.tensor_split(max(1, min(d // c, -(-x.numel() // most)))))  # none with fewer rows than columns
+    blocks = list(x.tensor_split(count))
     result, triangles, place = x if overwrite else torch.empty_like(x), [], 0
     for block in blocks:
         result[place : place + len(block)], upper = torch.linalg.qr(block)
