@@ -20,8 +20,8 @@ def tall_qr(x: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
 
     Returns:
         Q of shape (d, min(d, c)) with orthonormal columns, and R of shape (min(d, c), c). Cost: 4·d·c² multiplications and
-        additions, and half as many again and an eighth where it is done by blocks; memory: Q, unless it takes the place of x, and some
-        blocks.
+        additions, and up to 5/8 as many again where it is done by blocks; memory: Q, unless it takes the place of x, and
+        some blocks.
     """
     d, c = x.shape
     most = BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
