@@ -230,7 +230,10 @@ def _in_memory(
 ) -> Samples:
     lengths = {t.shape[0] if t.dim() else 0 for t in (*tensors_of(inputs), targets)}
     if len(lengths) != 1:
-        raise ValueError(f"`{name}` must have as many inputs as targets; got leading sizes {sorted(lengths)}.")
+        raise ValueError(
+            f"`{name}` must have as many inputs as targets; got leading sizes {sorted(lengths)}. One "
+            "sample is x[:1], y[:1], with its axis."
+        )
     size = lengths.pop()
     held: list[tuple[Any, Tensor]] = []  # from the first fetch on
 

@@ -34,7 +34,14 @@ COHERENCE_ROWS, THEORY_ROWS, FEWEST_SAMPLES = 2**12, 2**14, 16
 MOST_DIRECTIONS = 400  # of a rank that is found: what the theory's maps cost grows with its square
 # Settings that no measurement depends on.
 # What PyTorch says of layers that lack a derivative which a prediction takes.
-UNDIFFERENTIABLE = ("derivative for", "from the 'Sparse", "functorch transforms", "Invalid strides")
+UNDIFFERENTIABLE = (
+    "derivative for",
+    "from the 'Sparse",
+    "functorch transforms",
+    "Invalid strides",
+    "data pointer of Tensor",  # of packed sequences
+    "saved tensor hooks",  # of torch.utils.checkpoint
+)
 FREE_SETTINGS = frozenset({
     "lr",
     "steps",
@@ -190,8 +197,9 @@ def measure(
             raise ValueError(
                 f"`model` and `loss` of `predict` must be differentiable twice; got {problem.model_name} with loss "
                 f"{problem.loss.name!r}, of which a layer is not ({error}). Replace it, as nn.EmbeddingBag by nn.Embedding "
-                "and a sum, or let it have what is missing: a torch.autograd.Function `setup_context`, experts of Hugging "
-                "Face's models `set_experts_implementation('eager')`."
+                "and a sum, packed sequences by padded ones, of which the last true step is taken, checkpointing by "
+                "a plain call; or let it have what is missing: a torch.autograd.Function `setup_context`, experts of "
+                "Hugging Face's models `set_experts_implementation('eager')`."
             ) from error
 
 

@@ -59,19 +59,75 @@ def plain_copy(model: nn.Module) -> nn.Module:
         RuntimeError: If memory runs out.
         TypeError: If the model cannot be copied.
     """
+    model = unwrapped(model)
+    # What forward passes left in attributes is part of a graph, which copy.deepcopy refuses.
+    left = {id(found): found.detach().clone() for found in _left(model)}
     try:
-        copied = copy.deepcopy(unwrapped(model))
+        copied = copy.deepcopy(model, left)
     except (RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise
         raise TypeError(
-            f"`model` must be one that copy.deepcopy can copy; got {type(unwrapped(model)).__name__}, on which it fails "
-            f"({type(error).__name__}: {error}). Delete what forward passes left in its attributes, and open files."
+            f"`model` must be one that copy.deepcopy can copy; got {type(model).__name__}, on which it fails "
+            f"({type(error).__name__}: {error}). Delete open files, locks and the like from its attributes."
         ) from error
     for module in list(copied.modules()):
         for name, child in module._modules.items():
             module._modules[name] = None if child is None else unwrapped(child)
     return copied
+
+
+def sharing_copy(module: nn.Module) -> nn.Module:
+    """A copy with the very parameters and buffers of a module, whose other attributes stay what they are now.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The copy.
+    """
+    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+
+
+def _left(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors within a graph in the modules' attributes, in lists, tuples and dictionaries too."""
+    looked = set[int]()
+
+    def within(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                yield value
+        elif isinstance(value, list | tuple | dict) and id(value) not in looked:
+            looked.add(id(value))
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from within(part)
+
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key not in {"_parameters", "_buffers", "_modules"}:
+                yield from within(value)
+
+
+def check_modes(owner: str) -> None:
+    """Refuse modes of PyTorch in which derivatives are not taken, or numbers are not what they are said to be.
+
+    Args:
+        owner: Function or class that is called, for messages.
+
+    Raises:
+        RuntimeError: Under torch.inference_mode() or torch.autocast.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"`{owner}` must be called where derivatives can be taken; got torch.inference_mode(). Leave that block; "
+            "torch.no_grad() does no harm."
+        )
+    lowered = next((kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)), None)
+    if lowered is not None:
+        raise RuntimeError(
+            f"`{owner}` must be called outside of torch.autocast, which rounds what is to be exact; got one of {lowered!r}. "
+            "Leave that block; precision='bfloat16' of `run` is for runs under it."
+        )
 
 
 def check_layers(model: nn.Module) -> None:
@@ -81,9 +137,15 @@ def check_layers(model: nn.Module) -> None:
         model: A module.
 
     Raises:
-        TypeError: If a layer is scripted, or its weight is computed anew by a hook.
+        TypeError: If a layer is scripted, its weight is computed anew by a hook, or weights are complex.
         ValueError: If a layer has no weights yet, or normalises by the batch in eval mode too.
     """
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_complex():
+            raise TypeError(
+                f"`model` of `UnlearningProblem` must have real weights; got {name!r} of {value.dtype}. Hold real and "
+                "imaginary part, as torch.view_as_real gives them, and join them in the forward pass with torch.complex."
+            )
     for name, module in model.named_modules():
         where = f"layer {name!r}" if name else "the model itself"
         if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
@@ -326,11 +388,7 @@ def warn_train_mode(model: nn.Module, *, frozen: bool) -> None:
     normalised = [
         name for name, module in model.named_modules() if frozen and module.training and isinstance(module, _BatchNorm)
     ]
-    dropped = [
-        name
-        for name, module in model.named_modules()
-        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    ]
+    dropped = [name for name, module in model.named_modules() if module.training and _drops(module)]
     if normalised:
         warnings.warn(
             f"BatchNorm layer {normalised[0]!r}"
@@ -349,3 +407,10 @@ def warn_train_mode(model: nn.Module, *, frozen: bool) -> None:
             TrainModeWarning,
             stacklevel=caller_level(),
         )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops some of its activations in train mode, by a layer of its own or inside of it."""
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.dropout > 0
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0

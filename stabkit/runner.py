@@ -19,6 +19,7 @@ from stabkit._serialise import to_plain
 from stabkit._validate import check_choice, check_int, check_seed
 from stabkit.algorithms.base import Algorithm
 from stabkit.graphs import NetworkGraphs, check_graphs
+from stabkit.network import check_modes
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.steps import StepRecord, Steps, StepState, check_coupled, copies
@@ -185,7 +186,8 @@ def run(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of its domain, or the checkpoint is unreadable or of another run.
-        RuntimeError: If the network's passes cannot be recorded with `cuda_graphs`.
+        RuntimeError: If the network's passes cannot be recorded with `cuda_graphs`, or it is called under torch.autocast or
+            torch.inference_mode().
     """
     for name, value, kind in (("problem", problem, UnlearningProblem), ("algorithm", algorithm, Algorithm)):
         if not isinstance(value, kind):
@@ -193,6 +195,7 @@ def run(
                 f"`{name}` of `run` must be an object of {kind.__name__}; got {value!r:.60}. For instance "
                 "run(UnlearningProblem(model, forget, retain), GradDiff(lr=0.01))."
             )
+    check_modes("run")
     check_seed(seed, owner="run")
     check_every = problem.check_every if check_every is None else check_every
     check_int(check_every, name="check_every", owner="run", low=1)

@@ -209,6 +209,8 @@ class Samples:
 
     def _place(self, tensor: Tensor) -> Tensor:
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        if tensor.is_complex():
+            dtype = self._dtype.to_complex()
         if dtype in {torch.int32, torch.int16, torch.int8, torch.uint8} and tensor.dtype == dtype:
             dtype = torch.int64
         return tensor.to(self.device, dtype)

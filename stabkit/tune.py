@@ -18,9 +18,11 @@ from stabkit.losses import CrossEntropy, Loss, PerSampleLoss
 from stabkit.predict import predict
 from stabkit.problem import UnlearningProblem
 from stabkit.remedy import RISK, algorithm_at
+from stabkit.report import Report
 
 SPECTRUM_SAMPLES = 8  # of each set: the eigenvalues only say where to begin the scan of step sizes
 HALVINGS = 4  # of the step size, while staged rollouts do not confirm it
+LITTLE = 0.05  # of the way to the best constant prediction's loss, where no target is given
 
 
 def tune(
@@ -49,7 +51,8 @@ def tune(
         test: Held-out data of the kind that is forgotten, whose typical loss becomes the target: of a cross-entropy that of
             the mean probability of the right labels, which a few confident mistakes leave alone; the mean of other losses.
             The forget set's mean loss is what is to reach it.
-        forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss.
+        forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss, as near as
+            can be; a `TargetWarning` says where a given target is not reached, and where next to nothing is forgotten.
         risk: Largest P(diverge) by the rollouts alone, in (0, 1): what is chosen may lie close to the boundary, where a
             report's P, which also weighs how uncertain that is, is larger.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
@@ -95,11 +98,12 @@ def tune(
     if report.run.forget_loss >= wanted:
         warnings.warn(
             f"the forget loss is {report.run.forget_loss:.4g} before the run, and so past its target, {wanted:.4g}: by this "
-            "measure nothing is left to forget, and what is chosen hardly moves. Give a higher `forget_loss`.",
+            "measure nothing is left to forget, and the setting that harms least is chosen, however much it forgets. Give a "
+            "higher `forget_loss`.",
             TargetWarning,
             stacklevel=caller_level(),
         )
-    elif target is not None and point.forget_loss < wanted:
+    elif point.forget_loss < wanted and (target is not None or _way(report, point.forget_loss) < LITTLE):
         warnings.warn(
             f"no setting that is predicted to hold brings the forget loss to {wanted:.4g}; the one chosen brings it to "
             f"{point.forget_loss:.4g}. Raise `risk` or `steps`, or lower the target.",
@@ -112,6 +116,12 @@ def tune(
             break
         tuned = tuned.replace(lr=tuned.lr / 2)
     return tuned
+
+
+def _way(report: Report, forget_loss: float) -> float:
+    """Share of the way from the forget loss before the run to that of the best constant prediction."""
+    before = report.run.forget_loss
+    return (forget_loss - before) / (report.run.divergence_level - before)
 
 
 def _mix(algorithm: Algorithm) -> dict[str, float]:

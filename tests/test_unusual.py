@@ -295,3 +295,142 @@ def test_a_target_out_of_reach_is_told(points):
     model = fitted(plain(), points)
     with pytest.warns(stabkit.TargetWarning, match="brings the forget loss to 1e"):
         stabkit.tune(model, *halves(points), forget_loss=1e9, steps=10)
+
+
+class Remembering(nn.Module):
+    """Keeps what its last pass made in attributes, as feature extractors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 8), nn.Linear(8, 3)
+        self.features, self.seen = None, []
+
+    def forward(self, x):
+        self.features = torch.tanh(self.first(x))
+        self.seen = [self.features, {"x": self.features * 2}]
+        return self.last(self.features)
+
+
+@pytest.mark.parametrize("mode", ["fast", "thorough"])
+def test_models_that_keep_activations_are_predicted_and_left_alone(points, mode):
+    torch.manual_seed(0)
+    model = fitted(Remembering(), points)
+    with torch.enable_grad():
+        model(points[0][:5])
+    kept = model.features
+    assert kept.grad_fn is not None
+    report = stabkit.predict(model, *halves(points), lr=0.01, steps=10, mode=mode)
+    assert model.features is kept
+    torch.manual_seed(0)
+    plain_one = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 3))
+    plain_one.load_state_dict(dict(zip(plain_one.state_dict(), model.state_dict().values(), strict=True)))
+    same = stabkit.predict(plain_one.eval(), *halves(points), lr=0.01, steps=10, mode=mode)
+    assert report.critical_lr == pytest.approx(same.critical_lr, rel=1e-4)
+    problem = UnlearningProblem(model, *halves(points))
+    assert run(problem, GradDiff(lr=0.01, steps=3)).model.features is not kept
+
+
+def test_complex_weights_are_refused_and_complex_inputs_are_not(points):
+    class Waves(nn.Module):
+        def __init__(self, held):
+            super().__init__()
+            self.layer = nn.Linear(10, 3)
+            if held == "parameter":
+                self.phase = nn.Parameter(torch.ones(10, dtype=torch.cfloat))
+            else:
+                self.register_buffer("phase", torch.ones(10, dtype=torch.cfloat))
+
+        def forward(self, x):
+            return self.layer((x * self.phase).real)
+
+    for held in ("parameter", "buffer"):
+        with pytest.raises(TypeError, match=r"must have real weights; got 'phase' of torch\.complex64.*view_as_real"):
+            stabkit.predict(Waves(held), *halves(points), steps=5)
+
+    class Magnitude(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(10, 3)
+
+        def forward(self, z):
+            return self.layer(torch.cat([z.real, z.imag], 1)[:, :10])
+
+    x, y = points
+    waves = (torch.complex(x[:, :5], x[:, 5:]), y)
+    torch.manual_seed(0)
+    model = fitted(Magnitude(), waves)
+    problem = UnlearningProblem(model, *halves(waves), dtype=torch.float64)
+    real = nn.Linear(10, 3)
+    real.load_state_dict(model.layer.state_dict())
+    same = UnlearningProblem(real, *halves(points), dtype=torch.float64)
+    assert problem.retain_loss == pytest.approx(same.retain_loss, rel=1e-12)
+    with pytest.raises(ValueError, match=r"must take the inputs of `forget`; got RuntimeError"):
+        UnlearningProblem(nn.Linear(5, 3).double(), *halves(waves))
+
+
+@pytest.mark.parametrize("kind", ["packed", "checkpointed"])
+def test_passes_that_no_transform_goes_through_are_refused_with_a_remedy(points, kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.last = nn.GRU(2, 6, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x):
+            steps = x.view(-1, 5, 2)
+            lengths = torch.full((len(x),), 5)
+            packed = nn.utils.rnn.pack_padded_sequence(steps, lengths, batch_first=True, enforce_sorted=False)
+            return self.last(self.cell(packed)[1][-1])
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(10, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            hidden = torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=False)
+            return self.last(hidden.tanh())
+
+    torch.manual_seed(0)
+    model = fitted(Recurrent() if kind == "packed" else Checkpointed(), points)
+    with pytest.raises(ValueError, match=r"(?s)packed sequences by padded ones.*checkpointing by a plain call"):
+        stabkit.predict(model, *halves(points), steps=5, mode="fast")
+
+
+def test_autocast_is_refused(points):
+    model = fitted(plain(), points)
+    problem = UnlearningProblem(model, *halves(points))
+    for call in (
+        lambda: stabkit.predict(model, *halves(points), steps=5),
+        lambda: run(problem, GradDiff(lr=0.01, steps=5)),
+    ):
+        with pytest.raises(RuntimeError, match=r"outside of torch\.autocast.*'cpu'"), torch.autocast("cpu"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LSTM(10, 3, num_layers=2, dropout=0.5), nn.MultiheadAttention(10, 2, dropout=0.5)]
+)
+def test_dropout_inside_of_a_layer_in_train_mode_is_told(points, layer):
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = layer, nn.Linear(10, 3)
+
+        def forward(self, x):
+            return self.last(x)
+
+    model = fitted(Dropping(), points).train()
+    with pytest.warns(stabkit.TrainModeWarning, match="Dropout layer 'inner' is in train mode"):
+        UnlearningProblem(model, *halves(points))
+
+
+def test_a_sample_without_its_axis_is_told(points):
+    x, y = points
+    with pytest.raises(ValueError, match=r"One sample is x\[:1\]"):
+        stabkit.predict(plain(), (x[0], y[0]), (x[30:], y[30:]), steps=5)
+
+
+def test_tuning_that_forgets_next_to_nothing_is_told(points):
+    model = fitted(plain(), points)
+    with pytest.warns(stabkit.TargetWarning, match="no setting that is predicted to hold"):
+        stabkit.tune(model, *halves(points), algorithm="scrub", steps=1)

@@ -415,7 +415,7 @@ class Algorithm(abc.ABC):
         if self.batch_size > n_retain and self.mix < 1:
             raise ValueError(
                 f"`batch_size` of `{type(self).__name__}` must be at most the retain set's {n_retain} samples; got "
-                f"{self.batch_size}. Use a smaller batch."
+                f"{self.batch_size}. Give a smaller `batch_size`."
             )
         if self.forget_batch_size is None:
             return min(self.batch_size, n_retain), min(self.batch_size, n_forget)

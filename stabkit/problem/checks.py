@@ -161,7 +161,7 @@ def _check_finite(samples: Samples) -> None:
     for inputs, targets in samples.batches(4096):
         for what, tensors in (("inputs", tensors_of(inputs)), ("targets", iter([targets]))):
             for tensor in tensors:
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
                     bad = int((~torch.isfinite(tensor)).sum())
                     raise ValueError(
                         f"{what} of `{samples.name}` must be finite; got {bad} NaN or infinite values. Drop or "
@@ -262,7 +262,7 @@ def _first_outputs(problem: UnlearningProblem, inputs: Inputs, name: str) -> Ten
         if is_out_of_memory(error):
             raise
         said = f"{type(error).__name__}: {error}"
-        integers = next((t for t in tensors_of(inputs) if not t.is_floating_point()), None)
+        integers = next((t for t in tensors_of(inputs) if not (t.is_floating_point() or t.is_complex())), None)
         if integers is not None and _takes_floats(problem, inputs):
             raise TypeError(
                 f"inputs of `{name}` must be floating point for this model; got integers from {int(integers.min())} to "

@@ -21,10 +21,12 @@ from stabkit.losses import IGNORE_INDEX, CrossEntropy, Loss, PerSampleLoss, reso
 from stabkit.network import (
     arguments,
     check_layers,
+    check_modes,
     checked_device,
     differentiable_attention,
     output_tensor,
     plain_copy,
+    sharing_copy,
     unwrapped,
     warn_train_mode,
 )
@@ -102,7 +104,7 @@ class UnlearningProblem:
 
         Raises:
             TypeError: If the model is not a module or cannot be copied, or data or targets have a wrong type.
-            RuntimeError: If it is made under torch.inference_mode().
+            RuntimeError: If it is made under torch.inference_mode() or torch.autocast.
             ValueError: If data are empty, overlapping, not finite or out of range, the model is not deterministic, couples
                 samples or writes into its buffers in eval mode, computes again in its backward pass, is on the meta device
                 or has no trainable parameter, the loss couples samples or writes into the outputs, either cuts the graph, a
@@ -110,11 +112,7 @@ class UnlearningProblem:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` of `UnlearningProblem` must be a torch.nn.Module; got {type(model).__name__}.")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "`UnlearningProblem` must be made where derivatives can be taken; got torch.inference_mode(). Leave that "
-                "block; torch.no_grad() does no harm."
-            )
+        check_modes("UnlearningProblem")
         model = unwrapped(model)
         check_layers(model)
         self.model_name = type(model).__name__
@@ -154,6 +152,8 @@ class UnlearningProblem:
             for key, hook in list(module._forward_hooks.items()):
                 if getattr(hook, "__name__", "").startswith(GRADIENT_HOOK):
                     del module._forward_hooks[key]
+        # What passes leave in attributes is of no use to a copy, and of torch.func's transforms no copy can be made of it.
+        self._untouched = sharing_copy(self._module)
         self.parameters: Parameters = {
             name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad
         }
@@ -192,7 +192,7 @@ class UnlearningProblem:
             for samples in (self.forget, self.retain):
                 self._admit(samples)
             check_alike(self.forget, self.retain)
-            check_function(self, self._module)
+            check_function(self, self._untouched)
             warn_of_twins(self.forget, self.retain)
             self._evaluate()
         self.test = None if test is None else self.read(test, name="test")
@@ -482,7 +482,7 @@ class UnlearningProblem:
             caller's is in. Forward hooks are copied, backward hooks and those for activation checkpointing are not.
         """
         with preserved_rng():
-            model = copy.deepcopy(self._module)
+            model = copy.deepcopy(self._untouched)
         own = dict((*model.named_parameters(), *model.named_buffers()))
         with torch.no_grad():
             for name, value in (self.parameters if parameters is None else parameters).items():
