@@ -133,14 +133,14 @@ def _split(batch: Any, name: str) -> tuple[Any, Tensor]:
         for key in LABEL_KEYS:
             if key in batch:
                 inputs = {k: _tensor(v, f"column {k!r} of `{name}`") for k, v in batch.items() if k != key}
-                return inputs, _tensor(batch[key], targets_of)
+                return inputs, _tensor(batch[key], targets_of, _several(batch[key]))
         raise TypeError(
             f"`{name}` holds dict batches without targets: expected a key among {', '.join(LABEL_KEYS)}; got "
             f"{', '.join(map(str, batch))}."
         )
     if isinstance(batch, tuple | list) and len(batch) >= 2:
         *leading, last = batch
-        targets = _tensor(last, targets_of, EXTRA_PARTS if len(leading) > 1 else "")
+        targets = _tensor(last, targets_of, EXTRA_PARTS if len(leading) > 1 else _several(last))
         first = leading[0] if len(leading) == 1 else tuple(leading)
         if isinstance(first, Mapping):
             return {key: _tensor(value, f"column {key!r} of `{name}`") for key, value in first.items()}, targets
@@ -163,6 +163,15 @@ def _tensor(values: Any, what: str, remedy: str = "") -> Tensor:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _refusal(values, what, error, remedy) from error
+
+
+def _several(targets: Any) -> str:
+    """What to do about targets of several parts; nothing to say of one."""
+    parts = list(targets.values()) if isinstance(targets, Mapping) else targets
+    several = isinstance(parts, tuple | list) and any(isinstance(part, Tensor | np.ndarray) for part in parts)
+    return (
+        "Put several targets side by side in one tensor, and take them apart in a loss of your own." if several else ""
+    )
 
 
 def _collate(rows: list[Any], name: str) -> Any:

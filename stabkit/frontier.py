@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stabkit._table import Shown, Table
 from stabkit._validate import check_real
 from stabkit.algorithms.base import Algorithm
 from stabkit.curvature.lowrank import LinearisedNetwork
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Frontier:
+class Frontier(Shown):
     """Predicted outcome over a grid of step sizes and mixes.
 
     Attributes:
@@ -58,6 +59,19 @@ class Frontier:
                 share = (0.5 - p[left]) / (p[right] - p[left])
                 result[column] = self.lr[left] * (self.lr[right] / self.lr[left]) ** share
         return result
+
+    def __str__(self) -> str:
+        edges = ("–" if math.isnan(edge) else f"{edge:.3g}" for edge in self.critical_lr)
+        return str(
+            Table(
+                title=f"{self.algorithm}: {self.lr.size} step sizes from {self.lr[0]:.3g} to {self.lr[-1]:.3g}, P(diverge)",
+                columns=("mix", "critical step size", "P at the smallest", "P at the largest"),
+                rows=tuple(
+                    (f"{mix:.3g}", edge, f"{p[0]:.2f}", f"{p[-1]:.2f}")
+                    for mix, edge, p in zip(self.mix, edges, self.probability.T, strict=True)
+                ),
+            )
+        )
 
     def plot(self, ax: Axes | None = None, outcomes: Sequence[Outcome] = ()) -> tuple[Figure, Axes]:
         """Heatmap of P(diverge) with the boundary drawn in and real runs marked.

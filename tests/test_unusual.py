@@ -430,6 +430,23 @@ def test_a_sample_without_its_axis_is_told(points):
         stabkit.predict(plain(), (x[0], y[0]), (x[30:], y[30:]), steps=5)
 
 
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_several_targets_are_to_be_put_in_one_tensor(points, form):
+    x, y = points
+    targets = (y, torch.randn(200, 2)) if form is tuple else {"class": y, "box": torch.randn(200, 2)}
+    with pytest.raises((TypeError, ValueError), match="Put several targets side by side in one tensor"):
+        stabkit.predict(plain(), (x, targets), (x[30:], y[30:]), steps=5)
+
+
+def test_a_map_prints_its_boundary(points):
+    report = stabkit.predict(fitted(plain(), points), *halves(points), steps=10)
+    found = report.frontier(lr=[1e-3, 1e-2, 1e3], mix=[0.2, 0.8])
+    lines = str(found).splitlines()
+    assert lines[0] == "graddiff: 3 step sizes from 0.001 to 1e+03, P(diverge)"
+    assert [line.split()[0] for line in lines[3:]] == ["0.2", "0.8"]
+    assert [float(line.split()[1]) for line in lines[3:]] == pytest.approx(found.critical_lr.tolist(), rel=6e-3)
+
+
 def test_tuning_that_forgets_next_to_nothing_is_told(points):
     model = fitted(plain(), points)
     with pytest.warns(stabkit.TargetWarning, match="no setting that is predicted to hold"):
