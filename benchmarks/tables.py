@@ -6,6 +6,7 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -282,6 +283,34 @@ def confidence(found: dict[str, Any]) -> str:
         f"{used['stable']:g} where it says stable, and of {used['diverging']:g} where it says diverging.",
         "",
         table(("bound", *(f"called {name}, {where} it" for name, where in places)), rows),
+    ])
+
+
+def normalised(found: dict[str, Any]) -> str:
+    """Wrong verdicts of divergence by one linearisation, with layers that normalise and without."""
+    rows = []
+    for network in dict.fromkeys(cell["network"] for cell in found["cells"]):
+        for deletion in ("class", "random"):
+            mine = [cell for cell in found["cells"] if (cell["network"], cell["deletion"]) == (network, deletion)]
+            ratios = [cell["critical_lr"] / edge for cell in mine for edge in cell["observed"] if edge is not None]
+            called = [s for cell in mine for s in cell["settings"] if s["called_diverging"]]
+            errors = sorted(math.inf if s["error"] is None else s["error"] for s in called)
+            wrong = sum(not s["diverged"] for s in called)
+            rows.append((
+                network,
+                deletion,
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
+                f"{wrong} of {len(called)}",
+                f"{errors[0]:.2f} to {errors[-1]:.2f}",
+            ))
+    return "\n".join([
+        "## Layers that normalise",
+        "",
+        f"`python benchmarks/normalised.py`: {len(found['cells'])} cells on digits, GradDiff and AGU, one linearisation;",
+        "critical step sizes predicted over observed, and how many of the verdicts of divergence were wrong, at up to 27",
+        "times the predicted one.",
+        "",
+        table(("network", "deletion", "critical step size", "wrong", "error of the linearised outputs"), rows),
     ])
 
 
@@ -763,6 +792,7 @@ def main() -> None:
         ("gram.json", gram),
         ("parallel.json", parallel),
         ("confidence.json", confidence),
+        ("normalised.json", normalised),
         ("samples.json", samples),
         ("frontier.json", frontier),
         ("dexter.json", dexter),

@@ -108,6 +108,19 @@ def _left(model: nn.Module) -> Iterator[Tensor]:
                 yield from within(value)
 
 
+def normalises(model: nn.Module) -> bool:
+    """Whether layers divide by the size of a sample's own activations, as LayerNorm and GroupNorm do.
+
+    Args:
+        model: A module.
+
+    Returns:
+        True if one is called a norm, of PyTorch's or of one's own making, and is no BatchNorm.
+    """
+    named = (module for module in model.modules() if not isinstance(module, _BatchNorm))
+    return any("Norm" in name and not name.startswith("_") for name in (type(module).__name__ for module in named))
+
+
 def check_modes(owner: str) -> None:
     """Refuse modes of PyTorch in which derivatives are not taken, or numbers are not what they are said to be.
 

@@ -430,6 +430,21 @@ def test_a_sample_without_its_axis_is_told(points):
         stabkit.predict(plain(), (x[0], y[0]), (x[30:], y[30:]), steps=5)
 
 
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+@pytest.mark.parametrize(
+    ("layer", "bound"),
+    [(nn.LayerNorm(8), 0.5), (nn.GroupNorm(2, 8), 0.5), (nn.BatchNorm1d(8), 1.0), (nn.Identity(), 1.0)],
+)
+def test_a_crossing_is_trusted_less_where_layers_normalise(points, layer, bound):
+    torch.manual_seed(0)
+    model = fitted(nn.Sequential(nn.Linear(10, 8), layer, nn.ReLU(), nn.Linear(8, 3)), points)
+    report = stabkit.predict(model, *halves(points), lr=50.0, mix=0.5, steps=20, mode="standard")
+    (check,) = (c for c in report.checks if c.name == "linearisation error")
+    assert report.verdict == "diverges"
+    assert check.threshold == bound
+    assert check.passed == (check.value <= bound)
+
+
 @pytest.mark.parametrize("form", [tuple, dict])
 def test_several_targets_are_to_be_put_in_one_tensor(points, form):
     x, y = points

@@ -24,6 +24,7 @@ from stabkit.network import (
     check_modes,
     checked_device,
     differentiable_attention,
+    normalises,
     output_tensor,
     plain_copy,
     sharing_copy,
@@ -61,6 +62,7 @@ class UnlearningProblem:
             layer.
         statistics: Running statistics of the BatchNorm layers at θ*, by buffer name; empty when frozen.
         model_name: Class of the model.
+        normalised: Whether layers divide by the size of a sample's own activations, as LayerNorm and GroupNorm do.
         retain_loss: Mean retain loss at θ*, of up to 512 samples.
         forget_loss: Mean forget loss at θ*, of as many.
         divergence_level: Mean retain loss of the best constant predictor (theory §7); a run that reaches it at a look has
@@ -90,7 +92,8 @@ class UnlearningProblem:
 
         Args:
             model: The trained network. It must return a tensor, or an object with `.logits`. What torch.compile,
-                DataParallel or DistributedDataParallel wrapped is read without them.
+                DataParallel or DistributedDataParallel wrapped is read without them. Its forward hooks are called in the
+                passes of the copy too, so what they gather changes.
             forget: What to forget: DataLoader, Dataset, (x, y) tensors, dict of tensors with labels, or batches.
             retain: What to retain, in any of the same forms.
             loss: "cross_entropy", "causal_lm", "mse", or a callable (outputs, targets) -> losses of shape (m,).
@@ -136,6 +139,7 @@ class UnlearningProblem:
         warn_train_mode(model, frozen=self.batchnorm == "frozen")
         with preserved_rng():
             self._module = plain_copy(model).to(self.device, self.dtype)
+        self.normalised = normalises(self._module)
         self._training = {name: module.training for name, module in self._module.named_modules()}
         self._sparse = [
             name for name, module in self._module.named_modules() if getattr(module, "sparse", False) is True
