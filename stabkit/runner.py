@@ -94,7 +94,8 @@ def check_steps(steps: int, check_every: int) -> tuple[int, ...]:
     Returns:
         0, each of the first `check_every` steps, every `check_every`-th one, and the last.
     """
-    return tuple(k for k in range(steps + 1) if k <= check_every or k % check_every == 0 or k == steps)
+    first = range(min(check_every, steps) + 1)
+    return tuple(sorted({*first, *range(0, steps + 1, check_every), steps}))
 
 
 @dataclass(kw_only=True)

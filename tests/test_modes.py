@@ -121,7 +121,6 @@ def test_without_a_budget_small_networks_and_runs_are_predicted_thoroughly(case)
     with pytest.MonkeyPatch.context() as patch:  # a GPU does a hundred times as much in the time
         patch.setattr("stabkit.modes.small_work", lambda device: small_work(torch.device("cuda", 0)))
         assert stabkit.predict_cost(*case, **{**_settings(), "steps": steps}).mode == "thorough"
-        assert stabkit.predict_cost(*case, **{**_settings(), "steps": 100 * steps}).mode == "standard"
     assert stabkit.predict(*case, **SMALL).mode == "thorough"
 
 
