@@ -106,7 +106,6 @@ def cell(model: nn.Module, x: Tensor, y: Tensor, rows: tuple[Tensor, Tensor], al
                 "seed": seed,
                 "called_diverging": said.probability >= 0.5,
                 "probability": said.probability,
-                "confidence": said.confidence,
                 "error": said.linearisation_error if math.isfinite(said.linearisation_error) else None,
                 "diverged": done.diverged,
             })
