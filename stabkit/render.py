@@ -160,7 +160,11 @@ def _limits(report: Report) -> Section:
 
 def _looks(every: int) -> str:
     """How often a run is looked at, in words."""
-    return "looked at after every step" if every == 1 else f"looked at after {every} first steps and every {every}th"
+    return (
+        "looked at after every step"
+        if every == 1
+        else f"looked at after each of the first {every} steps and every {every} steps"
+    )
 
 
 def _why(report: Report) -> Section:

@@ -561,7 +561,7 @@ def test_the_looks_are_those_that_are_asked_for(digits_mlp, random_deletion):
     assert (every.run.check_every, tenth.run.check_every) == (1, 10)
     assert every.critical_lr <= tenth.critical_lr  # who looks more often misses nothing that the other one sees
     assert "looked at after every step" in str(every)
-    assert "looked at after 10 first steps and every 10th" in str(tenth)
+    assert "looked at after each of the first 10 steps and every 10 steps" in str(tenth)
     check = stabkit.verify(every, digits_mlp, *random_deletion)
     assert {r.steps for r in check.runs if not r.diverged} == {tuple(range(31))}
     problem = stabkit.UnlearningProblem(digits_mlp, *random_deletion, check_every=7)

@@ -156,7 +156,12 @@ def _training(entries: dict[str, Any], names: dict[str, str]) -> str:
         for r in (entry["result"] for entry in entries.values())
     ]
     columns = ("network", "left out", "parameters", "epochs", "train accuracy %", "test accuracy %", "seconds")
-    return "## Networks\n\nAccuracies without augmentation, as measured.\n\n" + _table(columns, rows)
+    return "\n\n".join([
+        "## Networks",
+        "Accuracies without augmentation, as measured. A network that was lost between two calls was trained anew in the\n"
+        "same way for what was left to do, and comes out a little otherwise; the row is of one of them.",
+        _table(columns, rows),
+    ])
 
 
 def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str, str]) -> str:
@@ -200,11 +205,11 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         "## Predictions against runs",
         "Every cell is a deletion and an algorithm; its runs are at step sizes around the boundary that staged rollouts,\n"
         f"or else one linearisation, predict for each mix, with {seeds} seeds of each. Ratios are of predicted over\n"
-        "observed critical step sizes, where the grid brackets one; the interval is where the prediction said it to be at\n"
-        "nine in ten. Staged rollouts are of one seed, where a thorough `predict` takes several. The other real run has\n"
-        "other batches. P(diverge) is as a report has it, made of the rollouts' and of the boundary's that were recorded\n"
-        "before the runs. That it takes in the boundary was decided after them, on other runs (`benchmarks/verify.md`);\n"
-        "the second log loss is by the rollouts alone.",
+        "observed critical step sizes, where the grid brackets one; the interval is where it is to be at nine in ten, by\n"
+        "the prediction or, of staged rollouts, by the present calibration. Staged rollouts are of one seed, where a thorough\n"
+        "`predict` takes several. The other real run has other batches. P(diverge) is as a report has it,\n"
+        "made of the rollouts' and of the boundary's that were recorded before the runs. That it takes in the boundary was\n"
+        "decided after them, on other runs (`benchmarks/verify.md`); the second log loss is by the rollouts alone.",
         _table(
             (
                 "network",

@@ -167,9 +167,8 @@ def _in_threads(
         torch.get_num_threads()  # at its first use PyTorch sets a thread's number
         openmp.limit(limits=1)
 
-    longest = sorted(
-        range(len(entries)), key=lambda i: _work(entries[i]), reverse=True
-    )  # none is waited for at the end
+    # The longest first, so that none of them is waited for at the end.
+    longest = sorted(range(len(entries)), key=lambda i: _work(entries[i]), reverse=True)
     # The limit is the process's: two calls at once would undo each other's.
     with (
         LIMITING,
