@@ -1,4 +1,4 @@
-"""Adam's preconditioner at θ*, held still: what makes an Adam run an instance of T1 (theory §8)."""
+"""Adam's preconditioner at θ*, held still: what makes an Adam run an instance of T1 (theory §3)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stabkit._validate import check_real
 from stabkit.curvature.gradients import gradient_blocks, summed_squares
-from stabkit.preconditioner import Diagonal
+from stabkit.preconditioner import Diagonal, Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
 from stabkit.sampling import noise_level
@@ -22,13 +22,15 @@ def frozen_adam(
     eps: float = 1e-8,
     samples: int | None = 2048,
     seed: int = 0,
+    preconditioner: Preconditioner | None = None,
+    forget_mask: Tensor | None = None,
 ) -> Diagonal:
     """P = diag(1/(√v + ε)), v the mean square of a step's batch gradient at θ*, where Adam's running mean would settle.
 
     An approximation, good while a run stays where v is: Adam lets v follow the run, at the rate 1-β₂ a step, and grow with
-    it. A run whose gradients grow, as under ascent, may be predicted to break at smaller steps than it does, and no check of
-    a report says so. With η(1-β₁) as the step size and β₁ as the momentum (`stabkit.stability.Optimiser`) the linear theory
-    applies.
+    it. A run whose gradients grow, as under ascent, may be said to break at smaller steps than it does. With η(1-β₁) as the
+    step size and β₁ as the momentum (`stabkit.stability.Optimiser`) the linear theory applies; rollouts have the true
+    AdamW (T15).
 
     Args:
         problem: The unlearning problem.
@@ -38,9 +40,11 @@ def frozen_adam(
         eps: Adam's ε > 0.
         samples: Samples of each set to take gradients of; all when None.
         seed: Seed of that choice.
+        preconditioner: Diagonal P that the gradient goes through before; the identity when None.
+        forget_mask: 0/1 mask of the forget gradients alone, shape (d,); all ones when None.
 
     Returns:
-        The preconditioner. Cost: one gradient a sample.
+        The preconditioner, P in it where there is one: diag(p/(√v + ε)) with v that of Pĝ. Cost: one gradient a sample.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -54,11 +58,16 @@ def frozen_adam(
         if weight == 0:
             continue
         mean, second = _gradient_moments(problem, part, part.subset(samples, seed + place))
+        if place and forget_mask is not None:
+            mean, second = mean * forget_mask, second * forget_mask
         drift += weight * mean
         noise = noise_level(batch_sizes[place], part.size, sampling)
         spread += weight**2 * noise * (second if sampling == "poisson" else second - mean.square())
     root = (drift.square() + spread.clamp_min(0)).sqrt()
-    return Diagonal((1 / (root + eps)).to(problem.dtype))
+    own = torch.ones_like(root)
+    if preconditioner is not None:
+        own = preconditioner.apply(problem.vector().new_ones(problem.size)).double()
+    return Diagonal((own / (own * root + eps)).to(problem.dtype))
 
 
 def _gradient_moments(problem: UnlearningProblem, samples: Samples, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,20 +36,20 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
     """
     problem, spectrum, algorithm = measurement.problem, measurement.spectrum, measurement.algorithm
     values = spectrum.pairs.values
-    growth = mean_growth(values, algorithm.lr, momentum=algorithm.momentum)
+    growth = mean_growth(values, algorithm.lr, momentum=algorithm.inertia)
     place = int(growth.argmax())
     value = float(values[place])
     retain, forget = float(spectrum.retain[place]), float(spectrum.forget[place])
     vector = spectrum.pairs.vectors[:, place].to(problem.device, problem.dtype)
     displacement = measurement.network.displacement(rolled.coordinates[0, 0].to(problem.device))
 
-    inside = (measurement.network.basis.T @ vector).double().cpu()
+    inside = measurement.network.inside(vector)
     factor = float(growth[place])
     mechanism = "none"
     if factor > 1 and algorithm.steps * math.log(factor) >= 1:
         ascended = algorithm.mix * forget >= -min(0.0, (1 - algorithm.mix) * retain)
         mechanism = "overshoot" if value > 0 else "ascent" if ascended else "saddle"
-    elif algorithm.momentum == 0 and mean_square_growth >= 2:  # of the square: a factor e of the displacement
+    elif algorithm.inertia == 0 and mean_square_growth >= 2:  # of the square: a factor e of the displacement
         mechanism = "noise"
     elif float(rolled.probability[0]) >= 0.5:
         mechanism = "nonlinear"

@@ -11,7 +11,7 @@ from stabkit.curvature import LinearisedNetwork
 from stabkit.measure import Measurement
 from stabkit.report import Check
 from stabkit.rollout import Rollout, rollout
-from stabkit.staged import MAX_AWAKENED
+from stabkit.staged import MAX_AWAKENED, MAX_PATH_ERROR
 
 # Of the linearised outputs: of a run that is called stable, which a wrong network may hold where the real one breaks, and of
 # one that crosses, which breaks for many a reason. Chosen on the benchmark's calibration cells: benchmarks/confidence.py.
@@ -53,14 +53,19 @@ def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake:
         meaning="How far a curvature product in TF32 is from one in float32, relative to it.",
         remedy="Predict with precision='float32'.",
     )
+    adaptive = measurement.algorithm.adaptive
     crossing = MAX_ERROR_WHERE_NORMALISED if measurement.problem.normalised else MAX_ERROR_OF_A_CROSSING
     bound = MAX_ERROR_OF_A_STABLE_RUN if float(rolled.probability[0]) < 0.5 else crossing
+    bound = MAX_PATH_ERROR if adaptive else bound
     linearised = Check(
         name="linearisation error",
         value=error,
         threshold=bound,
         passed=error <= bound,
-        meaning="How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
+        meaning="How far the real outputs after the run's first steps are from the linearised ones, relative to how far "
+        "those moved; later steps are not looked at."
+        if adaptive
+        else "How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
         "those moved; for a diverging run, where its loss meets the divergence level.",
         remedy="mode='thorough' leaves the linearised network where it is wrong; otherwise leave a margin and check with "
         "verify().",
@@ -88,8 +93,13 @@ def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake:
         *([] if rough is None else [tf32]),
         *([] if measurement.settings.staged else [linearised]),
         *([] if measurement.settings.staged or not network.dormant else [dormant]),
-        # A staged rollout asks whether the run leaves these directions, but with coupled batches.
-        *([] if measurement.settings.staged and measurement.problem.batchnorm == "frozen" else [captured]),
+        # A staged rollout asks whether the run leaves these directions, but with coupled batches; of sampled parameters
+        # nothing is left out on average.
+        *(
+            []
+            if adaptive or (measurement.settings.staged and measurement.problem.batchnorm == "frozen")
+            else [captured]
+        ),
         Check(
             name="relative eigen-residual",
             value=residual,

@@ -36,7 +36,7 @@ from stabkit.remedy import RISK, recommend
 from stabkit.report import CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
 from stabkit.rollout import Rollout, rollout
 from stabkit.spectrum._common import ROUNDING
-from stabkit.staged import staged_rollout
+from stabkit.staged import first_look, staged_rollout, start_error
 from stabkit.steps import check_coupled
 
 STABLE_BELOW, DIVERGES_ABOVE = 0.25, 0.75  # of P(diverge); between them the verdict is "marginal"
@@ -44,6 +44,7 @@ HORIZON_GROWTH = 1e3  # of the mean square, at `Thresholds.horizon_lr`
 LYAPUNOV_STEPS, LYAPUNOV_RUNS = 100, 16
 ADVISED = 2.0  # how far below the critical step size an advised one lies at least; rule of thumb
 NEGLIGIBLE = 1e-3  # negative curvature, as a share of the largest
+ADAPTIVE_GUESS = 0.01  # AdamW's step size over the parameters' root mean square, where a scan begins
 DAMPING = 1e-3  # ε of T5, as a share of λ_max(H_R)
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
 
@@ -99,11 +100,15 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         stage="rollouts and theory",
         seconds=time.perf_counter() - start - spent.seconds,
         gradient_equivalents=(network.retain.samples + network.forget.samples) / 3
-        + (2 * SAMPLES if network.dormant and not measurement.settings.staged else 0),
+        + (2 * SAMPLES if network.dormant and not measurement.settings.staged else 0)
+        + (first_look(algorithm) * sum(batch_sizes) if algorithm.adaptive else 0),
     )
     verdict_by = _verdict_by(measurement, rolled, mix_detail, seeds, progress=progress)
     mix_detail = verdict_by.mix
-    error, awake = linearisation_errors(problem, network, rolled, staged=measurement.settings.staged)
+    if algorithm.adaptive:
+        error, awake = start_error(problem, network, algorithm, batch_sizes=batch_sizes, seed=seeds[0])
+    else:
+        error, awake = linearisation_errors(problem, network, rolled, staged=measurement.settings.staged)
     probability = float(verdict_by.rollout.probability[0])
     used = calibration(verdict_by.rollout.kind)
     interval = (lr_detail.scanned[1], math.inf)
@@ -299,32 +304,49 @@ def _run(measurement: Measurement, batch_sizes: tuple[int, int], seed: int) -> R
 
 
 def _dynamics(measurement: Measurement, batch_sizes: tuple[int, int]) -> stability.LinearDynamics:
+    # The measured P of an AdamW run is 1-β₁ times its own, as momentum has it; what leaves momentum out has all of it.
+    more = 1 - measurement.algorithm.betas[0] if measurement.algorithm.adaptive else 1.0
     return stability.LinearDynamics(
-        retain=_light(measurement.retain),
-        forget=_light(measurement.forget),
+        retain=_light(measurement.retain, more),
+        forget=_light(measurement.forget, more),
         mix=measurement.algorithm.mix,
         batch_sizes=batch_sizes,
         sampling=measurement.algorithm.sampling,
-        weight_decay=measurement.algorithm.weight_decay,
-        metric=measurement.network.metric.cpu(),
-        anchor=measurement.network.anchor.cpu(),
+        **_decay(measurement),
     )
 
 
-def _light(part: SampleFactors) -> SampleFactors:
-    """Fewer samples where each has much curvature, as texts have: what the theory's maps cost grows with both."""
-    return part.thin(max(FEWEST_SAMPLES, THEORY_ROWS // part.factors.shape[1]))
+def _decay(measurement: Measurement) -> dict[str, Any]:
+    """Weight decay in the linear theory; AdamW's, which is outside of P, is left to the rollouts."""
+    if measurement.algorithm.adaptive:
+        return {}
+    network = measurement.network
+    return {
+        "weight_decay": measurement.algorithm.weight_decay,
+        "metric": network.metric.cpu(),
+        "anchor": network.anchor.cpu(),
+    }
+
+
+def _light(part: SampleFactors, share: float) -> SampleFactors:
+    """Fewer samples where each has much curvature: what the theory's maps cost grows with both; P from a share of it."""
+    few = part.thin(max(FEWEST_SAMPLES, THEORY_ROWS // part.factors.shape[1]))
+    if share == 1:
+        return few
+    gradients = None if few.gradients is None else few.gradients / share**0.5
+    return replace(few, factors=few.factors / share**0.5, gradients=gradients)
 
 
 def _step_limit(measurement: Measurement) -> float:
     """2(1+β)/λ_max(D) (T4), or its value for Nesterov's momentum."""
     algorithm = measurement.algorithm
-    return stability.step_limit(_edges(measurement)[1], momentum=algorithm.momentum, nesterov=algorithm.nesterov)
+    return stability.step_limit(_edges(measurement)[1], momentum=algorithm.inertia, nesterov=algorithm.nesterov)
 
 
 def _edges(measurement: Measurement) -> tuple[float, float]:
     """λ_min and λ_max of D with weight decay, whose γP is added to first order at either eigenvector."""
-    pairs, decay = measurement.spectrum.pairs, measurement.algorithm.weight_decay
+    pairs, algorithm = measurement.spectrum.pairs, measurement.algorithm
+    decay = 0.0 if algorithm.adaptive else algorithm.weight_decay
     vectors = pairs.vectors[:, [0, -1]]
     pulls = decay * (vectors * measurement.preconditioner.apply(vectors)).sum(0) if decay else torch.zeros(2)
     return pairs.smallest + float(pulls[0]), pairs.largest + float(pulls[1])
@@ -332,6 +354,10 @@ def _edges(measurement: Measurement) -> tuple[float, float]:
 
 def _guess(measurement: Measurement) -> float:
     """A step size of the order of the critical one."""
+    if measurement.algorithm.adaptive:
+        # A step moves each parameter by about η, whatever the curvature: a few hundred of a hundredth of their size each
+        # leave little of a network.
+        return ADAPTIVE_GUESS * float(measurement.problem.vector().double().square().mean().sqrt())
     limit = _step_limit(measurement)
     if math.isfinite(limit):
         return limit

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stabkit._progress import progress_bar
+from stabkit.adam import frozen_adam
 from stabkit.algorithms import SRAGU, Algorithm
 from stabkit.algorithms.base import PlainSteps
 from stabkit.coherence import Coherence, coherence
@@ -20,11 +21,13 @@ from stabkit.curvature import (
     PreconditionedOperator,
     SampleFactors,
     curvature_operator,
+    forward_size,
     linearise,
+    sample_coordinates,
 )
 from stabkit.heavy_tail import layer_exponents
 from stabkit.precision import arithmetic
-from stabkit.preconditioner import Preconditioner
+from stabkit.preconditioner import Diagonal, Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost, LayerGate
 from stabkit.spectrum import Eigenpairs, extreme_eigenpairs
@@ -42,6 +45,12 @@ UNDIFFERENTIABLE = (
     "data pointer of Tensor",  # of packed sequences
     "saved tensor hooks",  # of torch.utils.checkpoint
 )
+# Parameters that an AdamW run is rolled out in, for each direction of another's linearisation; fewer where real steps
+# decide, and the rollout only says where to begin.
+COORDINATES, COORDINATES_OF_STAGED = 8, 1
+# Fewer too where each sample has many outputs, as texts have: derivatives of one sample, and outputs of either set, of so
+# many samples at least.
+COORDINATE_ENTRIES, COORDINATE_ROWS, FEWEST_ROLLED = 2**17, 2**15, 64
 FREE_SETTINGS = frozenset({
     "lr",
     "steps",
@@ -114,7 +123,8 @@ class Measurement:
         settings: How much was measured.
         preconditioner: P.
         spectrum: Extreme eigenpairs of D.
-        network: The compressed linearised network.
+        network: The compressed linearised network, whose preconditioner is that of the spectrum: P, or for AdamW the frozen
+            second moment's with P in it.
         retain: Retain curvature factors in the compressed coordinates.
         forget: Forget curvature factors.
         coherence: Their coherence.
@@ -149,6 +159,7 @@ class Measurement:
         if type(algorithm) is not type(self.algorithm):
             plain = type(algorithm).preconditioner is type(self.algorithm).preconditioner is Algorithm.preconditioner
             plain = plain and algorithm.layer_lr == self.algorithm.layer_lr and not begins
+            plain = plain and algorithm.adaptive == self.algorithm.adaptive
             return measure(self.problem, algorithm, self.settings, reuse=self if plain else None)
         changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
         sizes = {"batch_size", "forget_batch_size"} if self.problem.batchnorm == "batch" else set()
@@ -220,7 +231,10 @@ def _measured(
     preconditioner = reuse.preconditioner if reuse else algorithm.step_preconditioner(problem.whole)
     told = preconditioner.gradient_equivalents
     spent = 0.0 if reuse else algorithm.preconditioner_cost(problem) if told is None else told
-    costs.append(Cost(stage="preconditioner", seconds=time.perf_counter() - start, gradient_equivalents=spent))
+    scaling, frozen = preconditioner, 0.0
+    if algorithm.adaptive:
+        scaling, frozen = _frozen(problem, algorithm, preconditioner, settings, reuse)
+    costs.append(Cost(stage="preconditioner", seconds=time.perf_counter() - start, gradient_equivalents=spent + frozen))
 
     if problem.reading_gradients:
         spent = 0.0 if reuse else problem.reading_gradients
@@ -228,18 +242,18 @@ def _measured(
 
     next(stages)
     start = time.perf_counter()
-    spectrum, products = _spectrum(problem, preconditioner, algorithm.mix, settings)
+    spectrum, products = _spectrum(problem, scaling, algorithm.mix, settings)
     costs.append(Cost(stage="spectrum", seconds=time.perf_counter() - start, gradient_equivalents=products))
 
     next(stages)
     start = time.perf_counter()
-    network = reuse.network if reuse else linearised(problem, algorithm, preconditioner, settings)
+    network = reuse.network if reuse else linearised(problem, algorithm, preconditioner, settings, scaling)
     spent = 0.0 if reuse else float(network.gradient_equivalents)
     costs.append(Cost(stage="linearisation", seconds=time.perf_counter() - start, gradient_equivalents=spent))
 
     next(stages)
     start = time.perf_counter()
-    retain, forget = network.retain.factors(network.loss), network.forget.factors(network.loss)
+    retain, forget = network.factors()
     few = min(COHERENCE_SAMPLES, max(FEWEST_SAMPLES, COHERENCE_ROWS // retain.factors.shape[1]))
     alignment = coherence(retain.thin(few), forget.thin(few), mix=algorithm.mix, seed=settings.seed)
     costs.append(Cost(stage="coherence", seconds=time.perf_counter() - start, gradient_equivalents=0.0))
@@ -264,8 +278,39 @@ def _measured(
     )
 
 
+def _frozen(
+    problem: UnlearningProblem,
+    algorithm: Algorithm,
+    preconditioner: Preconditioner,
+    settings: MeasureSettings,
+    reuse: Measurement | None,
+) -> tuple[Preconditioner, float]:
+    """(1-β₁)·diag(p) with frozen Adam's p: with β₁ as momentum its steps are T1's; and the gradients it took."""
+    if reuse is not None:
+        return reuse.network.preconditioner, 0.0
+    mask = preconditioner.forget_mask if isinstance(preconditioner, PlainSteps) else None
+    found = frozen_adam(
+        problem,
+        mix=algorithm.mix,
+        batch_sizes=algorithm.batch_sizes(problem),
+        sampling=algorithm.sampling,
+        eps=algorithm.eps,
+        samples=settings.spectrum_samples,
+        seed=settings.seed,
+        preconditioner=preconditioner,
+        forget_mask=mask,
+    )
+    parts = ((problem.retain, 1 - algorithm.mix), (problem.forget, algorithm.mix))
+    spent = sum(part.subset(settings.spectrum_samples, settings.seed).numel() for part, share in parts if share)
+    return Diagonal((1 - algorithm.betas[0]) * found.diagonal), float(spent)
+
+
 def linearised(
-    problem: UnlearningProblem, algorithm: Algorithm, preconditioner: Preconditioner, settings: MeasureSettings
+    problem: UnlearningProblem,
+    algorithm: Algorithm,
+    preconditioner: Preconditioner,
+    settings: MeasureSettings,
+    scaling: Preconditioner,
 ) -> LinearisedNetwork:
     """The network compressed for an algorithm, as every measurement and every remedy has it.
 
@@ -274,10 +319,27 @@ def linearised(
         algorithm: The algorithm.
         preconditioner: Its P.
         settings: How much to measure.
+        scaling: The P of the linear theory: frozen Adam's, or the same.
 
     Returns:
-        The compressed network. Cost: as `linearise` says.
+        The compressed network. Cost: as `linearise` says, or `sample_coordinates`.
     """
+    batch_sizes = algorithm.batch_sizes(problem) if problem.batchnorm == "batch" else None
+    if algorithm.adaptive:
+        first, _ = problem.retain.batch(torch.zeros(1, dtype=torch.int64))
+        outputs = forward_size(problem, first)[0]
+        retain, forget = coordinate_samples(problem, settings, outputs)
+        return sample_coordinates(
+            problem,
+            scaling,
+            run_p=preconditioner,
+            paces=algorithm.layer_factors(problem.whole),
+            count=coordinate_count(settings, outputs),
+            retain_samples=retain,
+            forget_samples=forget,
+            batch_sizes=batch_sizes,
+            seed=settings.seed,
+        )
     return linearise(
         problem,
         preconditioner,
@@ -287,9 +349,47 @@ def linearised(
         forget_samples=settings.forget_samples,
         sketch_samples=settings.sketch_samples,
         landmarks=landmarks(problem, algorithm, preconditioner),
-        batch_sizes=algorithm.batch_sizes(problem) if problem.batchnorm == "batch" else None,
+        batch_sizes=batch_sizes,
         seed=settings.seed,
     )
+
+
+def coordinate_count(settings: MeasureSettings, outputs: int) -> int:
+    """Parameters that an AdamW run is rolled out in.
+
+    Args:
+        settings: How much to measure.
+        outputs: Outputs O of a sample.
+
+    Returns:
+        Their number r.
+    """
+    rank = settings.rank or MOST_DIRECTIONS
+    return (
+        rank * COORDINATES_OF_STAGED
+        if settings.staged
+        else max(rank, min(rank * COORDINATES, COORDINATE_ENTRIES // outputs))
+    )
+
+
+def coordinate_samples(problem: UnlearningProblem, settings: MeasureSettings, outputs: int) -> tuple[int, int]:
+    """Samples of either set that are linearised for an AdamW run.
+
+    Args:
+        problem: The unlearning problem.
+        settings: How much to measure.
+        outputs: Outputs O of a sample.
+
+    Returns:
+        Retain and forget samples.
+    """
+    most = max(FEWEST_ROLLED, COORDINATE_ROWS // outputs)
+    asked = (settings.retain_samples, settings.forget_samples)
+    retain, forget = (
+        min(most, part.size if count is None else count)
+        for part, count in zip((problem.retain, problem.forget), asked, strict=True)
+    )
+    return retain, forget
 
 
 def landmarks(problem: UnlearningProblem, algorithm: Algorithm, preconditioner: Preconditioner) -> list[Tensor]:

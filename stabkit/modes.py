@@ -13,7 +13,7 @@ from stabkit._errors import BudgetWarning, caller_level
 from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import Algorithm
-from stabkit.curvature import forward_size, linearisation_cost, rows_pay
+from stabkit.curvature import THEORY_DIRECTIONS, coordinates_cost, forward_size, linearisation_cost, rows_pay
 from stabkit.measure import (
     COHERENCE_ROWS,
     COHERENCE_SAMPLES,
@@ -21,6 +21,8 @@ from stabkit.measure import (
     MOST_DIRECTIONS,
     THEORY_ROWS,
     MeasureSettings,
+    coordinate_count,
+    coordinate_samples,
 )
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost
@@ -179,25 +181,33 @@ def estimate_cost(
         for size in (problem.retain.size, problem.forget.size)
     )
     rank, coupled = settings.rank or MOST_DIRECTIONS, problem.batchnorm == "batch"
+    linearisation = linearisation_cost(
+        held,
+        (problem.retain.size, problem.forget.size),
+        outputs,
+        settings.rank,
+        max_rank=MOST_DIRECTIONS,
+        sketch_samples=settings.sketch_samples,
+        batch_sizes=algorithm.batch_sizes(problem) if coupled else None,
+        landmarks=bool(algorithm.weight_decay),
+    )
+    if algorithm.adaptive:
+        rank = coordinate_count(settings, outputs)
+        held = list(coordinate_samples(problem, settings, outputs))
+        linearisation = coordinates_cost(held, outputs, rank, coupled=coupled)
     gradients = {
         CHECKING: problem.checking_gradients,
-        "preconditioner": algorithm.preconditioner_cost(problem),
+        "preconditioner": algorithm.preconditioner_cost(problem) + (watched if algorithm.adaptive else 0),
         "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
-        "linearisation": linearisation_cost(
-            held,
-            (problem.retain.size, problem.forget.size),
-            outputs,
-            settings.rank,
-            max_rank=MOST_DIRECTIONS,
-            sketch_samples=settings.sketch_samples,
-            batch_sizes=algorithm.batch_sizes(problem) if coupled else None,
-            landmarks=bool(algorithm.weight_decay),
-        ),
+        "linearisation": linearisation,
         "coherence": 0.0,
         "rollouts and theory": sum(held) / 3,
     }
+    if algorithm.adaptive:
+        gradients["rollouts and theory"] += PATH_STEPS * sum(algorithm.batch_sizes(problem))
     # Work of these that is none of the network's.
-    curvature_rows = min(outputs, rank)  # of a sample's factor
+    directions = min(rank, THEORY_DIRECTIONS) if algorithm.adaptive else rank  # that the theory is computed in
+    curvature_rows = min(outputs, directions)  # of a sample's factor
     compared = min(COHERENCE_SAMPLES, max(FEWEST_SAMPLES, COHERENCE_ROWS // curvature_rows))
     kept = sum(min(size, max(FEWEST_SAMPLES, THEORY_ROWS // curvature_rows)) for size in held)
     rolled = algorithm.steps * 4 * sum(algorithm.batch_sizes(problem))
@@ -208,10 +218,11 @@ def estimate_cost(
     if not rows_pay(outputs, rank, size=problem.size, operations=passed):
         each_pass = 2 * passed * rank // outputs
     operations = {
-        "linearisation": each_pass * gradients["linearisation"] * (outputs < rank and not coupled)
-        + 8 * problem.size * rank**2,
-        "coherence": 2 * rank * (sum(min(size, compared) for size in held) * curvature_rows) ** 2,
-        "rollouts and theory": THEORY_PRODUCTS * 6 * kept * curvature_rows * rank**2
+        "linearisation": 0
+        if algorithm.adaptive
+        else each_pass * linearisation * (outputs < rank and not coupled) + 8 * problem.size * rank**2,
+        "coherence": 2 * directions * (sum(min(size, compared) for size in held) * curvature_rows) ** 2,
+        "rollouts and theory": THEORY_PRODUCTS * 6 * kept * curvature_rows * directions**2
         + ROLLED_SETTINGS * seeds * outputs * rank * rolled,
     }
     if read.reading_gradients:
@@ -220,6 +231,7 @@ def estimate_cost(
     if settings.staged:
         # With coupled batches the running statistics are followed along the linearised steps.
         share = TYPICAL_SHARE if problem.size < LARGE else LARGE_SHARE
+        share = 1.0 if algorithm.adaptive else share
         each_rollout = (share + (1 / 3 if coupled else 0)) * run
         each_rollout += 0 if coupled else PATH_STEPS * sum(algorithm.batch_sizes(problem))
         each_rollout += (PLACES + share * looks) * sum(held) / 3
@@ -237,7 +249,8 @@ def estimate_cost(
             for name, count in gradients.items()
         ),
         run=Cost(stage=f"the run, {algorithm.steps} steps", seconds=run * each, gradient_equivalents=run),
-        memory_bytes=problem.dtype.itemsize * (problem.size * 3 * rank + sum(held) * outputs * 2 * rank),
+        memory_bytes=problem.dtype.itemsize
+        * ((0 if algorithm.adaptive else problem.size * 3 * rank) + sum(held) * outputs * 2 * rank),
     )
 
 

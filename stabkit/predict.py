@@ -38,6 +38,7 @@ def predict(
     momentum: float | None = None,
     nesterov: bool | None = None,
     weight_decay: float | None = None,
+    optimizer: str | None = None,
     max_gradient_norm: float | None = None,
     lr_schedule: str | Sequence[float] | None = None,
     loss: str | PerSampleLoss | Loss = "cross_entropy",
@@ -76,7 +77,9 @@ def predict(
         sampling: "without_replacement", "with_replacement" or "poisson".
         momentum: Heavy-ball momentum in [0, 1).
         nesterov: Whether momentum is Nesterov's.
-        weight_decay: γ >= 0, as in torch.optim.SGD.
+        weight_decay: γ >= 0, as in torch.optim.SGD, or AdamW.
+        optimizer: "sgd", or "adamw", whose betas and eps an algorithm object can set; its rollouts follow a sample of the
+            parameters (T15), and the linear theory is that of its second moment held still.
         max_gradient_norm: Largest norm of a step's preconditioned gradient, which is scaled down to it.
         lr_schedule: "cosine", "warmup", or a factor for each step.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses. A batch's loss is their plain mean:
@@ -136,6 +139,7 @@ def predict(
         momentum=momentum,
         nesterov=nesterov,
         weight_decay=weight_decay,
+        optimizer=optimizer,
         max_gradient_norm=max_gradient_norm,
         lr_schedule=lr_schedule,
     )
@@ -172,6 +176,7 @@ def predict_cost(
     algorithm: str | Algorithm = "graddiff",
     steps: int | None = None,
     batch_size: int | None = None,
+    optimizer: str | None = None,
     loss: str | PerSampleLoss | Loss = "cross_entropy",
     batchnorm: str = "frozen",
     check_every: int = CHECK_EVERY,
@@ -194,6 +199,7 @@ def predict_cost(
         algorithm: A name or an algorithm object.
         steps: Number K of steps; the algorithm's own when None.
         batch_size: Retain samples a step; the algorithm's own when None.
+        optimizer: "sgd" or "adamw"; the algorithm's own when None.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         batchnorm: As `predict` has it.
         check_every: As `predict` has it.
@@ -210,7 +216,7 @@ def predict_cost(
     Returns:
         The estimate; it prints as a table. Cost: reading the data, and a few passes over 64 samples to time a gradient.
     """
-    chosen = resolve_algorithm(algorithm, owner="predict_cost", steps=steps, batch_size=batch_size)
+    chosen = resolve_algorithm(algorithm, owner="predict_cost", steps=steps, batch_size=batch_size, optimizer=optimizer)
     sizes = Sizes(
         rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
     )

@@ -14,7 +14,7 @@ from stabkit.algorithms import Algorithm
 from stabkit.boundary import critical_lr
 from stabkit.calibration import calibration
 from stabkit.cause import layer_shares
-from stabkit.curvature import LinearisedNetwork
+from stabkit.curvature import CoordinateNetwork, LinearisedNetwork
 from stabkit.measure import Measurement, linearised
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.recommendations import ParetoPoint, Recommendation, Recommendations
@@ -184,7 +184,7 @@ class _Search:
         for samples, weight in ((part.retain, 1 - self._algorithm.mix), (part.forget, self._algorithm.mix)):
             own = samples.factors(part.loss).gradients
             gradient += weight * own.square().mean(0).sqrt().cpu()
-        largest = float(((gradient @ part.metric.cpu()) @ gradient).clamp_min(0).sqrt())
+        largest = float(((gradient @ part.gradient_metric.double().cpu()) @ gradient).clamp_min(0).sqrt())
         if not largest > 0:
             return None
         best: Recommendation | None = None
@@ -227,9 +227,12 @@ class _Search:
         return found
 
     def _linearised(self, algorithm: Algorithm) -> LinearisedNetwork:
-        """The network compressed anew for an algorithm whose P is another, as the measurement was."""
+        """The network compressed anew for an algorithm whose P is another, as the measurement was; AdamW keeps its own."""
+        if isinstance(self._network, CoordinateNetwork):
+            return self._network.with_paces(algorithm.layer_factors(self._problem.whole))
         preconditioner = algorithm.step_preconditioner(self._problem.whole)
-        return linearised(self._problem, algorithm, preconditioner, self._measurement.settings)
+        settings = self._measurement.settings
+        return linearised(self._problem, algorithm, preconditioner, settings, scaling=preconditioner)
 
     def confirmed(self, item: Recommendation, *, first: bool = False) -> Recommendation:
         """The same setting by a staged rollout; its step size lowered until it holds, unless it is the one asked about."""

@@ -5,7 +5,8 @@ In the compressed coordinates c of `LinearisedNetwork` one preconditioned step i
     c⁺ = c - η [ (1-α) mean_{i in batch_R} Φ_i^T s_i(f_i + Φ_i c) - α mean_{i in batch_F} Φ_i^T s_i(f_i + Φ_i c) ]
 
 with s_i the loss's derivative in the outputs, or what the algorithm puts in its place; clipping, weight decay, momentum and
-schedules are those of `run`. Many settings (step size, mix) roll side by side over the same batches.
+schedules are those of `run`. AdamW's steps are taken parameter by parameter on a sample of them instead (T15), whose
+coordinates are those of `CoordinateNetwork`. Many settings (step size, mix) roll side by side over the same batches.
 
 With batchnorm="batch" f and Φ are those of coupled batches. Losses are looked at in eval mode, where the outputs are taken
 to be f_eval + Φ c, as if the running statistics followed the parameters at once.
@@ -26,15 +27,16 @@ from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
 from stabkit.calibration import calibration
-from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet
+from stabkit.curvature.coordinates import CoordinateNetwork
+from stabkit.curvature.linearised import LinearisedNetwork, LinearisedSet
 from stabkit.losses import Loss
 from stabkit.runner import check_steps
 from stabkit.sampling import batch_streams
 from stabkit.steps import CLIP_EPSILON
+from stabkit.updates import Moments, updated
 
 SCORE_CAP = 3.0  # score at which a setting stops rolling: e³ times the divergence level
 PLAYERS_SEED = 2**31  # added to a stream's seed, so that who stands in for whom is independent of the batches
-ROWS_AT_ONCE = 2**16  # of the basis, that are masked
 DRAWN_AT_ONCE = 64  # steps whose batches are drawn together
 DRAWN_INDICES = 2**18  # of those batches, together
 LOOK_BYTES = 64 * 2**20  # of the outputs that losses are looked at of together
@@ -116,7 +118,7 @@ def rollout(
     seeds: Sequence[int] = (0, 1, 2),
     check_every: int | None = None,
     dtype: torch.dtype | None = None,
-    on_step: Callable[[int, Tensor, Tensor], object] | None = None,
+    on_step: Callable[[int, Tensor, Moments], object] | None = None,
     progress: bool = False,
 ) -> Rollout:
     """Roll out an algorithm at several settings at once.
@@ -126,7 +128,7 @@ def rollout(
     whole set (the table under T6).
 
     Args:
-        network: The compressed network.
+        network: The compressed network; for AdamW one of `sample_coordinates`.
         algorithm: Everything but its lr and mix is read from it. Where decay or a pull moves the parameters outside the
             coordinates, the drift of its stop rule leaves that out.
         lr: Step sizes, G of them.
@@ -135,7 +137,7 @@ def rollout(
         seeds: One run each; whole numbers >= 0.
         check_every: Steps between two looks at the losses, as in `run`; the network's when None.
         dtype: Floating dtype of the iteration; the features' own when None.
-        on_step: Called at the start and after every step with the step, the coordinates and the velocities of the settings
+        on_step: Called at the start and after every step with the step, the coordinates and the moments of the settings
             that still run, (G', r) each.
         progress: Whether to show a progress bar.
 
@@ -146,8 +148,15 @@ def rollout(
         64 steps, for each seed.
 
     Raises:
-        ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, or a value is out of its domain.
+        ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, a value is out of its domain, or the
+            network is not one for the algorithm's optimiser.
     """
+    if algorithm.adaptive != isinstance(network, CoordinateNetwork):
+        made = "sample_coordinates" if algorithm.adaptive else "linearise"
+        raise ValueError(
+            f"`network` of `rollout` must be one of `{made}` for an algorithm with optimizer={algorithm.optimizer!r}; got a "
+            f"{type(network).__name__}."
+        )
     check_every = network.check_every if check_every is None else check_every
     check_int(check_every, name="check_every", owner="rollout", low=1)
     etas = torch.as_tensor(lr, dtype=torch.float64).reshape(-1)
@@ -306,7 +315,7 @@ def _roll_seeds(
     seeds: Sequence[int],
     checks: Sequence[int],
     landmarks: tuple[Tensor | None, Tensor | None],
-    on_step: Callable[[int, Tensor, Tensor], object] | None,
+    on_step: Callable[[int, Tensor, Moments], object] | None,
     like: Tensor,
     *,
     progress: bool,
@@ -335,6 +344,7 @@ def _roll_seeds(
     )
     metric, anchor = network.metric.to(dtype), network.anchor.to(dtype)
     field = _Field(network, algorithm, retain, forget, seeds, metric, anchor, *landmarks)
+    per_parameter = _PerParameter(network, algorithm, like) if isinstance(network, CoordinateNetwork) else None
     plans = algorithm.plan()
     rule = algorithm.stop_rule()
     scale = loss_scale(network)
@@ -344,12 +354,12 @@ def _roll_seeds(
     stopped_step = torch.full((count, settings), float(algorithm.steps), dtype=torch.float64)
     losses = torch.zeros(2, count, settings, len(checks), dtype=torch.float64)
     coordinates = torch.zeros(count, settings, rank, dtype=torch.float64)
-    # The working set: columns of the above that still run for some seed, with their coordinates and velocities, and which
+    # The working set: columns of the above that still run for some seed, with their coordinates and moments, and which
     # of the seeds they run for.
     alive = torch.arange(settings)
     running = torch.ones(count, settings, dtype=torch.bool)
     c = torch.zeros(count, settings, rank, dtype=dtype, device=device)
-    velocity = torch.zeros_like(c)
+    moments = Moments.zero(algorithm, c)
 
     def look(position: int, step: int, seen: Tensor) -> Tensor:
         """Record the losses of some runs of the working set, (S, G'), from this check on; which of them go on."""
@@ -387,7 +397,7 @@ def _roll_seeds(
 
     descent, shares = driven()
     if on_step is not None:
-        on_step(0, c[0], velocity[0])
+        on_step(0, c[0], moments[0])
     running &= look(0, 0, running)
     position = 1
     for step in progress_bar(range(1, algorithm.steps + 1), "rollout", progress):
@@ -396,11 +406,14 @@ def _roll_seeds(
             alive, running = alive[going], running[:, going]
             if alive.numel() == 0:
                 break
-            c, velocity = (rows[:, going.to(device)] for rows in (c, velocity))
+            left = (slice(None), going.to(device))
+            c, moments = c[left], moments[left]
             descent, shares = driven()
         direction, leakage = field.at(c, shares, plans[step - 1], step, leakage=rule.leakage_bound is not None)
-        velocity = algorithm.momentum * velocity + direction if algorithm.momentum else direction
-        ahead = direction + algorithm.momentum * velocity if algorithm.nesterov else velocity
+        if per_parameter is None:
+            ahead, moments = updated(algorithm, moments, direction, step)
+        else:
+            ahead, moments = per_parameter.ahead(c, moments, direction, step)
         change = (descent * plans[step - 1].lr) * ahead
         ended = torch.zeros_like(running)
         if rule.active:
@@ -411,7 +424,7 @@ def _roll_seeds(
                 stopped_step[i, alive[column]] = float(step)
         c = c + change
         if on_step is not None:
-            on_step(step, c[0], velocity[0])
+            on_step(step, c[0], moments[0])
         due = step == checks[position]
         seen = running if due else ended  # a setting that ends is looked at when it does, the others not
         if bool(seen.any()):
@@ -478,17 +491,29 @@ def loss_scale(network: LinearisedNetwork) -> LossScale:
 
 def _landmarks(network: LinearisedNetwork, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Vᵀ M V of the forget gradients' mask and Vᵀ sign(θ*), where the algorithm has them."""
-    preconditioner, basis = network.preconditioner, network.basis
+    preconditioner = network.run_preconditioner
     if not isinstance(preconditioner, PlainSteps):
         return None, None
     mask, signs = preconditioner.forget_mask, preconditioner.signs
-    masked = None
-    if mask is not None:
-        masked = basis.new_zeros(network.rank, network.rank)
-        for rows, kept in zip(basis.split(ROWS_AT_ONCE), mask.to(basis).split(ROWS_AT_ONCE), strict=True):
-            masked += rows.T @ (rows * kept.unsqueeze(1))
-        masked = masked.to(like)
-    return masked, None if signs is None else (basis.T @ signs.to(basis)).to(like)
+    return (
+        None if mask is None else network.masked(mask).to(like),
+        None if signs is None else network.gradient_along(signs).to(like),
+    )
+
+
+class _PerParameter:
+    """AdamW's steps in the coordinates of sampled parameters (T15)."""
+
+    def __init__(self, network: CoordinateNetwork, algorithm: Algorithm, like: Tensor) -> None:
+        self._algorithm = algorithm
+        self._lift, self._reach, self._home, self._pace = (
+            part.to(like) for part in (network.lift, network.reach, network.home, network.pace)
+        )
+
+    def ahead(self, c: Tensor, moments: Moments, direction: Tensor, step: int) -> tuple[Tensor, Moments]:
+        """What the step size multiplies at coordinates c (S, G, r), and the moments after the step."""
+        moved, moments = updated(self._algorithm, moments, direction * self._lift, step)
+        return self._pace * (self._reach * moved + self._algorithm.weight_decay * (c + self._home)), moments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -524,6 +549,9 @@ class _Field:
         self._loss, self._algorithm, self._seeds = network.loss, algorithm, tuple(seeds)
         self._retain, self._forget = retain, forget
         self._metric, self._anchor, self._mask, self._signs = metric, anchor, mask, signs
+        self._gradient_metric = network.gradient_metric.to(metric)
+        self._masks_inside = mask is None or network.masks_inside
+        self._decay = 0.0 if algorithm.adaptive else algorithm.weight_decay  # AdamW's is no part of the gradient
 
     def at(
         self, c: Tensor, shares: tuple[_Share, _Share], plan: StepPlan, step: int, *, leakage: bool
@@ -536,14 +564,14 @@ class _Field:
         if plan.max_norm is not None:
             # P ĝ = P^{1/2} V h with h these coordinates, so its square is hᵀ metric h. A mask M takes the forget part out
             # of the span of V, where P = I: ‖V h_R + M V h_F‖².
-            if self._mask is None:
-                square = ((direction @ self._metric) * direction).sum(-1)
+            if self._masks_inside:
+                square = ((direction @ self._gradient_metric) * direction).sum(-1)
             else:
                 square = (retain * retain + 2 * retain * masked + forget * masked).sum(-1)
             norm = square.clamp_min(0).sqrt().unsqueeze(-1)
             direction = direction * (plan.max_norm / (norm + CLIP_EPSILON)).clamp_max(1.0)
-        if self._algorithm.weight_decay:
-            direction = direction + self._algorithm.weight_decay * (c @ self._metric + self._anchor)
+        if self._decay:
+            direction = direction + self._decay * (c @ self._metric + self._anchor)
         if plan.pull and self._signs is not None:
             direction = direction + plan.pull * self._signs
         return direction, divergence

@@ -23,6 +23,7 @@ from stabkit.network import check_modes
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.steps import StepRecord, Steps, StepState, check_coupled, copies
+from stabkit.updates import Moments
 
 MONITOR_SAMPLES = 512
 PRECISIONS = ("full", "bfloat16")
@@ -113,7 +114,8 @@ class _State(StepState):
         rows = [(c.step, c.retain_loss, c.forget_loss, c.distance) for c in self.trajectory]
         return {
             "theta": self.theta.cpu().numpy(),
-            "velocity": self.velocity.cpu().numpy(),
+            "velocity": self.moments.first.cpu().numpy(),
+            **({} if self.moments.second is None else {"squares": self.moments.second.cpu().numpy()}),
             "good": self.good.cpu().numpy(),
             **{f"statistics.{name}": t.cpu().numpy() for name, t in self.statistics.items()},
             **{f"good_statistics.{name}": t.cpu().numpy() for name, t in self.good_statistics.items()},
@@ -125,8 +127,13 @@ class _State(StepState):
 
     def take(self, arrays: _checkpoint.State) -> None:
         """Go on from these."""
-        for name in ("theta", "velocity", "good"):
+        for name in ("theta", "good"):
             setattr(self, name, torch.as_tensor(arrays[name]).to(self.theta))
+        first, second = (
+            torch.as_tensor(arrays[name]).to(self.theta) if name in arrays else None for name in ("velocity", "squares")
+        )
+        assert first is not None
+        self.moments = Moments(first=first, second=second)
         for kind, tensors in (("statistics", self.statistics), ("good_statistics", self.good_statistics)):
             for name, tensor in tensors.items():
                 tensors[name] = torch.as_tensor(arrays[f"{kind}.{name}"]).to(tensor)
@@ -176,7 +183,8 @@ def run(
         on_step: Called after every step. If it raises StopIteration the run ends there and returns; any other exception
             ends it too and reaches the caller, after the state is written where there is a `checkpoint`.
         checkpoint: File that holds the state: written whole or not at all, resumed from where it exists, left in place at
-            the end. A resumed run returns on the CPU bit for bit what an uninterrupted one does. It takes 3·d numbers.
+            the end. A resumed run returns on the CPU bit for bit what an uninterrupted one does. It takes 3·d numbers, 4·d
+            with AdamW.
         checkpoint_every: Steps from one writing to the next; a killed run repeats at most so many.
         progress: Whether to show a progress bar.
 
@@ -220,7 +228,7 @@ def run(
     anchor = problem.vector()
     state = _State(
         theta=anchor.clone(),
-        velocity=torch.zeros_like(anchor),
+        moments=Moments.zero(algorithm, anchor),
         good=anchor.clone(),
         statistics=copies(problem.statistics),
         good_statistics=copies(problem.statistics),

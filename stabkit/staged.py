@@ -3,7 +3,8 @@
 The run is rolled out on the network linearised at θ*, and the real network evaluated at the predicted parameters. From the
 step up to which its loss and its outputs are those of the linearised network, and its outputs depend on no parameters that
 were dormant at θ*, the same run, same batches, goes on with real steps on a copy. A setting on which the linearisation is
-right so costs a few forward passes, and one that leaves it at once costs the run.
+right so costs a few forward passes, and one that leaves it at once costs the run. Of an AdamW run the linearisation knows
+a sample of the parameters alone, so that there is nowhere to hand over: all of its steps are real.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from stabkit.curvature.dormant import SAMPLES, awakened
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.rollout import SCORE_CAP, Rollout, loss_scale, players_of, rollout
 from stabkit.steps import Position, check_coupled, statistics_along, steps_from
+from stabkit.updates import Moments
 
 # Chosen on calibration cells of the benchmark: half of either does hardly better there and costs half as much again.
 MAX_LOSS_ERROR, MAX_OUTPUT_ERROR = 0.05, 0.2
@@ -164,17 +166,17 @@ class _Run:
         self._batch_sizes, self._seed = batch_sizes, seed
         self._theta = problem.vector()
         self._scale = loss_scale(network)
-        self._path: dict[int, tuple[Tensor, Tensor]] = {}  # coordinates and velocity after every step
+        self.path: dict[int, tuple[Tensor, Moments]] = {}  # coordinates and moments after every step
         self._statistics: list[Parameters] = []  # after every step, with batchnorm="batch"
         self.gradients = 0.0
 
-    def roll(self, bounds: tuple[float, float], max_path_error: float) -> tuple[Rollout, Handover]:
-        """Linearised as far as that is right, then for real."""
+    def linearised(self) -> Rollout:
+        """One linearisation's rollout, whose path is kept."""
 
-        def keep(step: int, coordinates: Tensor, velocity: Tensor) -> None:
-            self._path[step] = coordinates[0].clone(), velocity[0].clone()
+        def keep(step: int, coordinates: Tensor, moments: Moments) -> None:
+            self.path[step] = coordinates[0].clone(), moments[0]
 
-        rolled = rollout(
+        return rollout(
             self._network,
             self._algorithm,
             lr=[self._algorithm.lr],
@@ -183,14 +185,21 @@ class _Run:
             seeds=[self._seed],
             on_step=keep,
         )
+
+    def roll(self, bounds: tuple[float, float], max_path_error: float) -> tuple[Rollout, Handover]:
+        """Linearised as far as that is right, then for real."""
+        rolled = self.linearised()
         crossing = float(rolled.divergence_step[0, 0])
         if crossing == 0:  # nothing is left to predict
             return rolled, Handover(step=0, real_steps=0, loss_error=0.0, output_error=0.0)
+        if self._algorithm.adaptive:
+            rolled, real_steps = self._walked(rolled, 0)
+            return rolled, Handover(step=0, real_steps=real_steps, loss_error=0.0, output_error=0.0)
         # A crossing is left to real steps: the path to it may be wrong where its end is not.
-        ahead = [k for k in self._path if k > 0 and not k >= crossing]
+        ahead = [k for k in self.path if k > 0 and not k >= crossing]
         if self._problem.batchnorm == "batch":
             self._statistics = self._followed(ahead)
-        departed = self._path_error(ahead) if self._problem.batchnorm == "frozen" else 0.0
+        departed = self.path_error(ahead)[0] if self._problem.batchnorm == "frozen" else 0.0
         if departed > max_path_error:
             last, seen = 0, _Seen(loss_error=0.0, output_error=0.0, losses=(math.nan, math.nan))
         else:
@@ -206,21 +215,28 @@ class _Run:
             output_error=seen.output_error,
             path_error=departed,
         )
-        return replace(rolled, coordinates=self._path[last][0].reshape(1, 1, -1).double().cpu()), handover
+        return replace(rolled, coordinates=self.path[last][0].reshape(1, 1, -1).double().cpu()), handover
 
-    def _path_error(self, ahead: list[int]) -> float:
-        """Error of the linearised outputs a few steps on, against real steps with the same batches, stand-ins included."""
+    def path_error(self, ahead: list[int]) -> tuple[float, Parameters]:
+        """Error of the linearised outputs after a few real steps with the same batches, and the parameters there.
+
+        Args:
+            ahead: Steps of the path to look at.
+
+        Returns:
+            The relative error, and parameters by name, with running statistics. Those samples that play take the steps.
+        """
         # The outputs at predicted parameters cannot show it: a gradient outside of the linearisation's directions moves the
         # real run and not the predicted one, which may be right about a place that the run never comes to.
         if not ahead:
-            return 0.0
+            return 0.0, self._problem.parameters
         network = self._network
         last = min(first_look(self._algorithm), ahead[-1])
         steps = steps_from(
             self._problem,
             self._algorithm,
-            network.preconditioner,
-            Position(step=0, theta=self._theta, velocity=torch.zeros_like(self._theta)),
+            network.run_preconditioner,
+            self._start(),
             batch_sizes=self._batch_sizes,
             seed=self._seed,
             players=players_of(network, self._seed),
@@ -229,9 +245,17 @@ class _Run:
             if at.step == last or at.stopped:
                 break
         self.gradients += at.gradient_equivalents
-        outputs, _ = self._evaluated(self._problem.unflatten(at.theta))
+        there = {**self._problem.unflatten(at.theta), **at.statistics}
+        outputs, _ = self._evaluated(there)
         rounding = ROUNDING * torch.finfo(self._theta.dtype).eps
-        return network.output_error(self._path[at.step][0], outputs, least=rounding)
+        return network.output_error(self.path[at.step][0], outputs, evaluated=True, least=rounding), there
+
+    def _start(self) -> Position:
+        """Before the first step."""
+        statistics = self._problem.statistics if self._problem.batchnorm == "batch" else {}
+        return Position(
+            step=0, theta=self._theta, moments=Moments.zero(self._algorithm, self._theta), statistics=statistics
+        )
 
     def _believed(self, rolled: Rollout, ahead: list[int], bounds: tuple[float, float]) -> tuple[int, _Seen]:
         """Last step up to which the linearisation is right, and the real network there."""
@@ -277,17 +301,19 @@ class _Run:
         losses = self._losses(rolled)
         worst = float(self._scale.score(rolled.retain_loss[0, 0, :place]).max())
         crossed = math.nan
-        coordinates, momentum = self._path[last]
-        at = start = Position(
-            step=last,
-            theta=self._theta + self._network.displacement(coordinates),
-            velocity=self._network.displacement(momentum),
-            statistics=self._known(last),
-        )
+        at = start = self._start()
+        if not self._algorithm.adaptive:
+            coordinates, carried = self.path[last]
+            at = start = Position(
+                step=last,
+                theta=self._theta + self._network.displacement(coordinates),
+                moments=Moments(first=self._network.displacement(carried.first)),
+                statistics=self._known(last),
+            )
         for at in steps_from(
             self._problem,
             self._algorithm,
-            self._network.preconditioner,
+            self._network.run_preconditioner,
             start,
             batch_sizes=self._batch_sizes,
             seed=self._seed,
@@ -327,8 +353,8 @@ class _Run:
 
     def _followed(self, ahead: list[int]) -> list[Parameters]:
         """Running statistics after each of the linearised steps."""
-        finite = [k for k in ahead if bool(torch.isfinite(self._path[k][0]).all())]
-        before = (self._theta + self._network.displacement(self._path[k - 1][0]) for k in finite)
+        finite = [k for k in ahead if bool(torch.isfinite(self.path[k][0]).all())]
+        before = (self._theta + self._network.displacement(self.path[k - 1][0]) for k in finite)
         self.gradients += len(finite) * sum(self._batch_sizes) / 3
         return list(
             statistics_along(self._problem, self._algorithm, before, batch_sizes=self._batch_sizes, seed=self._seed)
@@ -342,7 +368,7 @@ class _Run:
 
     def _seen(self, step: int) -> _Seen:
         """The real network at the parameters predicted for a step."""
-        network, coordinates = self._network, self._path[step][0]
+        network, coordinates = self._network, self.path[step][0]
         if not bool(torch.isfinite(coordinates).all()):
             return _Seen(loss_error=math.inf, output_error=math.inf, losses=(math.inf, math.inf))
         moved = self._problem.unflatten(self._theta + network.displacement(coordinates))
@@ -375,6 +401,34 @@ class _Run:
             means.append(mean if math.isfinite(mean) else math.inf)
             self.gradients += part.samples / 3
         return (outputs[0], outputs[1]), (means[0], means[1])
+
+
+def start_error(
+    problem: UnlearningProblem,
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    *,
+    batch_sizes: tuple[int, int],
+    seed: int,
+) -> tuple[float, float]:
+    """How wrong the linearised network is after a run's first real steps: all that can be asked of sampled parameters.
+
+    Args:
+        problem: The unlearning problem.
+        network: Its linearisation at θ*.
+        algorithm: The algorithm with its step size and mix.
+        batch_sizes: B_R and B_F.
+        seed: Seed of the batches.
+
+    Returns:
+        ‖f(θ) - f(θ*) - Φc‖ / ‖Φc‖ there, as `LinearisedNetwork.output_error` has it, and the share of the outputs'
+        sensitivity that is to tensors which were dormant at θ*. Cost: a rollout, the first steps (`first_look`), a forward
+        pass over the linearised samples, and gradients of up to 128 where there are such tensors.
+    """
+    run = _Run(problem, network, algorithm, batch_sizes, seed)
+    crossing = float(run.linearised().divergence_step[0, 0])
+    error, there = run.path_error([k for k in run.path if k > 0 and not k > crossing])
+    return error, awakened(problem, network, there)
 
 
 def first_look(algorithm: Algorithm) -> int:

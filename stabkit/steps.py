@@ -1,4 +1,4 @@
-"""The steps of a run: batches, gradients of the algorithm's loss, clipping, decay, momentum (T1)."""
+"""The steps of a run: batches, gradients of the algorithm's loss, clipping, decay, optimiser (T1, T15)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from stabkit.preconditioner import Identity, Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, layout, map_tensors, tensors_of
 from stabkit.sampling import batch_streams
+from stabkit.updates import Moments, updated
 
 CLIP_EPSILON = 1e-6  # added to a norm before it divides, as torch.nn.utils.clip_grad_norm_ does
 
@@ -50,7 +51,7 @@ class StepState:
 
     Attributes:
         theta: Parameters, shape (d,).
-        velocity: What momentum carries on, shape (d,).
+        moments: What the optimiser carries on, of shape (d,).
         statistics: Running statistics of BatchNorm layers by buffer name, changed in place by the passes.
         taken: Steps taken so far.
         stop_reason: "steps", or why no step is to follow.
@@ -58,7 +59,7 @@ class StepState:
     """
 
     theta: Tensor
-    velocity: Tensor
+    moments: Moments
     statistics: Parameters
     taken: int = 0
     stop_reason: str = "steps"
@@ -72,7 +73,7 @@ class Position:
     Attributes:
         step: Steps taken so far.
         theta: Parameters, shape (d,).
-        velocity: What momentum carries on, shape (d,).
+        moments: What the optimiser carries on, of shape (d,).
         statistics: Running statistics of BatchNorm layers by buffer name; empty where those are frozen.
         stopped: Whether the algorithm's own rule ends the run here.
         gradient_equivalents: Per-sample gradients of the steps since the position begun from.
@@ -80,7 +81,7 @@ class Position:
 
     step: int
     theta: Tensor
-    velocity: Tensor
+    moments: Moments
     statistics: Parameters = field(default_factory=dict)
     stopped: bool = False
     gradient_equivalents: float = 0.0
@@ -111,7 +112,7 @@ def steps_from(
         The position after each step, to the last one or where the algorithm's rule ends the run. Cost of each: B_R + B_F
         gradients.
     """
-    state = StepState(theta=start.theta, velocity=start.velocity, statistics=copies(start.statistics), taken=start.step)
+    state = StepState(theta=start.theta, moments=start.moments, statistics=copies(start.statistics), taken=start.step)
     steps = Steps(problem, algorithm, preconditioner, batch_sizes, seed, "full", players=players)
     steps.skip(start.step)
     while state.taken < algorithm.steps and state.stop_reason == "steps":
@@ -119,7 +120,7 @@ def steps_from(
         yield Position(
             step=state.taken,
             theta=state.theta,
-            velocity=state.velocity,
+            moments=state.moments,
             statistics=copies(state.statistics),
             stopped=state.stop_reason != "steps",
             gradient_equivalents=state.gradients,
@@ -188,7 +189,7 @@ def copies(tensors: Parameters) -> Parameters:
 
 
 class Steps:
-    """The steps of one run, in order: batches, gradients, clipping, decay, momentum."""
+    """The steps of one run, in order: batches, gradients, clipping, decay, optimiser."""
 
     def __init__(
         self,
@@ -209,6 +210,7 @@ class Steps:
         self._plan = algorithm.plan()
         self._rule = algorithm.stop_rule()
         self._mask = preconditioner.forget_mask if isinstance(preconditioner, PlainSteps) else None
+        self._paces = algorithm.layer_factors(problem) if algorithm.adaptive else None  # SGD has them in P
 
     def draw(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """The step's indices in both sets; nothing is drawn from a set that has no part in the step."""
@@ -233,14 +235,16 @@ class Steps:
         norm = direction.norm() if plan.max_norm is not None or measured else None
         if plan.max_norm is not None and norm is not None:
             direction = direction * (plan.max_norm / (norm + CLIP_EPSILON)).clamp_max(1.0)
-        if algorithm.weight_decay or plan.pull:
-            pull = algorithm.weight_decay * theta + plan.pull * theta.sign()
-            direction = direction + self._preconditioner.apply(pull)
-        velocity = algorithm.momentum * state.velocity + direction
+        decay = 0.0 if algorithm.adaptive else algorithm.weight_decay
+        if decay or plan.pull:
+            direction = direction + self._preconditioner.apply(decay * theta + plan.pull * theta.sign())
+        ahead, moments = updated(algorithm, state.moments, direction, state.taken + 1)
+        if algorithm.adaptive and algorithm.weight_decay:
+            ahead = ahead + algorithm.weight_decay * theta
         lr = algorithm.lr * plan.lr
-        change = -lr * (direction + algorithm.momentum * velocity if algorithm.nesterov else velocity)
+        change = -lr * (ahead if self._paces is None else ahead * self._paces)
         drift = change.norm() / theta.norm()
-        state.theta, state.velocity, state.taken = theta + change, velocity, state.taken + 1
+        state.theta, state.moments, state.taken = theta + change, moments, state.taken + 1
         if self._rule.active and bool(self._rule.decide(drift, leakage)):
             moved_little = self._rule.drift_tolerance is not None and bool(drift < self._rule.drift_tolerance)
             state.stop_reason = "drift" if moved_little else "leakage"

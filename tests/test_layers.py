@@ -34,6 +34,7 @@ LAYERS = [
     {"adam", "deletion", "synthetic", "spectrum", "coherence", "stability"},
     {"directions"},
     {"algorithms"},
+    {"updates"},
     {"steps"},
     {"runner"},
     {"rollout"},

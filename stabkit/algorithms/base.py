@@ -3,8 +3,8 @@
     g = clip( P [ (1-α) ρ_k ĝ_R(θ) - α φ_k ĝ_F(θ) ] ) + γ P θ,   v⁺ = β v + g,   θ⁺ = θ - η κ_k v⁺
 
 with κ_k, ρ_k, φ_k the plan's factors, all 1 unless a schedule says otherwise, and ĝ the batch means of the loss's
-derivatives, or of what a subclass puts in their place. The runner and the rollout both read these, so a new algorithm is a
-small subclass and is predicted unchanged.
+derivatives, or of what a subclass puts in their place. With optimizer="adamw" the clipped g goes through AdamW (T15). The
+runner and the rollout both read these, so a new algorithm is a small subclass and is predicted unchanged.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from stabkit.reading import READS
 from stabkit.sampling import SAMPLINGS
 
 SCHEDULES = ("cosine", "warmup")
+OPTIMIZERS = ("sgd", "adamw")
 WARMUP_SHARE = 10  # a warm-up takes this part of the steps: a tenth
 
 
@@ -166,9 +167,15 @@ class Algorithm(abc.ABC):
         forget_schedule: Factors of the forget gradient's weight, in the same forms.
         layer_lr: Factors >= 0 of the step size of single layers, by the beginning of their parameters' names, as parameter
             groups would have them: {"layer4": 0.1} damps what lies in layer4. Where several fit, the longest name counts;
-            other layers keep 1. P becomes D^{1/2} P D^{1/2} with these factors in D, for a P that is diagonal.
+            other layers keep 1. P becomes D^{1/2} P D^{1/2} with these factors in D, for a P that is diagonal; AdamW's steps
+            are multiplied by them.
         forget_every: Cycles of so many steps, >= 2: the first of each cycle is a forget step of weight α, the others are
             retain steps of weight 1-α. Both sets in every step when None.
+        optimizer: "sgd", which has momentum, Nesterov's and decay as above, or "adamw", whose steps are those of
+            torch.optim.AdamW: the gradient, after P and clipping, is divided by the root of its running mean square, and
+            γθ is decoupled from it (T15). `momentum` must then be 0 and P diagonal.
+        betas: β₁ and β₂ of AdamW, in [0, 1).
+        eps: AdamW's ε > 0.
     """
 
     name: ClassVar[str]
@@ -195,6 +202,9 @@ class Algorithm(abc.ABC):
     forget_schedule: str | Sequence[float] | None = None
     forget_every: int | None = None
     layer_lr: Mapping[str, float] | None = None
+    optimizer: str = "sgd"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
@@ -256,8 +266,46 @@ class Algorithm(abc.ABC):
                 str(name): check_real(factor, name=f"layer_lr[{name!r}]", owner=owner, low=0)
                 for name, factor in self.layer_lr.items()
             }
+        plain |= self._checked_optimizer()
         for key, value in plain.items():  # NumPy scalars become Python's, which reports can write
             object.__setattr__(self, key, value)
+
+    def _checked_optimizer(self) -> dict[str, object]:
+        """What AdamW is set to, in plain values."""
+        owner = type(self).__name__
+        check_choice(self.optimizer, name="optimizer", owner=owner, choices=OPTIMIZERS)
+        if self.adaptive and self.momentum:
+            raise ValueError(
+                f"`momentum` of `{owner}` must be 0 with optimizer='adamw'; got {self.momentum!r}. Its own is betas[0]: set "
+                "momentum=0."
+            )
+        if not isinstance(self.betas, Sequence) or isinstance(self.betas, str) or len(self.betas) != 2:
+            raise TypeError(
+                f"`betas` of `{owner}` must be two numbers; got {self.betas!r:.60}. PyTorch's are (0.9, 0.999)."
+            )
+        betas = tuple(
+            check_real(value, name=f"betas[{k}]", owner=owner, low=0, high=1, high_open=True)
+            for k, value in enumerate(self.betas)
+        )
+        return {"betas": betas, "eps": check_real(self.eps, name="eps", owner=owner, low=0, low_open=True)}
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether steps are AdamW's.
+
+        Returns:
+            True for "adamw".
+        """
+        return self.optimizer == "adamw"
+
+    @property
+    def inertia(self) -> float:
+        """β of the linear theory: what of a step the next one carries on.
+
+        Returns:
+            `momentum`, or β₁ of AdamW.
+        """
+        return self.betas[0] if self.adaptive else self.momentum
 
     def preconditioner(self, problem: UnlearningProblem) -> Preconditioner:
         """P, computed once at the trained parameters.
@@ -271,7 +319,7 @@ class Algorithm(abc.ABC):
         return Identity()
 
     def step_preconditioner(self, problem: UnlearningProblem) -> Preconditioner:
-        """P as the steps have it: `preconditioner`, with the factors of `layer_lr`.
+        """P as the steps have it: `preconditioner`, with the factors of `layer_lr` but for AdamW.
 
         Args:
             problem: The unlearning problem.
@@ -286,8 +334,39 @@ class Algorithm(abc.ABC):
         """
         plain = self.preconditioner(problem)
         check_preconditioner(plain, problem.vector(), owner=type(self).__name__)
-        if self.layer_lr is None:
+        factors = self.layer_factors(problem)
+        if self.adaptive:
+            if not isinstance(plain, Identity | Diagonal):
+                raise ValueError(
+                    f"`optimizer` of `{type(self).__name__}` must be 'sgd', as its P is not diagonal; got 'adamw', which "
+                    "takes each parameter by itself. Leave it out."
+                )
             return plain
+        if factors is None:
+            return plain
+        if type(plain) is Identity:
+            return Diagonal(factors)
+        if type(plain) is Diagonal:
+            return Diagonal(plain.diagonal * factors.to(plain.diagonal))
+        raise ValueError(
+            f"`layer_lr` of `{type(self).__name__}` must be None, as its P is not diagonal; got "
+            f"{dict(self.layer_lr or {})!r:.80}. Lower `lr`."
+        )
+
+    def layer_factors(self, problem: UnlearningProblem) -> Tensor | None:
+        """`layer_lr` parameter by parameter.
+
+        Args:
+            problem: The unlearning problem.
+
+        Returns:
+            Factors of the step size, shape (d,); None where there are none.
+
+        Raises:
+            ValueError: If a name of `layer_lr` fits no parameter.
+        """
+        if self.layer_lr is None:
+            return None
         for name in self.layer_lr:
             if not any(_within(parameter, name) for parameter in problem.parameters):
                 layers = ", ".join(dict.fromkeys(problem.layer_of().values()))
@@ -295,18 +374,10 @@ class Algorithm(abc.ABC):
                     f"`layer_lr` of `{type(self).__name__}` must name layers of the model; got {name!r}, which no trainable "
                     f"parameter begins with. There are {layers:.300}."
                 )
-        factors = torch.cat([
+        return torch.cat([
             torch.full((p.numel(),), _factor(parameter, self.layer_lr), dtype=p.dtype, device=p.device)
             for parameter, p in problem.parameters.items()
         ])
-        if type(plain) is Identity:
-            return Diagonal(factors)
-        if type(plain) is Diagonal:
-            return Diagonal(plain.diagonal * factors.to(plain.diagonal))
-        raise ValueError(
-            f"`layer_lr` of `{type(self).__name__}` must be None, as its P is not diagonal; got "
-            f"{dict(self.layer_lr)!r:.80}. Lower `lr`."
-        )
 
     def preconditioner_cost(self, problem: UnlearningProblem) -> float:
         """What `preconditioner` takes.

@@ -1,5 +1,11 @@
 """Curvature of the loss: matrix-free operators, Jacobian products and per-sample factors in few coordinates."""
 
+from stabkit.curvature.coordinates import (
+    THEORY_DIRECTIONS,
+    CoordinateNetwork,
+    coordinates_cost,
+    sample_coordinates,
+)
 from stabkit.curvature.data_operators import (
     DataOperator,
     FisherOperator,
@@ -19,6 +25,8 @@ from stabkit.curvature.operators import (
 )
 
 __all__ = [
+    "THEORY_DIRECTIONS",
+    "CoordinateNetwork",
     "CurvatureOperator",
     "DataOperator",
     "FisherOperator",
@@ -32,6 +40,7 @@ __all__ = [
     "RestrictedOperator",
     "SampleFactors",
     "ScaledJacobian",
+    "coordinates_cost",
     "curvature_gram",
     "curvature_operator",
     "forward_size",
@@ -39,4 +48,5 @@ __all__ = [
     "linearise",
     "ritz_residuals",
     "rows_pay",
+    "sample_coordinates",
 ]

@@ -40,14 +40,19 @@ def mean_gradient(problem: UnlearningProblem, samples: Samples, *, indices: Tens
 
 
 def gradient_blocks(
-    problem: UnlearningProblem, samples: Samples, indices: Tensor | None = None
+    problem: UnlearningProblem,
+    samples: Samples,
+    indices: Tensor | None = None,
+    *,
+    cotangents: Tensor | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Gradients of ℓ_i at θ* for one block of samples after another.
+    """Gradients of ℓ_i at θ*, or of u_i·f_i, for one block of samples after another.
 
     Args:
         problem: The unlearning problem.
         samples: The set.
         indices: Which of its samples; all when None.
+        cotangents: u_i for each of them, of the outputs' shape (m, ...); the loss's gradients when None.
 
     Yields:
         Gradients by parameter name, each of shape (b, *parameter), detached; at most 256 MiB of them, or one sample's,
@@ -56,11 +61,17 @@ def gradient_blocks(
 
     def single(parameters: Parameters, sample: Inputs, target: Tensor) -> Tensor:
         outputs = problem.outputs(parameters, map_tensors(lambda t: t.unsqueeze(0), sample))
+        if cotangents is not None:  # which then take the targets' place
+            return (outputs * target).sum()
         return problem.loss.per_sample(outputs, target.unsqueeze(0)).sum()
 
     per_sample = vmap(grad(single), in_dims=(None, 0, 0))
     batch = max(1, pass_bytes(GRADIENT_BYTES, problem.device) // (2 * problem.size * problem.dtype.itemsize))
+    done = 0
     for inputs, targets in samples.batches(batch, indices):
+        if cotangents is not None:
+            targets = cotangents[done : done + targets.shape[0]]
+            done += targets.shape[0]
         try:
             gradients = per_sample(problem.parameters, inputs, targets)
         except RuntimeError:

@@ -319,6 +319,33 @@ class ScaledJacobian:
 
         yield from self._batches(image, block.shape[1], start, stop)
 
+    def columns(self, places: Tensor, factors: Tensor) -> Tensor:
+        """Columns of J itself, without P^{1/2}.
+
+        Args:
+            places: Which of the d parameters, shape (k,).
+            factors: What each column is multiplied by, shape (k,).
+
+        Returns:
+            Tensor of shape (m, O, k). Cost: O or k passes a sample, by rows wherever they are fewer and fit into memory.
+        """
+        k = places.numel()
+
+        def pushed(inputs: Inputs, chosen: Tensor) -> Tensor:
+            block = torch.zeros(self._problem.size, chosen.numel(), dtype=factors.dtype, device=factors.device)
+            block[places[chosen], torch.arange(chosen.numel(), device=block.device)] = factors[chosen]
+            return jvp_block(self._problem, inputs, block, coupled=self._coupled)[1]
+
+        def taken(inputs: Inputs, place: slice) -> Tensor:
+            if self._rows_are_fewer(k):
+                found = jacobian_rows(self._problem, inputs)[..., places] * factors
+            else:
+                parts = torch.arange(k, device=places.device).split(self._at_once)
+                found = torch.cat([pushed(inputs, chosen) for chosen in parts], dim=-1)
+            return found if self.counted is None else found * self.counted[place].unsqueeze(-1)
+
+        return torch.cat([part for _, part in self._batches(taken, k, 0, by_rows=self._rows_are_fewer(k))])
+
     def add_transposed(self, cotangents: Tensor, total: Tensor, start: int = 0) -> Iterator[int]:
         """Add J^T U to a sum, batch by batch; P^{1/2} is left to the caller.
 
@@ -377,15 +404,22 @@ class ScaledJacobian:
         return self.outputs_per_sample * self._problem.size * self._problem.dtype.itemsize
 
     def _batches(
-        self, function: Callable[[Inputs, slice], T], vectors: int, start: int, stop: int | None = None
+        self,
+        function: Callable[[Inputs, slice], T],
+        vectors: int,
+        start: int,
+        stop: int | None = None,
+        *,
+        by_rows: bool | None = None,
     ) -> Iterator[tuple[int, T]]:
         """Samples done and the function's value for every batch; smaller ones, or fewer vectors, where memory runs out."""
         last = len(self) if stop is None else stop
+        by_rows = self.by_rows(vectors) if by_rows is None else by_rows
         while start < last:
             size = min(self.batch_size, last - start)
             if self._coupled:
                 size = next(end for end in self._ends if end > start) - start
-            if self.by_rows(vectors):
+            if by_rows:
                 size = max(1, min(size, self._row_budget // (2 * self._row_bytes())))
             place = slice(start, start + size)
             try:

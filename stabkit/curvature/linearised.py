@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from stabkit.preconditioner import Preconditioner
 from stabkit.problem import CHECK_EVERY
 
 FACTORED_AT_ONCE = 64  # samples, in float64
+ROWS_AT_ONCE = 2**16  # of the basis, that are masked
 SMALL_MOVE = 1e-3  # of the outputs, relative to their size
 
 
@@ -124,6 +126,9 @@ class LinearisedNetwork:
         landmarks: How many of the directions, the last ones, are there to span the landmarks that `linearise` was given.
     """
 
+    # Whether what a mask leaves of a gradient in the coordinates lies in them.
+    masks_inside: ClassVar[bool] = False
+
     retain: LinearisedSet
     forget: LinearisedSet
     basis: Tensor
@@ -144,6 +149,60 @@ class LinearisedNetwork:
     def rank(self) -> int:
         """Number r of coordinates."""
         return self.basis.shape[1]
+
+    @property
+    def run_preconditioner(self) -> Preconditioner:
+        """P as the steps of a run apply it."""
+        return self.preconditioner
+
+    @property
+    def gradient_metric(self) -> Tensor:
+        """What the square of a clipped gradient's norm is by in the coordinates, shape (r, r)."""
+        return self.metric
+
+    def masked(self, mask: Tensor) -> Tensor:
+        """What a mask does to a gradient in the coordinates, where P = I.
+
+        Args:
+            mask: Shape (d,).
+
+        Returns:
+            V^T M V, shape (r, r).
+        """
+        found = self.basis.new_zeros(self.rank, self.rank)
+        for rows, kept in zip(self.basis.split(ROWS_AT_ONCE), mask.to(self.basis).split(ROWS_AT_ONCE), strict=True):
+            found += rows.T @ (rows * kept.unsqueeze(1))
+        return found
+
+    def gradient_along(self, vector: Tensor) -> Tensor:
+        """A gradient in the coordinates, where P = I.
+
+        Args:
+            vector: Shape (d,).
+
+        Returns:
+            V^T u, shape (r,).
+        """
+        return self.basis.T @ vector.to(self.basis)
+
+    def factors(self) -> tuple[SampleFactors, SampleFactors]:
+        """Both sets' curvature factors, in the coordinates that the linear theory is computed in.
+
+        Returns:
+            Retain and forget factors, as `LinearisedSet.factors` has them.
+        """
+        return self.retain.factors(self.loss), self.forget.factors(self.loss)
+
+    def inside(self, vector: Tensor) -> Tensor:
+        """Those coordinates of a direction of the preconditioned problem.
+
+        Args:
+            vector: Shape (d,).
+
+        Returns:
+            V^T v, shape (r,), float64 on the CPU.
+        """
+        return (self.basis.T @ vector).double().cpu()
 
     def thinned(self, *, rank: int | None = None, samples: float = 1.0) -> LinearisedNetwork:
         """The leading directions and a random part of the samples, from which to see how much either matters.

@@ -181,9 +181,9 @@ def linearise(
     check_int(checkpoint_every, name="checkpoint_every", owner=OWNER, low=1)
     budget = None if memory is None else memory_budget(memory, owner=OWNER, device=problem.device)
     both = problem.retain, problem.forget
-    coupled = _coupled_sizes(problem, batch_sizes)
+    coupled = coupled_sizes(problem, batch_sizes)
     indices = [
-        _chosen(samples, count, size, seed + i, shuffled=sketch_samples is not None)
+        chosen_samples(samples, count, size, seed + i, shuffled=sketch_samples is not None)
         for i, (samples, count, size) in enumerate(zip(both, (retain_samples, forget_samples), coupled, strict=True))
     ]
     store = None
@@ -359,7 +359,7 @@ def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, pr
     return torch.linalg.vector_norm(residuals, dim=0, dtype=torch.float64).cpu() / (scale if scale > 0 else 1.0)
 
 
-def _coupled_sizes(problem: UnlearningProblem, batch_sizes: tuple[int, int] | None) -> tuple[int | None, int | None]:
+def coupled_sizes(problem: UnlearningProblem, batch_sizes: tuple[int, int] | None) -> tuple[int | None, int | None]:
     """Sizes of coupled batches of both sets; None where samples are not coupled."""
     if problem.batchnorm == "frozen":
         return None, None
@@ -369,7 +369,7 @@ def _coupled_sizes(problem: UnlearningProblem, batch_sizes: tuple[int, int] | No
     return min(sizes[0], problem.retain.size), min(sizes[1], problem.forget.size)
 
 
-def _chosen(samples: Samples, count: int | None, size: int | None, seed: int, *, shuffled: bool) -> Tensor:
+def chosen_samples(samples: Samples, count: int | None, size: int | None, seed: int, *, shuffled: bool) -> Tensor:
     """A sample, of whole batches where samples are coupled; in random order then, and where the first ones are to be one."""
     if size is not None and count is not None:
         count = max(1, round(count / size)) * size
