@@ -20,6 +20,7 @@ from stabkit.staged import staged_rollout
 
 DECADES_AROUND = (3, 2)  # below and above the guess, in the first scan
 POINTS_PER_DECADE = 5
+ADAMW_GUESS = 0.01  # step size over the parameters' root mean square
 EXTENSIONS = 3  # downwards by three decades each, while even the smallest step diverges
 MIX_POINTS = 21
 REFINEMENTS = 2
@@ -76,6 +77,21 @@ class CriticalValue:
             return self
         low, high = (self.value * end / other.value for end in (other.low, other.high))
         return replace(self, low=min(self.low, low), high=min(max(self.high, high), most))
+
+
+def adamw_guess(problem: UnlearningProblem) -> float:
+    """A step size of the order of an AdamW run's critical one, where a scan may begin.
+
+    A step moves each parameter by about η, whatever the curvature, and some hundred steps of a hundredth of their size leave
+    little of a network.
+
+    Args:
+        problem: The unlearning problem.
+
+    Returns:
+        A hundredth of the parameters' root mean square.
+    """
+    return ADAMW_GUESS * float(problem.vector().double().square().mean().sqrt())
 
 
 def critical_lr(

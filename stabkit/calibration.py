@@ -21,7 +21,7 @@ from torch import Tensor
 from stabkit._serialise import from_plain
 from stabkit._validate import check_choice
 
-KINDS = ("one", "staged")
+KINDS = ("one", "staged", "adamw")
 COVERAGE = 0.9  # of the interval of the critical step size
 ODDS = math.log((1 + COVERAGE) / (1 - COVERAGE))  # log odds at its upper end
 SHIPPED = Path(__file__).with_name("calibration.json")
@@ -47,7 +47,7 @@ class Calibration:
     """How the scores of one kind of rollout become probabilities, and what that rests on.
 
     Attributes:
-        kind: "one" or "staged".
+        kind: "one", "staged", or "adamw" for one linearisation of an AdamW run.
         slope: Factor of the score, set by hand.
         step_factor: Factor either way of the critical step size within which the observed one lay for nine in ten
             boundaries of the calibration cells, by split conformal prediction; None where there is none.
@@ -143,7 +143,8 @@ def calibration(kind: str) -> Calibration:
     """The shipped calibration.
 
     Args:
-        kind: "one" for rollouts on one linearisation, "staged" for those that go on with real steps.
+        kind: "one" for rollouts on one linearisation, "adamw" for those of AdamW's steps, "staged" for those that go on with
+            real steps, whose ever.
 
     Returns:
         The calibration.

@@ -7,15 +7,17 @@ import math
 import torch
 from torch import Tensor
 
+from stabkit.algorithms import Algorithm
 from stabkit.curvature.dormant import awakened
 from stabkit.curvature.factors import SampleFactors
 from stabkit.curvature.jacobian import ScaledJacobian
-from stabkit.curvature.lowrank import LinearisedNetwork
+from stabkit.curvature.linearised import SMALL_MOVE, LinearisedNetwork
 from stabkit.measure import Measurement
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cause, Share
 from stabkit.rollout import Rollout
 from stabkit.stability import mean_growth
+from stabkit.staged import first_steps, rounding
 
 TOP_SAMPLES = 10
 
@@ -88,12 +90,52 @@ def linearisation_errors(
     if not bool(torch.isfinite(c).all()):
         return math.inf, 0.0
     c = c * _share_to_level(network, c, problem.divergence_level)
-    there = problem.at(problem.vector() + network.displacement(c))
+    return _errors_at(problem, network, c, problem.vector() + network.displacement(c), staged=staged)
+
+
+def start_errors(
+    problem: UnlearningProblem,
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    *,
+    batch_sizes: tuple[int, int],
+    seed: int,
+    staged: bool = False,
+) -> tuple[float, float]:
+    """How wrong the linearised network is after a run's first steps, where no rollout says where all parameters are (T15).
+
+    Args:
+        problem: The unlearning problem.
+        network: Its linearisation in sampled parameters.
+        algorithm: The algorithm with its step size and mix.
+        batch_sizes: B_R and B_F.
+        seed: Seed of the batches.
+        staged: As `linearisation_errors` has it.
+
+    Returns:
+        What `linearisation_errors` returns. Cost: as `staged.first_steps` and that have it.
+    """
+    c, theta = first_steps(problem, network, algorithm, batch_sizes=batch_sizes, seed=seed)
+    return _errors_at(problem, network, c, theta, staged=staged, least=rounding(theta))
+
+
+def _errors_at(
+    problem: UnlearningProblem,
+    network: LinearisedNetwork,
+    c: Tensor,
+    theta: Tensor,
+    *,
+    staged: bool,
+    least: float = SMALL_MOVE,
+) -> tuple[float, float]:
+    """Relative error of the outputs f(θ*) + Φc at θ, and the dormant tensors' share of the sensitivity there."""
+    there = problem.at(theta)
     outputs = [
         ScaledJacobian(there, samples, part.indices, network.preconditioner, coupled=part.coupled).outputs()
         for samples, part in ((problem.retain, network.retain), (problem.forget, network.forget))
     ]
-    return network.output_error(c, outputs), 0.0 if staged else awakened(problem, network, there.parameters)
+    error = network.output_error(c, outputs, least=least)
+    return error, 0.0 if staged else awakened(problem, network, there.parameters)
 
 
 def _share_to_level(network: LinearisedNetwork, c: Tensor, level: float) -> float:

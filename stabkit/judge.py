@@ -18,12 +18,13 @@ from stabkit._version import __version__
 from stabkit.algorithms import ALGORITHMS, Algorithm
 from stabkit.boundary import (
     CriticalValue,
+    adamw_guess,
     staged_critical_lr,
     staged_critical_mix,
     surroundings,
 )
 from stabkit.calibration import calibration, combined
-from stabkit.cause import find_cause, linearisation_errors
+from stabkit.cause import find_cause, linearisation_errors, start_errors
 from stabkit.checks import change_checks, margin_check, trust_checks, warn_if_unsure
 from stabkit.curvature import SampleFactors
 from stabkit.curvature.dormant import SAMPLES
@@ -36,7 +37,7 @@ from stabkit.remedy import RISK, recommend
 from stabkit.report import CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
 from stabkit.rollout import Rollout, rollout
 from stabkit.spectrum._common import ROUNDING
-from stabkit.staged import first_look, staged_rollout, start_error
+from stabkit.staged import first_look, staged_rollout
 from stabkit.steps import check_coupled
 
 STABLE_BELOW, DIVERGES_ABOVE = 0.25, 0.75  # of P(diverge); between them the verdict is "marginal"
@@ -44,7 +45,6 @@ HORIZON_GROWTH = 1e3  # of the mean square, at `Thresholds.horizon_lr`
 LYAPUNOV_STEPS, LYAPUNOV_RUNS = 100, 16
 ADVISED = 2.0  # how far below the critical step size an advised one lies at least; rule of thumb
 NEGLIGIBLE = 1e-3  # negative curvature, as a share of the largest
-ADAPTIVE_GUESS = 0.01  # AdamW's step size over the parameters' root mean square, where a scan begins
 DAMPING = 1e-3  # ε of T5, as a share of λ_max(H_R)
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
 
@@ -106,7 +106,14 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     verdict_by = _verdict_by(measurement, rolled, mix_detail, seeds, progress=progress)
     mix_detail = verdict_by.mix
     if algorithm.adaptive:
-        error, awake = start_error(problem, network, algorithm, batch_sizes=batch_sizes, seed=seeds[0])
+        error, awake = start_errors(
+            problem,
+            network,
+            algorithm,
+            batch_sizes=batch_sizes,
+            seed=seeds[0],
+            staged=measurement.settings.staged,
+        )
     else:
         error, awake = linearisation_errors(problem, network, rolled, staged=measurement.settings.staged)
     probability = float(verdict_by.rollout.probability[0])
@@ -355,9 +362,7 @@ def _edges(measurement: Measurement) -> tuple[float, float]:
 def _guess(measurement: Measurement) -> float:
     """A step size of the order of the critical one."""
     if measurement.algorithm.adaptive:
-        # A step moves each parameter by about η, whatever the curvature: a few hundred of a hundredth of their size each
-        # leave little of a network.
-        return ADAPTIVE_GUESS * float(measurement.problem.vector().double().square().mean().sqrt())
+        return adamw_guess(measurement.problem)
     limit = _step_limit(measurement)
     if math.isfinite(limit):
         return limit

@@ -77,7 +77,7 @@ class _Search:
         )
         self._measurement = measurement
         self._seeds, self._risk = seeds, risk
-        self.kind = "staged" if measurement.settings.staged else "one"
+        self.kind = "staged" if measurement.settings.staged else "adamw" if self._algorithm.adaptive else "one"
         self.margin = calibration(self.kind).margin(risk)
         self._scale = loss_scale(self._network)
 

@@ -91,8 +91,8 @@ def headline(report: Report) -> str:
     }
     where = "" if report.divergence_step is None else f", near step {report.divergence_step:.0f}"
     return (
-        f"{run.algorithm} at step size {number(run.lr)} and mix {number(run.mix)}, {run.steps} steps, "
-        f"{words[report.verdict]}{where}: P(diverge) = {report.probability:.2f}."
+        f"{run.algorithm}{' by AdamW' if run.adaptive else ''} at step size {number(run.lr)} and mix {number(run.mix)}, "
+        f"{run.steps} steps, {words[report.verdict]}{where}: P(diverge) = {report.probability:.2f}."
     )
 
 
@@ -205,9 +205,11 @@ def _shares(shares: Sequence[object]) -> str:
 
 
 def _theory(report: Report) -> Section:
-    t, steps, momentum = report.thresholds, report.run.steps, report.run.settings.get("momentum", 0.0)
+    t, run = report.thresholds, report.run
+    steps, momentum = run.steps, run.settings.get("momentum", 0.0) or run.adaptive
+    what = "of AdamW with its second moment held still; " if run.adaptive else ""
     return Section(
-        title="Linear theory" + (" (mean square and rules: without the momentum)" if momentum else ""),
+        title="Linear theory" + (f" ({what}mean square and rules: without the momentum)" if momentum else ""),
         rows=(
             Row(
                 label="λ_max(D), λ_min(D)",

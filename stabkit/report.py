@@ -81,6 +81,11 @@ class Run:
         """Number K of steps."""
         return int(self.settings["steps"])
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the steps are AdamW's."""
+        return self.settings.get("optimizer") == "adamw"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:

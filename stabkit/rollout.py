@@ -61,7 +61,7 @@ class Rollout:
             a run has ended.
         forget_loss: The same for the forget samples.
         coordinates: c where the run crossed the level, or at its end, shape (S, G, r).
-        kind: "one" or "staged": whose calibration the probability is read from.
+        kind: "one", "adamw" or "staged": whose calibration the probability is read from.
     """
 
     lr: Tensor
@@ -200,7 +200,8 @@ def rollout(
         for group in groups
     ]
     joined: dict[str, Any] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-    return Rollout(lr=etas.cpu(), mix=alphas.cpu(), steps=torch.tensor(checks), **joined)
+    kind = "adamw" if algorithm.adaptive else "one"
+    return Rollout(lr=etas.cpu(), mix=alphas.cpu(), steps=torch.tensor(checks), kind=kind, **joined)
 
 
 class _Part:

@@ -151,6 +151,18 @@ class _Seen:
         return right and self.awakened <= MAX_AWAKENED
 
 
+def rounding(like: Tensor) -> float:
+    """The least share of their size that outputs move by, as far as can be told.
+
+    Args:
+        like: A tensor of their dtype.
+
+    Returns:
+        The share.
+    """
+    return ROUNDING * torch.finfo(like.dtype).eps
+
+
 class _Run:
     """One seed's run."""
 
@@ -199,7 +211,7 @@ class _Run:
         ahead = [k for k in self.path if k > 0 and not k >= crossing]
         if self._problem.batchnorm == "batch":
             self._statistics = self._followed(ahead)
-        departed = self.path_error(ahead)[0] if self._problem.batchnorm == "frozen" else 0.0
+        departed = self._path_error(ahead) if self._problem.batchnorm == "frozen" else 0.0
         if departed > max_path_error:
             last, seen = 0, _Seen(loss_error=0.0, output_error=0.0, losses=(math.nan, math.nan))
         else:
@@ -217,19 +229,28 @@ class _Run:
         )
         return replace(rolled, coordinates=self.path[last][0].reshape(1, 1, -1).double().cpu()), handover
 
-    def path_error(self, ahead: list[int]) -> tuple[float, Parameters]:
-        """Error of the linearised outputs after a few real steps with the same batches, and the parameters there.
+    def _path_error(self, ahead: list[int]) -> float:
+        """Error of the linearised outputs a few steps on, against real steps with the same batches, stand-ins included."""
+        # The outputs at predicted parameters cannot show it: a gradient outside of the linearisation's directions moves the
+        # real run and not the predicted one, which may be right about a place that the run never comes to.
+        if not ahead:
+            return 0.0
+        at = self.stepped(ahead)
+        outputs, _ = self._evaluated(self._problem.unflatten(at.theta))
+        return self._network.output_error(self.path[at.step][0], outputs, least=rounding(self._theta))
+
+    def stepped(self, ahead: list[int]) -> Position:
+        """A few real steps, with the batches of the rollout, stand-ins included.
 
         Args:
             ahead: Steps of the path to look at.
 
         Returns:
-            The relative error, and parameters by name, with running statistics. Those samples that play take the steps.
+            The position after up to `first_look` of them.
         """
-        # The outputs at predicted parameters cannot show it: a gradient outside of the linearisation's directions moves the
-        # real run and not the predicted one, which may be right about a place that the run never comes to.
+        at = self._start()
         if not ahead:
-            return 0.0, self._problem.parameters
+            return at
         network = self._network
         last = min(first_look(self._algorithm), ahead[-1])
         steps = steps_from(
@@ -245,10 +266,7 @@ class _Run:
             if at.step == last or at.stopped:
                 break
         self.gradients += at.gradient_equivalents
-        there = {**self._problem.unflatten(at.theta), **at.statistics}
-        outputs, _ = self._evaluated(there)
-        rounding = ROUNDING * torch.finfo(self._theta.dtype).eps
-        return network.output_error(self.path[at.step][0], outputs, evaluated=True, least=rounding), there
+        return at
 
     def _start(self) -> Position:
         """Before the first step."""
@@ -403,15 +421,15 @@ class _Run:
         return (outputs[0], outputs[1]), (means[0], means[1])
 
 
-def start_error(
+def first_steps(
     problem: UnlearningProblem,
     network: LinearisedNetwork,
     algorithm: Algorithm,
     *,
     batch_sizes: tuple[int, int],
     seed: int,
-) -> tuple[float, float]:
-    """How wrong the linearised network is after a run's first real steps: all that can be asked of sampled parameters.
+) -> tuple[Tensor, Tensor]:
+    """Where a run's first steps lead, linearised and for real: all that can be compared of sampled parameters.
 
     Args:
         problem: The unlearning problem.
@@ -421,14 +439,14 @@ def start_error(
         seed: Seed of the batches.
 
     Returns:
-        ‖f(θ) - f(θ*) - Φc‖ / ‖Φc‖ there, as `LinearisedNetwork.output_error` has it, and the share of the outputs'
-        sensitivity that is to tensors which were dormant at θ*. Cost: a rollout, the first steps (`first_look`), a forward
-        pass over the linearised samples, and gradients of up to 128 where there are such tensors.
+        Coordinates c, shape (r,), and parameters θ, shape (d,), after up to `first_look` steps, of which none but the last
+        is past the divergence level. Cost: a rollout, and those steps.
     """
     run = _Run(problem, network, algorithm, batch_sizes, seed)
     crossing = float(run.linearised().divergence_step[0, 0])
-    error, there = run.path_error([k for k in run.path if k > 0 and not k > crossing])
-    return error, awakened(problem, network, there)
+    ahead = [k for k in run.path if k > 0 and not k > crossing]
+    at = run.stepped(ahead)
+    return run.path[at.step][0], at.theta
 
 
 def first_look(algorithm: Algorithm) -> int:

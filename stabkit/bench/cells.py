@@ -40,7 +40,9 @@ class Cell:
         algorithm: Name of the algorithm.
         momentum: Heavy-ball momentum.
         steps: Steps of every run.
-        role: "evaluation", or "calibration": what the probability may be fitted to, and never pooled with the others.
+        role: "evaluation", or "calibration": what the probability may be fitted to, and never pooled with the others. Cells
+            of AdamW's runs, "AdamW evaluation" and "AdamW calibration", are neither pooled with those of SGD's.
+        optimizer: "sgd" or "adamw".
     """
 
     dataset: str
@@ -50,12 +52,14 @@ class Cell:
     momentum: float = 0.0
     steps: int = 100
     role: str = "evaluation"
+    optimizer: str = "sgd"
 
     @property
     def key(self) -> str:
         """Name of the cell, fit for a file."""
         momentum = f"-m{self.momentum:g}" if self.momentum else ""
-        return f"{self.dataset}-{self.model}-{self.deletion}-{self.algorithm}{momentum}"
+        optimizer = "" if self.optimizer == "sgd" else f"-{self.optimizer}"
+        return f"{self.dataset}-{self.model}-{self.deletion}-{self.algorithm}{momentum}{optimizer}"
 
 
 DATASETS: dict[str, Callable[[int], TensorSplit]] = {
@@ -192,6 +196,51 @@ CELLS: tuple[Cell, ...] = (
     *(
         Cell(dataset="profiles", model="lm", deletion="people10", algorithm=algorithm)
         for algorithm in ("graddiff", "npo")
+    ),
+    *(
+        Cell(
+            dataset="digits",
+            model=model,
+            deletion=deletion,
+            algorithm=algorithm,
+            role="AdamW calibration",
+            optimizer="adamw",
+        )
+        for model, deletion, algorithm in (
+            ("mlp", "random10", "graddiff"),
+            ("mlp", "class", "graddiff"),
+            ("mlp", "class", "salun"),
+            ("tanh-mlp", "random10", "agu"),
+            ("tanh-mlp", "class", "graddiff"),
+            ("cnn", "mislabelled", "graddiff"),
+            ("resnet", "class", "graddiff"),
+        )
+    ),
+    *(
+        Cell(
+            dataset=dataset,
+            model=model,
+            deletion=deletion,
+            algorithm=algorithm,
+            role="AdamW evaluation",
+            optimizer="adamw",
+        )
+        for dataset, model, deletion, algorithm in (
+            ("digits", "cnn", "random10", "graddiff"),
+            ("digits", "cnn", "class", "graddiff"),
+            ("digits", "cnn", "class", "agu"),
+            ("digits", "cnn", "random10", "ga"),
+            ("digits", "cnn", "random10", "salun"),
+            ("digits", "cnn", "class", "sfr_on"),
+            ("digits", "resnet", "random10", "graddiff"),
+            ("digits", "vit", "class", "graddiff"),
+            ("adult", "tabular", "random10", "graddiff"),
+            ("adult", "tabular", "mislabelled", "graddiff"),
+            ("mnist", "cnn", "class", "graddiff"),
+            ("cifar10", "cnn", "random10", "graddiff"),
+            ("profiles", "lm", "people10", "graddiff"),
+            ("profiles", "lm", "people10", "npo"),
+        )
     ),
 )
 

@@ -37,7 +37,7 @@ def reliability(said: Sequence[float], happened: Sequence[bool]) -> tuple[Bin, .
     )
 
 
-def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
+def fit_calibration(results: Sequence[CellResult], kind: str, *, name: str | None = None) -> Calibration:
     """How good the probability is on some cells, and the conformal factor of the critical step size.
 
     The slope is not fitted. For one linearisation least log loss asks for a lower one at hardly a better Brier score, and
@@ -46,6 +46,7 @@ def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
     Args:
         results: Cells that no evaluation contains.
         kind: "one" or "staged".
+        name: What it is shipped as; the kind when None.
 
     Returns:
         The calibration, with its own runs' Brier score and reliability.
@@ -53,7 +54,7 @@ def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
     Raises:
         ValueError: If a cell is one of the evaluation, or there is none.
     """
-    wrong = sorted({r.cell.key for r in results if r.cell.role != "calibration"})
+    wrong = sorted({r.cell.key for r in results if not r.cell.role.endswith("calibration")})
     if wrong or not results:
         raise ValueError(
             "`results` of `fit_calibration` must be cells of the calibration, at least one; got "
@@ -62,7 +63,7 @@ def fit_calibration(results: Sequence[CellResult], kind: str) -> Calibration:
     away = np.sort(np.abs(np.log([ratio for result in results for ratio in boundary_ratios(result, kind)])))
     rank = math.ceil(COVERAGE * (away.size + 1))
     fitted = Calibration(
-        kind=kind,
+        kind=name or kind,
         slope=SLOPE,
         step_factor=float(np.exp(away[rank - 1])) if rank <= away.size else None,
         runs=sum(len(result.records) for result in results),

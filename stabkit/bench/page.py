@@ -58,9 +58,10 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]
     for role, found in summary["roles"].items():
-        figure = target.parent / "figures" / f"verify_{role}.png"
+        place = role.lower().replace(" ", "_")
+        figure = target.parent / "figures" / f"verify_{place}.png"
         _draw(found, figure)
-        worst = figure.with_name(f"verify_{role}_worst.png")
+        worst = figure.with_name(f"verify_{place}_worst.png")
         draw_worst(found["worst"], worst)
         parts += _section(role, found, f"figures/{figure.name}", f"figures/{worst.name}")
     return write_atomically(target, "\n\n".join(parts) + "\n")
@@ -82,7 +83,7 @@ def _section(role: str, found: dict[str, Any], figure: str, worst: str) -> list[
     held = " or ".join(f"{retain} retain and {forget} forget samples" for retain, forget in found["most_samples"])
     standard = MODES["standard"]
     return [
-        f"## {role.capitalize()}",
+        f"## {role[0].upper()}{role[1:]}",
         f"{pool['settings']:,} real runs on the grids, a share of {_number(pool['share_diverged'])} diverged, and "
         f"{found['boundary_runs']:,} more at the boundaries; each was run again with "
         "other batches, which is as far as a prediction that does not know the batches can go.\n"

@@ -16,7 +16,7 @@ from stabkit._errors import StabkitWarning
 from stabkit._rng import preserved_rng
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.bench.cells import Cell, prepared
-from stabkit.boundary import critical_lr
+from stabkit.boundary import adamw_guess, critical_lr
 from stabkit.coherence import coherence
 from stabkit.measure import Measurement, measure
 from stabkit.modes import MODES, Sizes
@@ -330,7 +330,14 @@ def algorithm_of(cell: Cell, problem: UnlearningProblem) -> Algorithm:
         The algorithm, at a mix of the grid where that is one's to choose.
     """
     batch = min(BATCH, problem.retain.size)
-    plain = resolve_algorithm(cell.algorithm, steps=cell.steps, batch_size=batch, momentum=cell.momentum or None)
+    adamw = cell.optimizer == "adamw"  # whose own momentum takes the place of an algorithm's
+    plain = resolve_algorithm(
+        cell.algorithm,
+        steps=cell.steps,
+        batch_size=batch,
+        momentum=0.0 if adamw else cell.momentum or None,
+        optimizer=cell.optimizer,
+    )
     return _set(plain, MIXES[1])
 
 
@@ -343,6 +350,7 @@ def _grid(measurement: Measurement, batch_sizes: tuple[int, int], mixes: tuple[f
     """Step sizes from a tenth of the smallest predicted boundary to ten times the largest."""
     algorithm = measurement.algorithm
     guess = 2 / float(torch.linalg.eigvalsh(measurement.retain.mean())[-1])
+    guess = adamw_guess(measurement.problem) if algorithm.adaptive else guess
     edges = [
         critical_lr(
             measurement.network,
@@ -373,7 +381,7 @@ def _linear_theory(
     for j, mix in enumerate(mixes):
         here = dynamics.at(mix)
         largest = float(torch.linalg.eigvalsh(here.mean_hessian())[-1])
-        limits.append(stability.step_limit(largest, momentum=algorithm.momentum))
+        limits.append(stability.step_limit(largest, momentum=algorithm.inertia))
         sigma = coherence(here.retain.thin(COHERENCE_SAMPLES), here.forget.thin(COHERENCE_SAMPLES), mix=mix).for_rule()
         rules[:, j] = [stability.coherence_rule(here, lr, sigma=sigma).diverges for lr in lrs]
     return growth, limits, rules

@@ -95,6 +95,9 @@ def calibrate(folder: str | Path, path: str | Path) -> dict[str, Calibration]:
     results = [read_cell(place) for place in sorted(Path(folder).glob("*-s*.json")) if "-quick" not in place.name]
     mine = [result for result in results if result.cell.role == "calibration"]
     fitted = {kind: fit_calibration(mine, kind) for kind in KINDS}
+    adamw = [result for result in results if result.cell.role == "AdamW calibration"]
+    if adamw:
+        fitted["adamw"] = fit_calibration(adamw, "one", name="adamw")
     write_atomically(path, dumps(to_plain(fitted)) + "\n")
     return fitted
 
@@ -178,9 +181,7 @@ def _reliability(results: Sequence[CellResult], kind: str) -> list[dict[str, flo
 
 def _rollouts_alone(results: Sequence[CellResult]) -> dict[str, Any]:
     """How right P(diverge) would be without what the boundary says."""
-    unaware = [
-        with_probabilities(replace(r, boundaries=()), {kind: calibration(kind) for kind in KINDS}) for r in results
-    ]
+    unaware = [with_probabilities(replace(r, boundaries=()), _calibrations(r.cell)) for r in results]
     found = pooled(unaware)
     return {kind: asdict(getattr(found, kind)) for kind in KINDS}
 
@@ -212,4 +213,9 @@ def read_cell(path: Path) -> CellResult:
             "delete it to have it made again."
         )
     found = from_plain(CellResult, {"most_samples": EARLIER_SAMPLES, "path_steps": 0, **plain})
-    return with_probabilities(found, {kind: calibration(kind) for kind in KINDS})
+    return with_probabilities(found, _calibrations(found.cell))
+
+
+def _calibrations(cell: Cell) -> dict[str, Calibration]:
+    """The shipped calibration of each kind of rollout of a cell."""
+    return {kind: calibration("adamw" if kind == "one" and cell.optimizer == "adamw" else kind) for kind in KINDS}

@@ -237,7 +237,7 @@ def sample_coordinates(
     ones = torch.ones_like(theta)
     p, own = frozen.apply(ones), run_p.apply(ones)
     sensitivity = _sensitivity(problem, indices, seed).to(theta)
-    places, weights = _drawn(sensitivity.sqrt() * (p > 0), count, seed)
+    places, weights = _drawn(sensitivity.sqrt(), p > 0, count, seed)
     p, w = p[places], weights.to(theta)
     scale = (p * w).sqrt()
 
@@ -312,11 +312,11 @@ def _sensitivity(problem: UnlearningProblem, indices: Sequence[Tensor], seed: in
     return total
 
 
-def _drawn(sizes: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Places of `count` parameters, drawn systematically in proportion to their sizes, and weights, in random order."""
-    sizes = sizes.double().cpu()
-    moving = sizes > 0
-    if not bool(moving.any()):
+def _drawn(sizes: Tensor, moving: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Places of `count` parameters that move, drawn systematically by their sizes, and weights, in random order."""
+    moving = moving.cpu()
+    sizes = sizes.double().cpu() * moving
+    if not bool((sizes > 0).any()):
         raise ValueError(
             "`preconditioner` of an AdamW run must let some parameter move that the outputs depend on; got one that holds "
             "all of them still. Keep more of them."
