@@ -415,8 +415,9 @@ def test_a_report_says_whose_steps_they_are(report):
     assert "captured output sensitivity" not in names
 
 
-def test_every_further_question(classified, report):
+def test_every_further_question(classified):
     model, forget, retain = classified
+    report = stabkit.predict(model, forget, retain, lr=1e-3, mix=0.3, steps=50, optimizer="adamw", mode="fast", seeds=2)
     lower = report.at(lr=report.critical_lr / 20)
     assert lower.probability < 0.2 < report.at(lr=report.critical_lr * 20).probability
     assert report.at(mix=0.1).critical_lr > report.critical_lr
@@ -434,14 +435,12 @@ def test_every_further_question(classified, report):
 
 def test_thorough_predictions_take_real_steps(classified):
     model, forget, retain = classified
-    found = stabkit.predict(
-        model, forget, retain, lr=1e-3, mix=0.3, steps=30, optimizer="adamw", mode="thorough", seeds=1
-    )
+    algorithm = GradientAscent(lr=1e-3, steps=30, optimizer="adamw")
+    found = stabkit.predict(model, forget, retain, algorithm=algorithm, mode="thorough", seeds=1)
     assert found.rollout.real_steps > 0
     problem = UnlearningProblem(model, forget, retain)
-    settings = GradDiff(**found.run.settings)
-    assert not run(problem, settings.replace(lr=found.critical_lr / 1.5)).diverged
-    assert run(problem, settings.replace(lr=found.critical_lr * 1.5)).diverged
+    assert not run(problem, algorithm.replace(lr=found.critical_lr / 1.5)).diverged
+    assert run(problem, algorithm.replace(lr=found.critical_lr * 1.5)).diverged
 
 
 def test_normalised_batches(classified):
