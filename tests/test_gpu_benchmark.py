@@ -429,13 +429,24 @@ def test_the_first_step_is_as_long_as_adams():
     task = Task("lm", TINY, CPU)
     model, sets = task.build(0).eval(), task.sets("people")
     problem = problem_of(model, task, sets)
-    setting = next(p for p in PUBLISHED if p.name == "graddiff-open-unlearning").make(problem)
+    setting = next(p for p in PUBLISHED if p.name == "graddiff-open-unlearning").make(problem, TINY)
     total = sum(
         sign * nn.functional.cross_entropy(model(x)[:, :-1].flatten(0, 1), y[:, 1:].flatten()) / 2
         for (x, y), sign in ((sets.retain, 1), (sets.forget, -1))
     )  # every answer has as many words here, so that the mean over words is the mean over answers
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
     assert setting.lr * float(gradient.norm()) == pytest.approx(ADAM_LR * math.sqrt(gradient.numel()), rel=1e-4)
+
+
+def test_adamw_unlearns_at_the_step_size_it_was_trained_with():
+    task = Task("lm", TINY, CPU)
+    problem = problem_of(task.build(0).eval(), task, task.sets("people"))
+    setting = next(p for p in PUBLISHED if p.name == "ga-open-unlearning-adamw").make(problem, TINY)
+    assert (setting.optimizer, setting.lr, setting.weight_decay) == ("adamw", TINY.training["lm"].lr, 0.01)
+    rates, epoch = setting.lr_schedule, setting.steps // 10
+    assert rates[epoch - 1] == max(rates) == 1.0
+    assert rates[-1] == pytest.approx(0)
+    assert list(rates[epoch - 1 :]) == sorted(rates[epoch - 1 :], reverse=True)
 
 
 # ---------------------------------------------------------------------- the page

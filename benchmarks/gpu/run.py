@@ -109,6 +109,11 @@ def jobs() -> list[Job]:
         _train("lm"),
         *map(_published, ("ga-open-unlearning", "graddiff-open-unlearning")),
         *(_cell("lm", "people", name) for name in ("graddiff", "npo", "ga")),
+        *map(_published, ("ga-open-unlearning-adamw", "graddiff-open-unlearning-adamw")),
+        *(_cell("lm", "people", name, mixes=1, optimizer="adamw") for name in ("graddiff", "npo")),
+        _cell("vit", "random10", "graddiff", mixes=1, optimizer="adamw"),
+        _cell("resnet18", "random10", "graddiff", mixes=1, optimizer="adamw"),
+        _cell("lm-gpt2", "people", "graddiff", mixes=1, optimizer="adamw"),
     ]
 
 
@@ -140,9 +145,13 @@ def _trained(store: Store, task: Task, *, deletion: str | None) -> dict[str, Any
     }
 
 
-def _cell(task: str, deletion: str, algorithm: str, *, mixes: int = 2, batchnorm: str = "frozen") -> Job:
+def _cell(
+    task: str, deletion: str, algorithm: str, *, mixes: int = 2, batchnorm: str = "frozen", optimizer: str = "sgd"
+) -> Job:
     """Predict and run a combination."""
-    spec = Cell(task=task, deletion=deletion, algorithm=algorithm, mixes=mixes, batchnorm=batchnorm)
+    spec = Cell(
+        task=task, deletion=deletion, algorithm=algorithm, mixes=mixes, batchnorm=batchnorm, optimizer=optimizer
+    )
     key = f"cell-{spec.key}"
     make = partial(cell, spec=spec, job=key)
     minutes = MIX_MINUTES[task] * (1 if algorithm == "ga" else mixes)

@@ -45,6 +45,7 @@ PAPER = {
     "scrub": (99.44, 99.88, 94.13, 87.43, 4.43, 0.25),
     "sfr_on": (96.58, 99.88, 94.19, 72.26, 1.20, 0.15),
 }
+ADDED = {"sgd": "", "adamw": ", AdamW"}  # to a network's name, by the optimiser of its runs
 PUBLISHED_AS = {
     "sfr_on-paper": "sfr_on",
     "ga-sfr_on-paper": "ga",
@@ -169,8 +170,13 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
     if not cells:
         return ""
     rows = []
-    for task, name in names.items():
-        mine = {key: found for key, found in cells.items() if found["cell"]["task"] == task}
+    groups = {(task, by): name + ADDED[by] for by in ADDED for task, name in names.items()}
+    for (task, by), name in groups.items():
+        mine = {
+            key: found
+            for key, found in cells.items()
+            if (found["cell"]["task"], _optimizer(found["cell"])) == (task, by)
+        }
         if not mine:
             continue
         found, alone = _scores(mine, predictions), _scores(mine, predictions, boundaries=False)
@@ -578,7 +584,13 @@ def _ratios(cells: dict[str, Any], predictions: dict[str, Any], kind: str) -> tu
 def _name(spec: dict[str, Any]) -> str:
     """A cell's name."""
     extra = ["batch"] if spec["batchnorm"] == "batch" else []
+    extra += ["AdamW"] if _optimizer(spec) == "adamw" else []
     return ", ".join([spec["task"], spec["deletion"], spec["algorithm"], *extra])
+
+
+def _optimizer(spec: dict[str, Any]) -> str:
+    """Whose steps a cell's runs take; those on record from before AdamW's were there are SGD's."""
+    return str(spec.get("optimizer", "sgd"))
 
 
 def _method(name: str) -> str:

@@ -43,7 +43,7 @@ EPOCH = (
 )  # steps: the loop runs through the retain set, the forget set coming round again
 FORGET_EPOCH = -(-CIFAR_FORGET // PUBLISHED_BATCH)
 ADAM_LR = 1e-5  # open-unlearning's AdamW
-ADAM_EPOCHS, ADAM_BATCH = 10, 32
+ADAM_EPOCHS, ADAM_BATCH, ADAM_DECAY = 10, 32, 0.01
 GOLDS = (
     ("resnet18", "random10"),
     ("resnet18", "class"),
@@ -61,6 +61,7 @@ class Cell:
         algorithm: Name of the algorithm, with its own settings but for step size, mix, steps and batches.
         mixes: How many of the scale's mixes, where the algorithm leaves the mix free.
         batchnorm: "frozen" (the library's default, and what most cells have) or "batch", in prediction and runs.
+        optimizer: "sgd" or "adamw", in both.
     """
 
     task: str
@@ -68,11 +69,13 @@ class Cell:
     algorithm: str
     mixes: int = 2
     batchnorm: str = "frozen"
+    optimizer: str = "sgd"
 
     @property
     def key(self) -> str:
         """Name of the cell, fit for a file."""
-        return "-".join([self.task, self.deletion, self.algorithm, *(["batch"] if self.batchnorm == "batch" else [])])
+        unusual = [*(["batch"] if self.batchnorm == "batch" else []), *(["adamw"] if self.optimizer == "adamw" else [])]
+        return "-".join([self.task, self.deletion, self.algorithm, *unusual])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +86,21 @@ class Published:
         name: What to call it.
         task: Name of the task.
         deletion: Name of the deletion.
-        make: The setting as stabkit has it, on a problem.
+        make: The setting as stabkit has it, on a problem and at a scale.
         outcome: "collapse" or "safe".
         source: Where it comes from and what was reported.
         differs: What of it stabkit's run does otherwise.
+        mode: How it is predicted; "thorough" for AdamW's runs, whose network one linearisation is not right about.
     """
 
     name: str
     task: str
     deletion: str
-    make: Callable[[UnlearningProblem], Algorithm]
+    make: Callable[[UnlearningProblem, Scale], Algorithm]
     outcome: str
     source: str
     differs: str
+    mode: str = "standard"
 
 
 def problem_of(model: nn.Module, task: Task, sets: Sets, *, batchnorm: str = "frozen") -> UnlearningProblem:
@@ -283,13 +288,14 @@ def _advised(report: Report, staged: dict[str, Any]) -> float:
     detail = report.critical_lr_detail
     limits = [detail.low] if detail.found else []
     limits += [staged["low"]] if staged["found"] else []
-    return 0.5 * min([*limits, report.thresholds.step_limit, detail.scanned[1]])
+    limits += [] if report.run.adaptive else [report.thresholds.step_limit]  # a still second moment's is far too small
+    return 0.5 * min([*limits, detail.scanned[1]])
 
 
 def _algorithm(spec: Cell, scale: Scale) -> Algorithm:
     """The cell's algorithm; a mix of 0.5 and more is for the runs of the grid."""
     batch = scale.batch_size[spec.task]
-    plain = resolve_algorithm(spec.algorithm, steps=scale.steps[spec.task], batch_size=batch)
+    plain = resolve_algorithm(spec.algorithm, steps=scale.steps[spec.task], batch_size=batch, optimizer=spec.optimizer)
     return plain if plain.fixed_mix else plain.replace(mix=scale.mixes[0])
 
 
@@ -351,7 +357,7 @@ def _boundary(bench: _Runs, at: Algorithm, lrs: list[float], crossed: list[bool]
 # ---------------------------------------------------------------------- published settings
 
 
-def _torchunlearn(algorithm: Algorithm, *, weight: float = 1.0) -> Callable[[UnlearningProblem], Algorithm]:
+def _torchunlearn(algorithm: Algorithm, *, weight: float = 1.0) -> Callable[[UnlearningProblem, Scale], Algorithm]:
     """SGD 0.01, momentum 0.9, decay 5e-4, 5 epochs of batches of 128 from both sets at once.
 
     Args:
@@ -362,13 +368,40 @@ def _torchunlearn(algorithm: Algorithm, *, weight: float = 1.0) -> Callable[[Unl
         What makes the setting.
     """
     settings = {"lr": 0.01 * weight, "weight_decay": 5e-4 / weight, "momentum": 0.9}
-    return lambda problem: algorithm.replace(**settings, steps=5 * EPOCH, batch_size=PUBLISHED_BATCH)
+    return lambda problem, scale: algorithm.replace(**settings, steps=5 * EPOCH, batch_size=PUBLISHED_BATCH)
 
 
-def _as_long_as_adam(mix: float) -> Callable[[UnlearningProblem], Algorithm]:
+def _as_trained(mix: float) -> Callable[[UnlearningProblem, Scale], Algorithm]:
+    """AdamW at the step size that the network was trained with, which is open-unlearning's default: 1e-5 for both there."""
+
+    def make(problem: UnlearningProblem, scale: Scale) -> Algorithm:
+        batch, steps = _ten_epochs(problem)
+        epoch = steps // ADAM_EPOCHS
+        # Its schedule: up over the first epoch, then down to 0 over the others.
+        rates = [*np.linspace(0, 1, epoch + 1)[1:], *np.linspace(1, 0, steps - epoch + 1)[1:]]
+        plain = GradientAscent() if mix == 1 else GradDiff(mix=mix)
+        return plain.replace(
+            lr=scale.training["lm"].lr,
+            steps=steps,
+            batch_size=batch,
+            optimizer="adamw",
+            weight_decay=ADAM_DECAY,
+            lr_schedule=rates,
+        )
+
+    return make
+
+
+def _ten_epochs(problem: UnlearningProblem) -> tuple[int, int]:
+    """Batch size and steps of open-unlearning's default epochs, through the forget set."""
+    batch = min(ADAM_BATCH, problem.retain.size)
+    return batch, ADAM_EPOCHS * max(1, problem.forget.size // min(batch, problem.forget.size))
+
+
+def _as_long_as_adam(mix: float) -> Callable[[UnlearningProblem, Scale], Algorithm]:
     """GradDiff whose first step is as long as AdamW's, lr·√d: each of the d entries moves by lr in Adam's first step."""
 
-    def make(problem: UnlearningProblem) -> Algorithm:
+    def make(problem: UnlearningProblem, scale: Scale) -> Algorithm:
         parameters = {name: p.detach().requires_grad_() for name, p in problem.parameters.items()}
         total = torch.zeros(problem.size, device=problem.device, dtype=problem.dtype)
         for samples, weight in ((problem.retain, 1 - mix), (problem.forget, -mix)):
@@ -381,8 +414,7 @@ def _as_long_as_adam(mix: float) -> Callable[[UnlearningProblem], Algorithm]:
                     for g, p in zip(gradients, parameters.values(), strict=True)
                 ])
         lr = ADAM_LR * math.sqrt(problem.size) / float(total.norm())
-        batch = min(ADAM_BATCH, problem.retain.size)
-        steps = ADAM_EPOCHS * max(1, problem.forget.size // min(batch, problem.forget.size))
+        batch, steps = _ten_epochs(problem)
         plain = GradientAscent() if mix == 1 else GradDiff(mix=mix)
         return plain.replace(lr=lr, steps=steps, batch_size=batch)
 
@@ -394,6 +426,10 @@ _FROZEN = "BatchNorm is frozen here and in train mode there; no augmentation her
 _SGD = (
     "SGD here, AdamW at 1e-5 there: the step size makes the first step as long as AdamW's, lr·√d; later ones follow the "
     "gradient here and keep that length there. Network and data are our own"
+)
+_TRAINED = (
+    "AdamW, its decay, warm-up and schedule as there; the step size is the largest that our network was trained with, as it "
+    "is there, where that is 1e-5. Network and data are our own"
 )
 PUBLISHED = (
     Published(
@@ -438,7 +474,7 @@ PUBLISHED = (
         name="sfr_on-paper",
         task="resnet18",
         deletion="random10",
-        make=lambda problem: SFROn(),
+        make=lambda problem, scale: SFROn(),
         outcome="safe",
         source="SFR-on's own settings and table: FA/RA/TA/MIA 96.58/99.88/94.19/72.26",
         differs=_FROZEN,
@@ -447,7 +483,7 @@ PUBLISHED = (
         name="ga-sfr_on-paper",
         task="resnet18",
         deletion="random10",
-        make=lambda problem: GradientAscent(
+        make=lambda problem, scale: GradientAscent(
             lr=1e-4, momentum=0.9, weight_decay=5e-4, steps=9 * FORGET_EPOCH, batch_size=PUBLISHED_BATCH
         ),
         outcome="safe",
@@ -472,6 +508,26 @@ PUBLISHED = (
         source="open-unlearning's default step size, issue 167: GradDiff destroys the model",
         differs=_SGD,
     ),
+    Published(
+        name="ga-open-unlearning-adamw",
+        task="lm",
+        deletion="people",
+        make=_as_trained(1.0),
+        outcome="collapse",
+        source="open-unlearning's defaults, issue 167: GradAscent leaves a utility of 0.0",
+        differs=_TRAINED,
+        mode="thorough",
+    ),
+    Published(
+        name="graddiff-open-unlearning-adamw",
+        task="lm",
+        deletion="people",
+        make=_as_trained(0.5),
+        outcome="collapse",
+        source="open-unlearning's defaults, issue 167: GradDiff destroys the model",
+        differs=_TRAINED,
+        mode="thorough",
+    ),
 )
 
 
@@ -491,13 +547,13 @@ def published(store: Store, task: Task, setting: Published, job: str) -> dict[st
     model = store.load_weights(f"train-{setting.task}", task.build(0))
     sets = task.sets(setting.deletion)
     problem = problem_of(model, task, sets)
-    algorithm = _shortened(setting.make(problem), problem, scale)
+    algorithm = _shortened(setting.make(problem, scale), problem, scale)
     sizes = scale.measured_long if setting.task == "resnet18" else scale.measured[setting.task]
 
     def make() -> dict[str, Any]:
         report, seconds = timed(
             lambda: stabkit.predict(
-                model, sets.forget, sets.retain, algorithm=algorithm, loss=task.loss, mode="standard", **sizes
+                model, sets.forget, sets.retain, algorithm=algorithm, loss=task.loss, mode=setting.mode, **sizes
             ),
             store.device,
         )
@@ -545,7 +601,11 @@ def _shortened(algorithm: Algorithm, problem: UnlearningProblem, scale: Scale) -
         return algorithm
     steps = max(10, round(algorithm.steps * scale.published_share))
     batch = min(algorithm.batch_size, problem.retain.size // 10)
-    return algorithm.replace(steps=steps, batch_size=max(2, batch))
+    rates = algorithm.lr_schedule
+    if rates is not None and not isinstance(rates, str):  # the same course in fewer steps
+        places = np.linspace(0, len(rates) - 1, steps)
+        rates = np.interp(places, np.arange(len(rates)), rates)
+    return algorithm.replace(steps=steps, batch_size=max(2, batch), lr_schedule=rates)
 
 
 # ---------------------------------------------------------------------- audits
