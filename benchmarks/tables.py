@@ -314,6 +314,29 @@ def normalised(found: dict[str, Any]) -> str:
     ])
 
 
+def adamw(found: dict[str, Any]) -> str:
+    """Critical step sizes of AdamW runs by how many parameters they are rolled out in, over the observed ones."""
+    counts = [row["parameters"] for row in found["cells"][0]["predicted"]]
+    rows = [
+        (
+            cell["cell"],
+            f"{cell['parameters']:,}",
+            sum(cell["samples"]) * cell["outputs"],
+            *(" ".join(f"{lr / cell['observed']:.2f}" for lr in row["critical_lr"]) for row in cell["predicted"]),
+        )
+        for cell in found["cells"]
+    ]
+    return "\n".join([
+        "## AdamW in samples of the parameters",
+        "",
+        "`STABKIT_DATA=... python benchmarks/adamw.py`: critical step sizes of GradDiff by AdamW, predicted from one",
+        f"linearisation over observed (median of {len(found['settings']['run_seeds'])} real runs), for three samples of each",
+        "number of parameters.",
+        "",
+        table(("cell", "parameters", "outputs linearised", *(f"in {count:,}" for count in counts)), rows),
+    ])
+
+
 def samples(found: dict[str, Any]) -> str:
     """Critical step sizes of linearisations of several sizes, over the real ones."""
     rows = []
@@ -793,6 +816,7 @@ def main() -> None:
         ("parallel.json", parallel),
         ("confidence.json", confidence),
         ("normalised.json", normalised),
+        ("adamw.json", adamw),
         ("samples.json", samples),
         ("frontier.json", frontier),
         ("dexter.json", dexter),
