@@ -329,9 +329,9 @@ def adamw(found: dict[str, Any]) -> str:
     return "\n".join([
         "## AdamW in samples of the parameters",
         "",
-        "`STABKIT_DATA=... python benchmarks/adamw.py`: critical step sizes of GradDiff by AdamW, predicted from one",
-        f"linearisation over observed (median of {len(found['settings']['run_seeds'])} real runs), for three samples of each",
-        "number of parameters.",
+        "`STABKIT_DATA=... python benchmarks/adamw.py`: critical step sizes of GradDiff by AdamW, predicted from",
+        f"one linearisation over observed (median of {len(found['settings']['run_seeds'])} real runs), for three samples",
+        "of each number of parameters.",
         "",
         table(("cell", "parameters", "outputs linearised", *(f"in {count:,}" for count in counts)), rows),
     ])

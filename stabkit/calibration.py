@@ -50,11 +50,14 @@ class Calibration:
         kind: "one", "staged", or "adamw" for one linearisation of an AdamW run.
         slope: Factor of the score, set by hand.
         step_factor: Factor either way of the critical step size within which the observed one lay for nine in ten
-            boundaries of the calibration cells, by split conformal prediction; None where there is none.
+            boundaries of the calibration cells, by split conformal prediction; None where there is none. Where
+            `step_factor_above` is another, of the lower end alone.
         runs: Real runs behind it.
         cells: Names of their cells.
         brier: Mean squared error of P on those runs.
         reliability: P against shares on those runs.
+        step_factor_above: Factor of the upper end, where predictions err one way more than the other: each end then has
+            the observed one beyond it for one boundary in twenty. None where both ends have the same.
     """
 
     kind: str
@@ -64,6 +67,7 @@ class Calibration:
     cells: tuple[str, ...]
     brier: float | None
     reliability: tuple[Bin, ...]
+    step_factor_above: float | None = None
 
     def probability(self, score: Tensor) -> Tensor:
         """P(diverge) of settings, by their rollouts alone.
@@ -88,7 +92,7 @@ class Calibration:
             The spread, widened to the conformal factor either way.
         """
         factor = self.step_factor or 1.0
-        return min(low, value / factor), max(high, value * factor)
+        return min(low, value / factor), max(high, value * (self.step_factor_above or factor))
 
     def margin(self, risk: float) -> float:
         """How far below its critical step size a run must stay for a report's P(diverge) to be within a risk.

@@ -37,7 +37,9 @@ def reliability(said: Sequence[float], happened: Sequence[bool]) -> tuple[Bin, .
     )
 
 
-def fit_calibration(results: Sequence[CellResult], kind: str, *, name: str | None = None) -> Calibration:
+def fit_calibration(
+    results: Sequence[CellResult], kind: str, *, name: str | None = None, sided: bool = False
+) -> Calibration:
     """How good the probability is on some cells, and the conformal factor of the critical step size.
 
     The slope is not fitted. For one linearisation least log loss asks for a lower one at hardly a better Brier score, and
@@ -47,6 +49,7 @@ def fit_calibration(results: Sequence[CellResult], kind: str, *, name: str | Non
         results: Cells that no evaluation contains.
         kind: "one" or "staged".
         name: What it is shipped as; the kind when None.
+        sided: Whether the interval has a factor for either end, each for one boundary in twenty, or one for both.
 
     Returns:
         The calibration, with its own runs' Brier score and reliability.
@@ -60,12 +63,15 @@ def fit_calibration(results: Sequence[CellResult], kind: str, *, name: str | Non
             "`results` of `fit_calibration` must be cells of the calibration, at least one; got "
             f"{', '.join(wrong) or 'none'}. What is calibrated on cannot evaluate."
         )
-    away = np.sort(np.abs(np.log([ratio for result in results for ratio in boundary_ratios(result, kind)])))
-    rank = math.ceil(COVERAGE * (away.size + 1))
+    logs = np.log([ratio for result in results for ratio in boundary_ratios(result, kind)])
+    below, above = (
+        (_conformal(logs, (1 + COVERAGE) / 2), _conformal(-logs, (1 + COVERAGE) / 2)) if sided else (None, None)
+    )
     fitted = Calibration(
         kind=name or kind,
         slope=SLOPE,
-        step_factor=float(np.exp(away[rank - 1])) if rank <= away.size else None,
+        step_factor=below if sided else _conformal(np.abs(logs), COVERAGE),
+        step_factor_above=above,
         runs=sum(len(result.records) for result in results),
         cells=tuple(dict.fromkeys(result.cell.key for result in results)),
         brier=None,
@@ -79,6 +85,12 @@ def fit_calibration(results: Sequence[CellResult], kind: str, *, name: str | Non
         brier=float(np.square(np.array(p) - np.array(happened)).mean()),
         reliability=reliability(p, happened),
     )
+
+
+def _conformal(logs: np.ndarray, share: float) -> float | None:
+    """The factor, at least 1, below which a share of ratios lies, by split conformal prediction; None of too few."""
+    rank = math.ceil(share * (logs.size + 1))
+    return max(1.0, float(np.exp(np.sort(logs)[rank - 1]))) if rank <= logs.size else None
 
 
 def with_probabilities(result: CellResult, calibrations: Mapping[str, Calibration]) -> CellResult:

@@ -97,7 +97,7 @@ def calibrate(folder: str | Path, path: str | Path) -> dict[str, Calibration]:
     fitted = {kind: fit_calibration(mine, kind) for kind in KINDS}
     adamw = [result for result in results if result.cell.role == "AdamW calibration"]
     if adamw:
-        fitted["adamw"] = fit_calibration(adamw, "one", name="adamw")
+        fitted["adamw"] = fit_calibration(adamw, "one", name="adamw", sided=True)
     write_atomically(path, dumps(to_plain(fitted)) + "\n")
     return fitted
 
