@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = bench.add_subparsers(dest="job", required=True)
     verify = jobs.add_parser("verify", help="predict and run cells of data set, network, deletion and algorithm")
     verify.add_argument("--folder", default="verify", help="where results lie; what is there is kept (default: verify)")
-    verify.add_argument("--cells", nargs="+", help="beginnings of cells' names; all when left out")
+    verify.add_argument("--cells", nargs="+", help="cells, or beginnings of their names; all when left out")
     verify.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     verify.add_argument("--jobs", type=int, default=1, help="processes, one thread each (default: 1)")
     verify.add_argument("--quick", action="store_true", help="eight settings a cell, to try it out")

@@ -320,7 +320,7 @@ class Report(Shown, Stored):
         costs: What it cost, by stage.
     """
 
-    schema: ClassVar[int] = 5
+    schema: ClassVar[int] = 6
 
     verdict: str
     probability: float

@@ -57,9 +57,14 @@ def test_cells_have_names_of_their_own_and_known_parts():
     assert len(set(keys)) == len(keys)
     assert {cell.dataset for cell in bench.CELLS} == set(DATASETS)
     assert {cell.model for cell in bench.CELLS} == set(MODELS)
-    assert {cell.role for cell in bench.CELLS} == {"calibration", "evaluation"}
-    calibrated = {c.key for c in bench.CELLS if c.role == "calibration"}
-    assert not calibrated & {c.key for c in bench.CELLS if c.role == "evaluation"}
+    roles = {"calibration", "evaluation", "AdamW calibration", "AdamW evaluation"}
+    assert {cell.role for cell in bench.CELLS} == roles
+    keys = {role: {c.key for c in bench.CELLS if c.role == role} for role in roles}
+    assert sum(map(len, keys.values())) == len(set().union(*keys.values()))
+    assert all((cell.optimizer == "adamw") == cell.role.startswith("AdamW") for cell in bench.CELLS)
+    # Nothing is calibrated on what an evaluation has, whosever steps it takes.
+    plain = {role: {key.removesuffix("-adamw") for key in names} for role, names in keys.items()}
+    assert not (plain["calibration"] | plain["AdamW calibration"]) & (plain["evaluation"] | plain["AdamW evaluation"])
 
 
 def test_cells_are_chosen_by_the_beginning_of_their_names():
@@ -254,7 +259,7 @@ def test_a_cut_off_benchmark_goes_on(tmp_path, monkeypatch, quick):
 
     quick_records = quick.records
     monkeypatch.setattr(verification, "record_cell", fake)
-    arguments = {"cells": ["digits-vit"], "seeds": (0, 1), "quick": True}
+    arguments = {"cells": ["digits-vit-random10", "digits-vit-class-graddiff"], "seeds": (0, 1), "quick": True}
     with pytest.raises(KeyboardInterrupt):
         bench.verify_cells(tmp_path, **arguments)
     assert len(list(tmp_path.glob("*.json"))) == 3
@@ -329,6 +334,36 @@ def test_a_calibration_measures_the_probability_on_its_runs():
     assert np.mean(np.abs(np.log(others)) <= math.log(fitted.step_factor)) == pytest.approx(0.9, abs=0.04)
     assert bench.fit_calibration([found], "staged").step_factor == pytest.approx(1.0)
     assert bench.fit_calibration([replace(found, boundaries=())], "one").step_factor is None
+
+
+def test_each_end_of_an_interval_may_have_a_factor():
+    """Boundaries predicted at a tenth of the observed ones, give or take little: the interval reaches up, hardly down."""
+    generator = np.random.default_rng(0)
+    ratios = 0.1 * np.exp(generator.normal(0, 0.2, size=400))
+    records = [record(1.0, 0.5, 0.5, True, score=1.0)]
+    found = result(records, role="AdamW calibration", boundaries=[(0.1, 1.0, float(r), 1.0) for r in ratios])
+    fitted = bench.fit_calibration([found], "one", name="adamw", sided=True)
+    assert (fitted.kind, fitted.step_factor) == ("adamw", 1.0)
+    assert fitted.step_factor_above == pytest.approx(10 * math.exp(0.2 * 1.645), rel=0.05)
+    assert fitted.interval(1.0, 0.9, 1.1) == (0.9, fitted.step_factor_above)
+    assert fitted.margin(0.05) == 1.0
+    turned = result(records, role="AdamW calibration", boundaries=[(0.1, 1.0, float(1 / r), 1.0) for r in ratios])
+    other = bench.fit_calibration([turned], "one", sided=True)
+    assert (other.step_factor, other.step_factor_above) == (pytest.approx(fitted.step_factor_above, rel=0.1), 1.0)
+
+
+def test_an_adamw_cell_is_rolled_out_and_run_by_adamw(tmp_path):
+    cell = next(c for c in bench.CELLS if c.key == "digits-mlp-random10-graddiff-adamw")
+    found = bench.record_cell(replace(cell, steps=20), 0, quick=True)
+    assert found.captured == 1.0  # of sampled parameters
+    assert {r.diverged for r in found.records} == {False, True}
+    right = sum((r.staged.probability >= 0.5) == r.diverged for r in found.records)
+    assert right >= len(found.records) - 1
+    summary = verification.summarise([found])
+    assert set(summary["roles"]) == {"AdamW calibration"}
+    page = bench.write_page(summary, tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "## AdamW calibration" in page
+    assert (tmp_path / "figures" / "verify_adamw_calibration.png").exists()
 
 
 def _said(fitted, found):
@@ -424,7 +459,8 @@ def test_the_shipped_calibration_is_of_its_kind():
         shipped = calibration(kind)
         assert shipped.kind == kind
         assert shipped.slope > 0  # P(diverge) rises with the score
-        known = {cell.key for cell in bench.CELLS if cell.role == "calibration"}
+        role = "AdamW calibration" if kind == "adamw" else "calibration"
+        known = {cell.key for cell in bench.CELLS if cell.role == role}
         assert set(shipped.cells) <= known
     with pytest.raises(ValueError, match=r"`kind` of `calibration` must be one of .*; got 'two'"):
         calibration("two")

@@ -174,8 +174,9 @@ def test_npo_is_predicted_on_a_language_model(tiny):
 
 def test_a_language_model_is_a_cell_of_the_benchmark(monkeypatch):
     keys = {cell.key: cell for cell in cells.CELLS if cell.dataset == "profiles"}
-    assert set(keys) == {"profiles-lm-people10-graddiff", "profiles-lm-people10-npo"}
-    assert {cell.role for cell in keys.values()} == {"evaluation"}
+    plain = {"profiles-lm-people10-graddiff", "profiles-lm-people10-npo"}
+    assert set(keys) == plain | {f"{key}-adamw" for key in plain}
+    assert {cell.role for cell in keys.values()} == {"evaluation", "AdamW evaluation"}
     monkeypatch.setitem(cells.DATASETS, "profiles", lambda seed: profiles(10, test_people=1, facts=1, seed=seed))
     monkeypatch.setitem(cells.EPOCHS, "profiles", 60)
     monkeypatch.setitem(

@@ -246,10 +246,10 @@ CELLS: tuple[Cell, ...] = (
 
 
 def cells_named(names: Sequence[str] | None) -> tuple[Cell, ...]:
-    """The cells whose key begins with one of some names.
+    """The cells whose key is one of some names, or begins with it.
 
     Args:
-        names: Beginnings of keys; all cells when None.
+        names: Keys, or beginnings of keys where there is no such key; all cells when None.
 
     Returns:
         The cells, in their order.
@@ -259,10 +259,13 @@ def cells_named(names: Sequence[str] | None) -> tuple[Cell, ...]:
     """
     if names is None:
         return CELLS
+    keys = {cell.key for cell in CELLS}
     for name in names:
-        if not any(cell.key.startswith(name) for cell in CELLS):
+        if not any(key.startswith(name) for key in keys):
             raise ValueError(
                 f"`cells` of `verify_cells` must name cells; got {name!r}, with which no key begins. There are "
                 f"{', '.join(cell.key for cell in CELLS)}."
             )
-    return tuple(cell for cell in CELLS if any(cell.key.startswith(name) for name in names))
+    return tuple(
+        cell for cell in CELLS if any(cell.key == name if name in keys else cell.key.startswith(name) for name in names)
+    )

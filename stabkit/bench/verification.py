@@ -44,7 +44,7 @@ def verify_cells(
 
     Args:
         folder: Where the files lie; made if missing.
-        cells: Beginnings of the keys of cells to run; all when None.
+        cells: Keys of cells to run, or beginnings of keys; all when None.
         seeds: Seeds of data, training, deletion and runs.
         jobs: Processes, one thread each.
         quick: Eight settings a cell, into files of their own.
@@ -212,7 +212,8 @@ def read_cell(path: Path) -> CellResult:
             f"{os.fspath(path)!r} must be a cell's file of schema {SCHEMA}. It was written by another version, or is none: "
             "delete it to have it made again."
         )
-    found = from_plain(CellResult, {"most_samples": EARLIER_SAMPLES, "path_steps": 0, **plain})
+    cell = {"optimizer": "sgd", **plain["cell"]}  # of files from before AdamW's runs
+    found = from_plain(CellResult, {"most_samples": EARLIER_SAMPLES, "path_steps": 0, **plain, "cell": cell})
     return with_probabilities(found, _calibrations(found.cell))
 
 
