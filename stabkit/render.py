@@ -328,7 +328,8 @@ def _about(report: Report) -> Section:
             ),
             Row(
                 label="prediction",
-                value=f"{report.mode}: {rollout.seeds} rollouts in {rollout.rank} directions",
+                value=f"{report.mode}: {rollout.seeds} rollouts in {rollout.rank} "
+                + ("sampled parameters" if report.run.adaptive else "directions"),
                 note=f"{rollout.samples[0]} retain and {rollout.samples[1]} forget samples linearised"
                 + (f"; {rollout.real_steps:.3g} steps taken on the real network" if rollout.real_steps else "")
                 + f"; seed {run.seed}",
