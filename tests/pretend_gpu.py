@@ -175,10 +175,11 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
     for algorithm in (
         stabkit.GradDiff(steps=STEPS, batch_size=16, momentum=0.9, max_gradient_norm=5.0),
         stabkit.SFROn(steps=STEPS, batch_size=16),
+        stabkit.FineTune(steps=STEPS, batch_size=16, optimizer="adamw", weight_decay=0.01, max_gradient_norm=5.0),
     ):
         report = stabkit.predict(model, forget, retain, algorithm=algorithm.replace(lr=0.02), device=device, **SIZES)
         waits.clear()
-        frontier = report.frontier(lr=[1e-4, 1.0], mix=[0.5])
+        frontier = report.frontier(lr=[1e-6, 1.0], mix=[0.5])
         rolling = dict(waits)
         chosen = algorithm.replace(lr=1e-3)
         preconditioner = chosen.step_preconditioner(problem)

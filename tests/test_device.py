@@ -33,7 +33,7 @@ def found():
 def test_results_are_those_of_the_cpu(found):
     host, there = found["cpu"], found["device"]
     assert there["accuracy"] == host["accuracy"]
-    for name in ("graddiff", "sfr_on"):
+    for name in ("graddiff", "sfr_on", "finetune"):
         for key in ("probability", "critical_lr", "largest", "loss"):
             assert there[name][key] == pytest.approx(host[name][key], rel=1e-4), (name, key)
         probabilities = torch.tensor(host[name]["frontier"])
@@ -47,7 +47,7 @@ def test_results_are_those_of_the_cpu(found):
 def test_the_host_waits_at_looks_and_not_at_steps(found, where):
     most = 4 * len(check_steps(STEPS, 10)) + 4
     assert most < STEPS
-    for name in ("graddiff", "sfr_on"):
+    for name in ("graddiff", "sfr_on", "finetune"):
         assert found["cpu"][name]["waits"][where] == {}
         waits = found["device"][name]["waits"][where]
         assert 0 < sum(waits.values()) <= most, waits

@@ -36,10 +36,12 @@ THEORY_DIRECTIONS = 100  # that the linear theory is computed in
 class CoordinateNetwork(LinearisedNetwork):
     """Both sets in the coordinates of r sampled parameters, in random order.
 
-    `basis` is sparse: column k is √w_k at the k-th sampled parameter, so that E[V Vᵀ] = I. `singular_values` are the norms
-    of the columns of Φ, and `captured` is 1: nothing is left out on average.
+    V has √w_k at the k-th sampled parameter in column k, so that E[V Vᵀ] = I, and is not held: `basis` has no rows.
+    `singular_values` are the norms of the columns of Φ, and `captured` is 1: nothing is left out on average.
 
     Attributes:
+        size: Number d of parameters.
+        places: Which of them were sampled, shape (r,).
         run_p: P of the algorithm.
         weights: w, shape (r,).
         lift: a_j/√(p_j w_j), shape (r,), with a the diagonal of that P: the gradient AdamW is given is lift ∘ h.
@@ -51,6 +53,8 @@ class CoordinateNetwork(LinearisedNetwork):
 
     masks_inside: ClassVar[bool] = True
 
+    size: int
+    places: Tensor
     run_p: Preconditioner
     weights: Tensor
     lift: Tensor
@@ -68,12 +72,6 @@ class CoordinateNetwork(LinearisedNetwork):
     def gradient_metric(self) -> Tensor:
         """Of the gradient that AdamW is given, shape (r, r): ‖Pĝ‖² is the mean of Σ w_k (lift_k h_k)²."""
         return torch.diag(self.weights * self.lift.square())
-
-    @property
-    def places(self) -> Tensor:
-        """Which parameters were sampled, shape (r,)."""
-        rows, columns = self.basis.coalesce().indices()
-        return rows[columns.argsort()]
 
     def masked(self, mask: Tensor) -> Tensor:
         """What a mask does to a gradient in the coordinates.
@@ -130,7 +128,8 @@ class CoordinateNetwork(LinearisedNetwork):
         Returns:
             Estimate of its coordinates, shape (q,), float64 on the CPU.
         """
-        return self.directions.double().cpu().T @ super().inside(vector)
+        own = vector[self.places] * self.weights.to(vector).sqrt()
+        return (self.directions.T @ own.to(self.directions)).cpu()
 
     def thinned(self, *, rank: int | None = None, samples: float = 1.0) -> CoordinateNetwork:
         """A part of the sampled parameters, which then count for more, and of the samples.
@@ -151,10 +150,11 @@ class CoordinateNetwork(LinearisedNetwork):
             self,
             retain=replace(sets[0], features=sets[0].features[..., :r] * more),
             forget=replace(sets[1], features=sets[1].features[..., :r] * more),
-            basis=self.basis.index_select(1, torch.arange(r, device=self.basis.device)) * more,
+            basis=self.basis[:, :r],
             metric=self.metric[:r, :r],
             anchor=self.anchor[:r] * more,
             singular_values=self.singular_values[:r] * more,
+            places=self.places[:r],
             weights=self.weights[:r] * more**2,
             lift=self.lift[:r] / more,
             reach=self.reach[:r] * more,
@@ -172,8 +172,9 @@ class CoordinateNetwork(LinearisedNetwork):
         Returns:
             Vector of shape (d,), 0 at the parameters that were not sampled.
         """
-        alone = coordinates.to(self.basis.dtype) / self.weights.to(self.basis).sqrt()
-        return self.preconditioner.sqrt(self.basis @ alone)
+        found = self.basis.new_zeros(self.size)
+        found[self.places] = coordinates.to(found)
+        return self.preconditioner.sqrt(found)
 
 
 def coordinates_cost(samples: Sequence[int], outputs: int, count: int, *, coupled: bool) -> float:
@@ -238,6 +239,7 @@ def sample_coordinates(
     p, own = frozen.apply(ones), run_p.apply(ones)
     sensitivity = _sensitivity(problem, indices, seed).to(theta)
     places, weights = _drawn(sensitivity.sqrt(), p > 0, count, seed)
+    places = places.to(theta.device)
     p, w = p[places], weights.to(theta)
     scale = (p * w).sqrt()
 
@@ -262,12 +264,7 @@ def sample_coordinates(
     return CoordinateNetwork(
         retain=sets[0],
         forget=sets[1],
-        basis=torch.sparse_coo_tensor(
-            torch.stack([places, torch.arange(places.numel(), device=places.device)]),
-            w.sqrt(),
-            (problem.size, places.numel()),
-            check_invariants=False,
-        ).coalesce(),
+        basis=theta.new_empty(0, places.numel()),
         preconditioner=frozen,
         loss=problem.loss,
         divergence_level=problem.divergence_level,
@@ -286,6 +283,8 @@ def sample_coordinates(
             coupled=coupled != (None, None),
         ),
         dormant=dormant_tensors(problem, sensitivity.sqrt().unsqueeze(1)),
+        size=problem.size,
+        places=places,
         run_p=run_p,
         weights=w,
         lift=own[places] / scale,
