@@ -44,7 +44,8 @@ def frozen_adam(
         forget_mask: 0/1 mask of the forget gradients alone, shape (d,); all ones when None.
 
     Returns:
-        The preconditioner, P in it where there is one: diag(p/(√v + ε)) with v that of Pĝ. Cost: one gradient a sample.
+        The preconditioner, P in it where there is one: diag(p/(√v + ε)) with v that of Pĝ. 0 where v is: a parameter
+        without gradients stays where it is. Cost: one gradient a sample.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -67,7 +68,7 @@ def frozen_adam(
     own = torch.ones_like(root)
     if preconditioner is not None:
         own = preconditioner.apply(problem.vector().new_ones(problem.size)).double()
-    return Diagonal((own / (own * root + eps)).to(problem.dtype))
+    return Diagonal((own * (root > 0) / (own * root + eps)).to(problem.dtype))
 
 
 def _gradient_moments(problem: UnlearningProblem, samples: Samples, indices: Tensor) -> tuple[Tensor, Tensor]:

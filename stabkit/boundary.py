@@ -89,9 +89,9 @@ def adamw_guess(problem: UnlearningProblem) -> float:
         problem: The unlearning problem.
 
     Returns:
-        A hundredth of the parameters' root mean square.
+        A hundredth of the parameters' root mean square, or of 1 where all of them are 0.
     """
-    return ADAMW_GUESS * float(problem.vector().double().square().mean().sqrt())
+    return ADAMW_GUESS * (float(problem.vector().double().square().mean().sqrt()) or 1.0)
 
 
 def critical_lr(

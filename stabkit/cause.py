@@ -43,7 +43,7 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
     value = float(values[place])
     retain, forget = float(spectrum.retain[place]), float(spectrum.forget[place])
     vector = spectrum.pairs.vectors[:, place].to(problem.device, problem.dtype)
-    displacement = measurement.network.displacement(rolled.coordinates[0, 0].to(problem.device))
+    displacement = measurement.network.movement(rolled.coordinates[0, 0].to(problem.device))
 
     inside = measurement.network.inside(vector)
     factor = float(growth[place])

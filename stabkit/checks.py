@@ -67,8 +67,12 @@ def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake:
         if adaptive
         else "How far the real outputs at the predicted parameters are from the linearised ones, relative to how far "
         "those moved; for a diverging run, where its loss meets the divergence level.",
-        remedy="mode='thorough' leaves the linearised network where it is wrong; otherwise leave a margin and check with "
-        "verify().",
+        remedy=(
+            "mode='thorough' takes real steps"
+            if adaptive
+            else "mode='thorough' leaves the linearised network where it is wrong"
+        )
+        + "; otherwise leave a margin and check with verify().",
     )
     dormant = Check(
         name="sensitivity to dormant parameters",

@@ -98,5 +98,6 @@ def _calibrate(options: argparse.Namespace) -> int:
         print(f"stabkit bench calibrate: {error}", file=sys.stderr)
         return 2
     for kind, found in fitted.items():
-        print(f"{kind}: slope {found.slope:.3g}, Brier {found.brier:.3g}, {found.runs} runs")
+        brier = "–" if found.brier is None else f"{found.brier:.3g}"
+        print(f"{kind}: slope {found.slope:.3g}, Brier {brier}, {found.runs} runs")
     return 0

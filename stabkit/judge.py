@@ -311,11 +311,10 @@ def _run(measurement: Measurement, batch_sizes: tuple[int, int], seed: int) -> R
 
 
 def _dynamics(measurement: Measurement, batch_sizes: tuple[int, int]) -> stability.LinearDynamics:
-    # The measured P of an AdamW run is 1-β₁ times its own, as momentum has it; what leaves momentum out has all of it.
-    more = 1 - measurement.algorithm.betas[0] if measurement.algorithm.adaptive else 1.0
+    plain = 1 / measurement.momentum_share  # what leaves momentum out has all of P
     return stability.LinearDynamics(
-        retain=_light(measurement.retain, more),
-        forget=_light(measurement.forget, more),
+        retain=_light(measurement.retain).scaled(plain),
+        forget=_light(measurement.forget).scaled(plain),
         mix=measurement.algorithm.mix,
         batch_sizes=batch_sizes,
         sampling=measurement.algorithm.sampling,
@@ -335,13 +334,9 @@ def _decay(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def _light(part: SampleFactors, share: float) -> SampleFactors:
-    """Fewer samples where each has much curvature: what the theory's maps cost grows with both; P from a share of it."""
-    few = part.thin(max(FEWEST_SAMPLES, THEORY_ROWS // part.factors.shape[1]))
-    if share == 1:
-        return few
-    gradients = None if few.gradients is None else few.gradients / share**0.5
-    return replace(few, factors=few.factors / share**0.5, gradients=gradients)
+def _light(part: SampleFactors) -> SampleFactors:
+    """Fewer samples where each has much curvature, as texts have: what the theory's maps cost grows with both."""
+    return part.thin(max(FEWEST_SAMPLES, THEORY_ROWS // part.factors.shape[1]))
 
 
 def _step_limit(measurement: Measurement) -> float:

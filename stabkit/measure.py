@@ -16,6 +16,7 @@ from stabkit.algorithms import SRAGU, Algorithm
 from stabkit.algorithms.base import PlainSteps
 from stabkit.coherence import Coherence, coherence
 from stabkit.curvature import (
+    CoordinateNetwork,
     LinearisedNetwork,
     MixedOperator,
     PreconditionedOperator,
@@ -51,6 +52,7 @@ COORDINATES, COORDINATES_OF_STAGED = 8, 1
 # Fewer too where each sample has many outputs, as texts have: derivatives of one sample, and outputs of either set, of so
 # many samples at least.
 COORDINATE_ENTRIES, COORDINATE_ROWS, FEWEST_ROLLED = 2**17, 2**15, 64
+SECOND_MOMENT_READS = frozenset({"batch_size", "forget_batch_size", "sampling"})  # and the mix
 FREE_SETTINGS = frozenset({
     "lr",
     "steps",
@@ -144,6 +146,11 @@ class Measurement:
     layers: tuple[LayerGate, ...]
     costs: tuple[Cost, ...]
 
+    @property
+    def momentum_share(self) -> float:
+        """What the theory's P holds of its own, 1-β₁ for AdamW: a mean of gradients is a velocity of so much of each."""
+        return 1 - self.algorithm.betas[0] if self.algorithm.adaptive else 1.0
+
     def with_algorithm(self, algorithm: Algorithm) -> Measurement:
         """The measurement for other settings of the same algorithm.
 
@@ -155,7 +162,8 @@ class Measurement:
             or a weight decay that was there already changed. A new mix, or another algorithm where P = I for both, has its
             spectrum and coherence measured; any other setting, or another algorithm, everything.
         """
-        begins = algorithm.weight_decay and not self.algorithm.weight_decay  # along a direction that is not there yet
+        # Along a direction that is not there yet, but for sampled parameters.
+        begins = algorithm.weight_decay and not (self.algorithm.weight_decay or algorithm.adaptive)
         if type(algorithm) is not type(self.algorithm):
             plain = type(algorithm).preconditioner is type(self.algorithm).preconditioner is Algorithm.preconditioner
             plain = plain and algorithm.layer_lr == self.algorithm.layer_lr and not begins
@@ -165,7 +173,7 @@ class Measurement:
         sizes = {"batch_size", "forget_batch_size"} if self.problem.batchnorm == "batch" else set()
         if begins or changed & (algorithm.preconditioner_reads | sizes):
             return measure(self.problem, algorithm, self.settings)
-        if changed <= FREE_SETTINGS:
+        if changed <= FREE_SETTINGS - (SECOND_MOMENT_READS if algorithm.adaptive else set()):
             free = tuple(replace(cost, seconds=0.0, gradient_equivalents=0.0) for cost in self.costs)
             return replace(self, algorithm=algorithm, costs=free)
         reuse = self if changed <= {*FREE_SETTINGS, "mix"} else None
@@ -233,7 +241,7 @@ def _measured(
     spent = 0.0 if reuse else algorithm.preconditioner_cost(problem) if told is None else told
     scaling, frozen = preconditioner, 0.0
     if algorithm.adaptive:
-        scaling, frozen = _frozen(problem, algorithm, preconditioner, settings, reuse)
+        scaling, frozen = _frozen(problem, algorithm, preconditioner, settings)
     costs.append(Cost(stage="preconditioner", seconds=time.perf_counter() - start, gradient_equivalents=spent + frozen))
 
     if problem.reading_gradients:
@@ -248,6 +256,8 @@ def _measured(
     next(stages)
     start = time.perf_counter()
     network = reuse.network if reuse else linearised(problem, algorithm, preconditioner, settings, scaling)
+    if isinstance(network, CoordinateNetwork):
+        network = network.with_theory(scaling)
     spent = 0.0 if reuse else float(network.gradient_equivalents)
     costs.append(Cost(stage="linearisation", seconds=time.perf_counter() - start, gradient_equivalents=spent))
 
@@ -283,11 +293,8 @@ def _frozen(
     algorithm: Algorithm,
     preconditioner: Preconditioner,
     settings: MeasureSettings,
-    reuse: Measurement | None,
 ) -> tuple[Preconditioner, float]:
-    """(1-β₁)·diag(p) with frozen Adam's p: with β₁ as momentum its steps are T1's; and the gradients it took."""
-    if reuse is not None:
-        return reuse.network.preconditioner, 0.0
+    """(1-β₁)·diag(p) with frozen Adam's p and layers' step sizes: with β₁ as momentum its steps are T1's; and its cost."""
     mask = preconditioner.forget_mask if isinstance(preconditioner, PlainSteps) else None
     found = frozen_adam(
         problem,
@@ -295,14 +302,16 @@ def _frozen(
         batch_sizes=algorithm.batch_sizes(problem),
         sampling=algorithm.sampling,
         eps=algorithm.eps,
-        samples=settings.spectrum_samples,
+        samples=settings.retain_samples,
         seed=settings.seed,
         preconditioner=preconditioner,
         forget_mask=mask,
     )
     parts = ((problem.retain, 1 - algorithm.mix), (problem.forget, algorithm.mix))
-    spent = sum(part.subset(settings.spectrum_samples, settings.seed).numel() for part, share in parts if share)
-    return Diagonal((1 - algorithm.betas[0]) * found.diagonal), float(spent)
+    spent = sum(part.subset(settings.retain_samples, settings.seed).numel() for part, share in parts if share)
+    paces = algorithm.layer_factors(problem.whole)
+    scales = found.diagonal if paces is None else found.diagonal * paces.to(found.diagonal)
+    return Diagonal((1 - algorithm.betas[0]) * scales), float(spent)
 
 
 def linearised(
@@ -386,7 +395,7 @@ def coordinate_samples(problem: UnlearningProblem, settings: MeasureSettings, ou
     most = max(FEWEST_ROLLED, COORDINATE_ROWS // outputs)
     asked = (settings.retain_samples, settings.forget_samples)
     retain, forget = (
-        min(most, part.size if count is None else count)
+        min(most, part.size, part.size if count is None else count)
         for part, count in zip((problem.retain, problem.forget), asked, strict=True)
     )
     return retain, forget

@@ -37,6 +37,9 @@ CHECKING = "checking the problem"  # the stage before all others
 # those of networks of ten million parameters, which are linear for fewer steps (gpu/results.md).
 TYPICAL_SHARE, LARGE_SHARE, PLACES = 0.2, 0.5, 2
 LARGE = 10**6  # parameters, between the two
+ADAMW_SHARE = (
+    0.7  # of an AdamW run and its looks, all of which are real but for what comes after a crossing; typical likewise
+)
 # Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
 ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 6e10
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
@@ -197,13 +200,15 @@ def estimate_cost(
         linearisation = coordinates_cost(held, outputs, rank, coupled=coupled)
     gradients = {
         CHECKING: problem.checking_gradients,
-        "preconditioner": algorithm.preconditioner_cost(problem) + (watched if algorithm.adaptive else 0),
+        "preconditioner": algorithm.preconditioner_cost(problem),
         "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
         "linearisation": linearisation,
         "coherence": 0.0,
         "rollouts and theory": sum(held) / 3,
     }
     if algorithm.adaptive:
+        second = (problem.retain.size, problem.forget.size)
+        gradients["preconditioner"] += sum(min(settings.retain_samples or size, size) for size in second)
         gradients["rollouts and theory"] += PATH_STEPS * sum(algorithm.batch_sizes(problem))
     # Work of these that is none of the network's.
     directions = min(rank, THEORY_DIRECTIONS) if algorithm.adaptive else rank  # that the theory is computed in
@@ -231,10 +236,11 @@ def estimate_cost(
     if settings.staged:
         # With coupled batches the running statistics are followed along the linearised steps.
         share = TYPICAL_SHARE if problem.size < LARGE else LARGE_SHARE
-        share = 1.0 if algorithm.adaptive else share
         each_rollout = (share + (1 / 3 if coupled else 0)) * run
         each_rollout += 0 if coupled else PATH_STEPS * sum(algorithm.batch_sizes(problem))
         each_rollout += (PLACES + share * looks) * sum(held) / 3
+        if algorithm.adaptive:
+            each_rollout = ADAMW_SHARE * (run + looks * sum(held) / 3)
         scans = 1 if algorithm.fixed_mix else 2
         gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN) * each_rollout
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient

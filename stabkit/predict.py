@@ -60,8 +60,8 @@ def predict(
 ) -> Report:
     """Say whether an unlearning run will diverge, before it is run.
 
-    The verdict rests on the rollout of the run on the linearised network (T14); the linear theory (T3-T13) stands beside
-    it as evidence and says why. Settings left out keep the algorithm's own values.
+    The verdict rests on the rollout of the run on the linearised network (T14, T15); the linear theory (T3-T13) stands
+    beside it as evidence and says why. Settings left out keep the algorithm's own values.
 
     Args:
         model: The trained network; never altered.
@@ -93,13 +93,14 @@ def predict(
         curvature: Whose extreme eigenvalues to report, "hessian" or "ggn".
         mode: "fast": a small linearisation and spectrum. "standard": larger ones. "thorough": beside those, the
             linearised network is left for real steps on a copy wherever its loss is not the real one's any more, which finds
-            runs that break, or do not, because features move, and costs a few runs. "auto": the most thorough of them within
+            runs that break, or do not, because features move, and costs a few runs; of AdamW's all steps are real and it
+            costs some twenty. "auto": the most thorough of them within
             `budget`; without one, thorough where network and run are small and standard elsewhere.
         budget: For "auto": gradient-equivalents, or seconds as text, such as "30s". None: gradients times parameters of a
             thorough prediction may come to 2e10, a minute or two of one core, on CUDA to 2e12. A `BudgetWarning` says so
             where even the fast mode is estimated to take more.
         rank: Directions of the linearisation; the mode's when None, and found, so that 95 % of the outputs' sensitivity is
-            captured, when "auto".
+            captured, when "auto". Of AdamW's a number of parameters goes with it (`measure.coordinate_count`).
         retain_samples: Retain samples to linearise; the mode's when None, and "all" takes all.
         forget_samples: Forget samples to linearise, likewise.
         spectrum_samples: Samples of each set behind the eigenvalues, likewise.

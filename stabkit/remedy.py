@@ -182,8 +182,7 @@ class _Search:
         part = self._network
         gradient = torch.zeros(part.rank, dtype=torch.float64)
         for samples, weight in ((part.retain, 1 - self._algorithm.mix), (part.forget, self._algorithm.mix)):
-            own = samples.factors(part.loss).gradients
-            gradient += weight * own.square().mean(0).sqrt().cpu()
+            gradient += weight * samples.gradients(part.loss).square().mean(0).sqrt()
         largest = float(((gradient @ part.gradient_metric.double().cpu()) @ gradient).clamp_min(0).sqrt())
         if not largest > 0:
             return None
@@ -199,7 +198,7 @@ class _Search:
         if type(self._measurement.preconditioner) not in {Identity, Diagonal} or self._algorithm.layer_lr is not None:
             return None
         asked = self._roll(self._algorithm, [self._algorithm.lr], [self._algorithm.mix])
-        moved = self._network.displacement(asked.coordinates[0, 0].to(self._problem.device))
+        moved = self._network.movement(asked.coordinates[0, 0].to(self._problem.device))
         layers, held = [], 0.0
         for layer in layer_shares(self._problem, moved):
             layers.append(layer.name)

@@ -172,7 +172,12 @@ def _why(report: Report) -> Section:
     return Section(
         title="Why",
         rows=(
-            Row(label="mechanism", value=cause.mechanism, note=MECHANISMS[cause.mechanism]),
+            Row(
+                label="mechanism",
+                value=cause.mechanism,
+                note=MECHANISMS[cause.mechanism]
+                + ("; with AdamW's second moment held still" if report.run.adaptive else ""),
+            ),
             Row(
                 label="direction",
                 value=f"λ = {number(cause.eigenvalue)}",

@@ -314,8 +314,8 @@ class Report(Shown, Stored):
         cause: What breaks first.
         layers: Heavy-tailed exponents and gates.
         checks: How far to trust this.
-        linearisation_error: Relative error of the outputs linearised at θ* at the displacement predicted from there;
-            infinity if the real outputs there are not finite.
+        linearisation_error: Relative error of the outputs linearised at θ* at the displacement predicted from there, or
+            after the first steps of an AdamW run; infinity if the real outputs there are not finite.
         advice: What to do, in words.
         costs: What it cost, by stage.
     """
@@ -406,11 +406,12 @@ class Report(Shown, Stored):
 
         Args:
             **changes: Any setting of the algorithm. Step size, steps, batches, sampling, momentum, clipping, schedules and a
-                weight decay that was there already need nothing measured; a new mix has its spectrum measured anew, what
-                the preconditioner reads everything.
+                weight decay that was there already need nothing measured; a new mix has its spectrum measured anew, and
+                AdamW's batches and sampling too, what the preconditioner reads everything.
 
         Returns:
-            A new report. Cost: rollouts, one forward pass over the linearised samples, and what is measured anew.
+            A new report. Cost: rollouts, one forward pass over the linearised samples, an AdamW run's first steps, and what
+            is measured anew.
 
         Raises:
             RuntimeError: If this report was loaded from a file.

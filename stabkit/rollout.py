@@ -508,7 +508,7 @@ class _PerParameter:
     def __init__(self, network: CoordinateNetwork, algorithm: Algorithm, like: Tensor) -> None:
         self._algorithm = algorithm
         self._lift, self._reach, self._home, self._pace = (
-            part.to(like) for part in (network.lift, network.reach, network.home, network.pace)
+            part.to(like) for part in (network.lift, network.weights.sqrt(), network.anchor, network.pace)
         )
 
     def ahead(self, c: Tensor, moments: Moments, direction: Tensor, step: int) -> tuple[Tensor, Moments]:

@@ -15,7 +15,18 @@ from torch import nn
 
 import stabkit
 from stabkit.adam import frozen_adam
-from stabkit.algorithms import AGU, SCRUB, FineTune, GradDiff, GradientAscent, L1Sparse, RemainNewton, SalUn, SFROn
+from stabkit.algorithms import (
+    AGU,
+    SCRUB,
+    FineTune,
+    GradDiff,
+    GradientAscent,
+    L1Sparse,
+    RemainNewton,
+    SalUn,
+    SFROn,
+    retrain,
+)
 from stabkit.cause import start_errors
 from stabkit.curvature import ScaledJacobian, linearise, sample_coordinates
 from stabkit.datasets import digits
@@ -225,10 +236,10 @@ def compare(case, algorithm, seed):
         targets = samples.batch(everyone)[1]
         losses = [problem.loss.per_sample(linear(case)(course[k], which, everyone), targets).mean() for k in looks]
         np.testing.assert_allclose(getattr(found, name)[0, 0], torch.stack(losses), rtol=1e-6, atol=1e-9)
-    # Parameters that P holds still are not drawn: their decay is left out.
+    # All are drawn, each for itself; but for those that P holds still, whose decay is left out.
     moves = algorithm.step_preconditioner(problem).apply(torch.ones_like(problem.vector())) > 0
     moved = (course[-1] - course[0]) * moves
-    there = network.displacement(found.coordinates[0, 0])
+    there = network.movement(found.coordinates[0, 0])
     torch.testing.assert_close(there, moved, rtol=1e-6, atol=1e-9)
 
 
@@ -268,33 +279,47 @@ def test_layer_step_sizes_in_a_rollout():
     settings = {"lr": [0.01], "mix": [0.4], "batch_sizes": (3, 2), "seeds": [0]}
     found, other = (rollout(n, algorithm, **settings) for n in (network, plain))
     again = rollout(plain.with_paces(algorithm.layer_factors(problem)), algorithm, **settings)
-    assert torch.equal(found.coordinates, again.coordinates)
-    assert not torch.equal(found.coordinates, other.coordinates)
-    parts = problem.unflatten(network.displacement(found.coordinates[0, 0]))
+    moved, same, undamped = (
+        n.movement(r.coordinates[0, 0]) for n, r in ((network, found), (plain, again), (plain, other))
+    )
+    torch.testing.assert_close(moved, same, rtol=1e-9, atol=1e-12)
+    assert float((moved - undamped).norm()) > 1e-3
+    parts = problem.unflatten(network.movement(found.coordinates[0, 0]))
     moved = dict.fromkeys(layers, 0.0)
     for name, part in parts.items():
         moved[problem.layer_of()[name]] += float(part.norm())
     assert moved[layers[1]] == 0 < moved[layers[0]]
+    still = torch.cat([
+        torch.full((p.numel(),), problem.layer_of()[n] == layers[1]) for n, p in problem.parameters.items()
+    ])
+    assert not bool(still[network.places].any())  # no place is wasted on what stands still
+    assert bool(still[plain.places].any())
+
+
+def test_where_all_parameters_are_is_not_to_be_had():
+    network = everything(problem_of(0), ALGORITHMS[0], count=5)
+    with pytest.raises(TypeError, match="`displacement` of `CoordinateNetwork` must not be asked"):
+        network.displacement(torch.zeros(5))
 
 
 # ------------------------------------------------------------------ the sample of parameters
 
 
 def test_the_kernel_of_sampled_parameters_is_unbiased():
-    """E[Φ Φᵀ] = J P Jᵀ over the draws, within five standard errors, entry by entry."""
+    """E[Φ Φᵀ] = J M Jᵀ over the draws, within five standard errors, entry by entry, M being what a mask lets move."""
     problem = problem_of(3)
-    p = torch.rand(problem.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    p[::7] = 0
+    mask = torch.ones(problem.size, dtype=torch.float64)
+    mask[::7] = 0
     outputs = jacobians_of(3)[0][2].flatten(0, 1)
-    truth = (outputs * p) @ outputs.T
+    truth = (outputs * mask) @ outputs.T
     kernels = []
     for seed in range(150):
         network = sample_coordinates(
-            problem, Diagonal(p), run_p=Diagonal((p > 0).double()), count=25, retain_samples=None, seed=seed
+            problem, Identity(), run_p=Diagonal(mask), count=25, retain_samples=None, seed=seed
         )
         rows = network.retain.features[network.retain.indices.argsort()].flatten(0, 1)
         assert network.rank == 25
-        assert not bool((p[network.places] == 0).any())
+        assert bool((mask[network.places] == 1).all())
         kernels.append(rows @ rows.T)
     found = torch.stack(kernels)
     error = found.std(0) / len(kernels) ** 0.5
@@ -314,7 +339,8 @@ def test_half_of_the_parameters_count_twice():
     # What a parameter's move does to its own outputs is as before, and its gradient.
     move = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(
-        half.retain.features @ (half.reach * move), 2 * network.retain.features[..., :20] @ (network.reach[:20] * move)
+        half.retain.features @ (half.weights.sqrt() * move),
+        2 * network.retain.features[..., :20] @ (network.weights[:20].sqrt() * move),
     )
     torch.testing.assert_close(
         half.lift * half.retain.features[0, 0], network.lift[:20] * network.retain.features[0, 0, :20]
@@ -344,6 +370,9 @@ def test_frozen_adam_of_what_a_preconditioner_leaves(mix):
     found = frozen_adam(problem, **settings, preconditioner=Diagonal(p)).diagonal
     torch.testing.assert_close(found, p / (p * root + 1e-3))
     masked = frozen_adam(problem, **settings, forget_mask=torch.zeros_like(p)).diagonal
+    if mix == 1:  # no gradient, no movement
+        assert not bool(masked.any())
+        return
     alone = frozen_adam(problem, **{**settings, "mix": 0.0}).diagonal
     torch.testing.assert_close(1 / masked - 1e-3, (1 - mix) * (1 / alone - 1e-3), rtol=1e-9, atol=1e-12)
 
@@ -495,6 +524,60 @@ def test_what_sleeps_at_first_wakes_up():
     assert not checks["sensitivity to dormant parameters"].passed
 
 
+def test_the_theory_follows_the_mix_the_batches_and_the_layers(classified):
+    """Frozen Adam's p is that of the setting, whatever was asked before; rollouts do not depend on it."""
+    model, forget, retain = classified
+    settings = {"optimizer": "adamw", "mode": "fast", "lr": 1e-4, "steps": 20, "seeds": 1}
+    first = stabkit.predict(model, forget, retain, mix=0.05, **settings)
+    for changes in ({"mix": 0.4}, {"batch_size": 8, "forget_batch_size": 8}, {"layer_lr": {"head": 0.01}}):
+        later = first.at(**changes)
+        algorithm = GradDiff(**{**first.run.settings, **changes})
+        fresh = stabkit.predict(model, forget, retain, algorithm=algorithm, mode="fast", seeds=1)
+        for name in ("largest", "horizon_lr", "growth"):
+            assert getattr(later.thresholds, name) == pytest.approx(getattr(fresh.thresholds, name), rel=1e-3), name
+            assert getattr(later.thresholds, name) != pytest.approx(getattr(first.thresholds, name), rel=1e-2), name
+        assert later.critical_lr == pytest.approx(fresh.critical_lr)
+    decayed = first.at(weight_decay=0.1)
+    assert sum(cost.gradient_equivalents for cost in decayed.costs[:4]) == 0  # of which nothing is measured anew
+
+
+def test_gold_networks_are_trained_by_it_too(classified):
+    _, forget, retain = classified
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    problem = UnlearningProblem(model, forget, retain)
+    training = FineTune(lr=1e-2, steps=3, batch_size=retain[1].numel(), optimizer="adamw", weight_decay=0.1)
+    found = retrain(problem, training, initial=model).model
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    other.load_state_dict(model.state_dict())
+    rule = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        rule.zero_grad()
+        nn.functional.cross_entropy(other(retain[0]), retain[1]).backward()
+        rule.step()
+    for mine, its in zip(found.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+
+
+def test_algorithms_by_name_leave_their_usual_momentum(classified):
+    model, forget, retain = classified
+    for name in ("scrub", "sfr_on"):
+        assert stabkit.algorithms.resolve_algorithm(name, optimizer="adamw").momentum == 0
+        estimate = stabkit.predict_cost(model, forget, retain, algorithm=name, optimizer="adamw", steps=5)
+        assert estimate.gradient_equivalents > 0
+
+
+def test_the_estimate_is_near_what_it_takes(classified):
+    model, forget, retain = classified
+    settings = {"optimizer": "adamw", "steps": 40, "mode": "thorough", "seeds": 2}
+    said = {c.stage: c.gradient_equivalents for c in stabkit.predict_cost(model, forget, retain, **settings).stages}
+    report = stabkit.predict(model, forget, retain, lr=1e-4, mix=0.3, **settings)
+    took = {c.stage: c.gradient_equivalents for c in report.costs}
+    assert said["linearisation"] == pytest.approx(took["linearisation"], rel=0.02)
+    assert said["preconditioner"] == took["preconditioner"]
+    assert 0.4 < said["staged rollouts"] / took["staged rollouts"] < 2.5
+
+
 # ------------------------------------------------------------------ refusals
 
 
@@ -506,6 +589,7 @@ def test_what_sleeps_at_first_wakes_up():
             {"optimizer": "adamw", "momentum": 0.9},
             r"`momentum` of `GradDiff` must be 0 with optimizer='adamw'; got 0.9",
         ),
+        ({"optimizer": "adamw", "momentum": 0.9, "nesterov": True}, r"`nesterov` of `GradDiff` must be False"),
         ({"betas": (0.9, 1.0)}, r"`betas\[1\]` of `GradDiff`"),
         ({"betas": (0.9,)}, "`betas` of `GradDiff` must be two numbers"),
         ({"betas": 0.9}, "`betas` of `GradDiff` must be two numbers"),
@@ -517,9 +601,13 @@ def test_settings_are_checked(settings, words):
         GradDiff(**settings)
 
 
+def test_arrays_will_do():
+    assert GradDiff(betas=np.array([0.8, 0.9]), eps=np.float64(1e-6)).settings()["betas"] == [0.8, 0.9]
+
+
 def test_each_parameter_by_itself_needs_a_diagonal_p():
     problem = problem_of(0)
-    with pytest.raises(ValueError, match=r"`optimizer` of `RemainNewton` must be 'sgd', as its P is not diagonal"):
+    with pytest.raises(ValueError, match=r"`optimizer` of `RemainNewton` must be 'sgd', as its P is no `Diagonal`"):
         run(problem, RemainNewton(optimizer="adamw", momentum=0.0, steps=1, batch_size=3))
 
 

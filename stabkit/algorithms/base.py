@@ -274,18 +274,24 @@ class Algorithm(abc.ABC):
         """What AdamW is set to, in plain values."""
         owner = type(self).__name__
         check_choice(self.optimizer, name="optimizer", owner=owner, choices=OPTIMIZERS)
+        if self.adaptive and self.nesterov:
+            raise ValueError(
+                f"`nesterov` of `{owner}` must be False with optimizer='adamw'; got True. AdamW has momentum of its own: "
+                "leave out `momentum` too."
+            )
         if self.adaptive and self.momentum:
             raise ValueError(
                 f"`momentum` of `{owner}` must be 0 with optimizer='adamw'; got {self.momentum!r}. Its own is betas[0]: set "
                 "momentum=0."
             )
-        if not isinstance(self.betas, Sequence) or isinstance(self.betas, str) or len(self.betas) != 2:
+        given = self.betas.tolist() if isinstance(self.betas, np.ndarray | Tensor) else self.betas
+        if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
             raise TypeError(
                 f"`betas` of `{owner}` must be two numbers; got {self.betas!r:.60}. PyTorch's are (0.9, 0.999)."
             )
         betas = tuple(
             check_real(value, name=f"betas[{k}]", owner=owner, low=0, high=1, high_open=True)
-            for k, value in enumerate(self.betas)
+            for k, value in enumerate(given)
         )
         return {"betas": betas, "eps": check_real(self.eps, name="eps", owner=owner, low=0, low_open=True)}
 
@@ -338,7 +344,7 @@ class Algorithm(abc.ABC):
         if self.adaptive:
             if not isinstance(plain, Identity | Diagonal):
                 raise ValueError(
-                    f"`optimizer` of `{type(self).__name__}` must be 'sgd', as its P is not diagonal; got 'adamw', which "
+                    f"`optimizer` of `{type(self).__name__}` must be 'sgd', as its P is no `Diagonal`; got 'adamw', which "
                     "takes each parameter by itself. Leave it out."
                 )
             return plain

@@ -48,7 +48,7 @@ def retrain(
     """Train from scratch on the retain set.
 
     It is no Algorithm: it does not start at θ*, so nothing here predicts it. Unlike `run` it trains in train mode, as a
-    fresh network has no BatchNorm statistics to freeze; settings are those of FineTune, with torch.optim.SGD.
+    fresh network has no BatchNorm statistics to freeze; settings are those of FineTune, with torch.optim.SGD or AdamW.
 
     Args:
         problem: The unlearning problem, for the architecture, the loss and the retain set.
@@ -89,13 +89,19 @@ def retrain(
                     f"{type(initial).__name__} whose weights differ ({error}). None initialises one anew."
                 ) from error
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimiser = torch.optim.SGD(
-            trained,
-            lr=training.lr,
-            momentum=training.momentum,
-            nesterov=training.nesterov,
-            weight_decay=training.weight_decay,
-        )
+        optimiser: torch.optim.Optimizer
+        if training.adaptive:
+            optimiser = torch.optim.AdamW(
+                trained, lr=training.lr, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay
+            )
+        else:
+            optimiser = torch.optim.SGD(
+                trained,
+                lr=training.lr,
+                momentum=training.momentum,
+                nesterov=training.nesterov,
+                weight_decay=training.weight_decay,
+            )
         model.train()
         gradients = 0
         for plan in progress_bar(training.plan(), "retrain", progress):

@@ -330,12 +330,11 @@ def algorithm_of(cell: Cell, problem: UnlearningProblem) -> Algorithm:
         The algorithm, at a mix of the grid where that is one's to choose.
     """
     batch = min(BATCH, problem.retain.size)
-    adamw = cell.optimizer == "adamw"  # whose own momentum takes the place of an algorithm's
     plain = resolve_algorithm(
         cell.algorithm,
         steps=cell.steps,
         batch_size=batch,
-        momentum=0.0 if adamw else cell.momentum or None,
+        momentum=cell.momentum or None,
         optimizer=cell.optimizer,
     )
     return _set(plain, MIXES[1])
@@ -369,9 +368,10 @@ def _linear_theory(
 ) -> tuple[np.ndarray, list[float], np.ndarray]:
     """K·ln ρ over the grid, the mean's step limit at every mix, and the coherence rule over the grid."""
     algorithm = measurement.algorithm
+    plain = 1 / measurement.momentum_share  # the step limit alone has the momentum
     dynamics = stability.LinearDynamics(
-        retain=measurement.retain,
-        forget=measurement.forget,
+        retain=measurement.retain.scaled(plain),
+        forget=measurement.forget.scaled(plain),
         mix=mixes[0],
         batch_sizes=batch_sizes,
         sampling=algorithm.sampling,
@@ -381,7 +381,7 @@ def _linear_theory(
     for j, mix in enumerate(mixes):
         here = dynamics.at(mix)
         largest = float(torch.linalg.eigvalsh(here.mean_hessian())[-1])
-        limits.append(stability.step_limit(largest, momentum=algorithm.inertia))
+        limits.append(stability.step_limit(largest / plain, momentum=algorithm.inertia))
         sigma = coherence(here.retain.thin(COHERENCE_SAMPLES), here.forget.thin(COHERENCE_SAMPLES), mix=mix).for_rule()
         rules[:, j] = [stability.coherence_rule(here, lr, sigma=sigma).diverges for lr in lrs]
     return growth, limits, rules

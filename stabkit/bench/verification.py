@@ -96,8 +96,8 @@ def calibrate(folder: str | Path, path: str | Path) -> dict[str, Calibration]:
     mine = [result for result in results if result.cell.role == "calibration"]
     fitted = {kind: fit_calibration(mine, kind) for kind in KINDS}
     adamw = [result for result in results if result.cell.role == "AdamW calibration"]
-    if adamw:
-        fitted["adamw"] = fit_calibration(adamw, "one", name="adamw", sided=True)
+    # Without cells of it the shipped one stays.
+    fitted["adamw"] = fit_calibration(adamw, "one", name="adamw", sided=True) if adamw else calibration("adamw")
     write_atomically(path, dumps(to_plain(fitted)) + "\n")
     return fitted
 

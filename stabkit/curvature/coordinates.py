@@ -1,18 +1,15 @@
 """The network linearised at θ* and seen through a sample of its parameters: what AdamW's steps need (T15).
 
 AdamW treats each parameter by itself, so no few directions carry its steps. A sample of parameters does: parameter j is
-taken with probability π_j and counts w_j = 1/π_j times. With h_j = √(p_j w_j) g_j the gradient in the coordinates
-
-    c_j = √(w_j / p_j) (θ - θ*)_j,    Φ_ij = √(p_j w_j) J_ij,
-
-f(θ*) + Φ c is an unbiased estimate of the linearised outputs, whatever p > 0 is. It is the frozen second moment's
-P = diag(p), so that in these coordinates a step of frozen Adam is a plain gradient step and the linear theory applies.
+taken with probability π_j and counts w_j = 1/π_j times. In the coordinates c_j = √w_j (θ - θ*)_j, with Φ_ij = √w_j J_ij, the
+outputs f(θ*) + Φ c are those of the linearised network on average over the draws, and h = Φᵀ s has h_j = √w_j g_j.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -22,7 +19,7 @@ from stabkit.curvature.dormant import dormant_tensors
 from stabkit.curvature.factors import SampleFactors
 from stabkit.curvature.gradients import gradient_blocks, summed_squares
 from stabkit.curvature.jacobian import ScaledJacobian
-from stabkit.curvature.linearised import LinearisedNetwork, LinearisedSet
+from stabkit.curvature.linearised import ROWS_AT_ONCE, LinearisedNetwork, LinearisedSet
 from stabkit.curvature.lowrank import chosen_samples, coupled_sizes
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
@@ -36,32 +33,29 @@ THEORY_DIRECTIONS = 100  # that the linear theory is computed in
 class CoordinateNetwork(LinearisedNetwork):
     """Both sets in the coordinates of r sampled parameters, in random order.
 
-    V has √w_k at the k-th sampled parameter in column k, so that E[V Vᵀ] = I, and is not held: `basis` has no rows.
-    `singular_values` are the norms of the columns of Φ, and `captured` is 1: nothing is left out on average.
+    V has √w_k at the k-th sampled parameter in column k and is not held: `basis` has no rows. `preconditioner` is that of
+    the linear theory, frozen Adam's, which the rollout does not read; P = I in `metric`, the identity, and `anchor`,
+    √w ∘ θ*. `singular_values` are the norms of the columns of Φ, and `captured` is 1: nothing is left out on average.
 
     Attributes:
         size: Number d of parameters.
         places: Which of them were sampled, shape (r,).
-        run_p: P of the algorithm.
         weights: w, shape (r,).
-        lift: a_j/√(p_j w_j), shape (r,), with a the diagonal of that P: the gradient AdamW is given is lift ∘ h.
-        reach: √(w_j/p_j), shape (r,): what c_j moves by where θ_j moves by 1.
-        home: reach ∘ θ*, shape (r,): c + home decays.
+        run_p: P of the algorithm, diagonal.
+        lift: a/√w with a the diagonal of that P, shape (r,): the gradient that AdamW is given is lift ∘ h.
         pace: Factor of the step size of each parameter's layer, shape (r,).
-        directions: Leading right singular vectors of Φ, shape (r, q), in which the linear theory is computed.
+        scales: √p with p the diagonal of the theory's P, shape (r,).
     """
 
     masks_inside: ClassVar[bool] = True
 
     size: int
     places: Tensor
-    run_p: Preconditioner
     weights: Tensor
+    run_p: Preconditioner
     lift: Tensor
-    reach: Tensor
-    home: Tensor
     pace: Tensor
-    directions: Tensor
+    scales: Tensor
 
     @property
     def run_preconditioner(self) -> Preconditioner:
@@ -70,8 +64,18 @@ class CoordinateNetwork(LinearisedNetwork):
 
     @property
     def gradient_metric(self) -> Tensor:
-        """Of the gradient that AdamW is given, shape (r, r): ‖Pĝ‖² is the mean of Σ w_k (lift_k h_k)²."""
+        """Of the gradient that AdamW is given, shape (r, r): ‖Pĝ‖² is Σ w_k (lift_k h_k)² on average."""
         return torch.diag(self.weights * self.lift.square())
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """Leading right singular vectors of Φ diag(√p), shape (r, q), float64: what the linear theory is computed in."""
+        gram = torch.zeros(self.rank, self.rank, dtype=torch.float64, device=self.weights.device)
+        for part in (self.retain, self.forget):
+            for rows in part.features.flatten(0, 1).split(ROWS_AT_ONCE):
+                gram += rows.double().T @ rows.double() / part.samples
+        gram *= self.scales.double().unsqueeze(1) * self.scales.double()
+        return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :THEORY_DIRECTIONS]
 
     def masked(self, mask: Tensor) -> Tensor:
         """What a mask does to a gradient in the coordinates.
@@ -91,9 +95,9 @@ class CoordinateNetwork(LinearisedNetwork):
             vector: Shape (d,).
 
         Returns:
-            h, shape (r,): √(p_j w_j) u_j where sampled.
+            √w ∘ u where sampled, shape (r,).
         """
-        return vector[self.places].to(self.lift) / self.lift
+        return vector[self.places].to(self.weights) * self.weights.sqrt()
 
     def with_paces(self, paces: Tensor | None) -> CoordinateNetwork:
         """The network with other step sizes of its layers.
@@ -107,15 +111,28 @@ class CoordinateNetwork(LinearisedNetwork):
         pace = torch.ones_like(self.weights) if paces is None else paces[self.places].to(self.weights)
         return replace(self, pace=pace)
 
+    def with_theory(self, frozen: Preconditioner) -> CoordinateNetwork:
+        """The network with another P of the linear theory, which changes no rollout.
+
+        Args:
+            frozen: diag(p).
+
+        Returns:
+            The network, which shares this one's memory.
+        """
+        return replace(
+            self, preconditioner=frozen, scales=_diagonal(frozen, self.size, self.weights)[self.places].sqrt()
+        )
+
     def factors(self) -> tuple[SampleFactors, SampleFactors]:
         """Both sets' curvature factors in the leading directions.
 
         Returns:
             Retain and forget factors.
         """
+        turning = self.scales.double().unsqueeze(1) * self.directions
         turned = [
-            replace(part, features=part.features @ self.directions.to(part.features))
-            for part in (self.retain, self.forget)
+            replace(part, features=part.features @ turning.to(part.features)) for part in (self.retain, self.forget)
         ]
         return turned[0].factors(self.loss), turned[1].factors(self.loss)
 
@@ -128,8 +145,7 @@ class CoordinateNetwork(LinearisedNetwork):
         Returns:
             Estimate of its coordinates, shape (q,), float64 on the CPU.
         """
-        own = vector[self.places] * self.weights.to(vector).sqrt()
-        return (self.directions.T @ own.to(self.directions)).cpu()
+        return (self.directions.T @ self.gradient_along(vector).to(self.directions)).cpu()
 
     def thinned(self, *, rank: int | None = None, samples: float = 1.0) -> CoordinateNetwork:
         """A part of the sampled parameters, which then count for more, and of the samples.
@@ -157,14 +173,26 @@ class CoordinateNetwork(LinearisedNetwork):
             places=self.places[:r],
             weights=self.weights[:r] * more**2,
             lift=self.lift[:r] / more,
-            reach=self.reach[:r] * more,
-            home=self.home[:r] * more,
             pace=self.pace[:r],
-            directions=self.directions[:r],
+            scales=self.scales[:r],
         )
 
     def displacement(self, coordinates: Tensor) -> Tensor:
-        """A vector whose energy in any group of parameters is, on average, that of θ - θ*: √w_j (θ - θ*)_j where sampled.
+        """Refused: where the parameters are that were not sampled is not known.
+
+        Args:
+            coordinates: c, shape (r,).
+
+        Raises:
+            TypeError: Always. `movement` has what layers share.
+        """
+        raise TypeError(
+            "`displacement` of `CoordinateNetwork` must not be asked: it knows a sample of the parameters alone. Use "
+            "`movement` for what each layer has of it, on average."
+        )
+
+    def movement(self, coordinates: Tensor) -> Tensor:
+        """A vector whose energy in any group of parameters is that of θ - θ* on average: √w (θ - θ*) where sampled.
 
         Args:
             coordinates: c, shape (r,).
@@ -174,7 +202,12 @@ class CoordinateNetwork(LinearisedNetwork):
         """
         found = self.basis.new_zeros(self.size)
         found[self.places] = coordinates.to(found)
-        return self.preconditioner.sqrt(found)
+        return found
+
+
+def _diagonal(preconditioner: Preconditioner, size: int, like: Tensor) -> Tensor:
+    """The diagonal of a diagonal P."""
+    return preconditioner.apply(like.new_ones(size))
 
 
 def coordinates_cost(samples: Sequence[int], outputs: int, count: int, *, coupled: bool) -> float:
@@ -207,12 +240,13 @@ def sample_coordinates(
 ) -> CoordinateNetwork:
     """Linearise a network in a sample of its parameters.
 
-    They are drawn systematically, nine tenths of them in proportion to the root mean square of the outputs' derivatives,
-    as AdamW moves each by about the step size, and one tenth evenly. Parameters that P or p holds still are never drawn.
+    They are drawn systematically, nine tenths of them in proportion to the root mean square of the outputs' derivatives
+    times the layer's step size, as AdamW moves each by about that, and one tenth evenly. Parameters that P or their layer's
+    step size holds still are never drawn.
 
     Args:
         problem: The unlearning problem.
-        frozen: diag(p), such as frozen Adam's, with the algorithm's P in it.
+        frozen: diag(p), the P of the linear theory, such as frozen Adam's with the algorithm's P in it.
         run_p: The algorithm's P, diagonal.
         paces: Factors of the step size, shape (d,); all 1 when None.
         count: Parameters to draw, r; all that move where they are fewer.
@@ -235,13 +269,13 @@ def sample_coordinates(
         for i, (samples, asked, size) in enumerate(zip(both, (retain_samples, forget_samples), coupled, strict=True))
     ]
     theta = problem.vector()
-    ones = torch.ones_like(theta)
-    p, own = frozen.apply(ones), run_p.apply(ones)
+    own = _diagonal(run_p, problem.size, theta)
     sensitivity = _sensitivity(problem, indices, seed).to(theta)
-    places, weights = _drawn(sensitivity.sqrt(), p > 0, count, seed)
+    pace = torch.ones_like(theta) if paces is None else paces.to(theta)
+    places, weights = _drawn(sensitivity.sqrt() * pace, (own > 0) & (pace > 0), count, seed)
     places = places.to(theta.device)
-    p, w = p[places], weights.to(theta)
-    scale = (p * w).sqrt()
+    w = weights.to(theta)
+    scale = w.sqrt()
 
     sets = []
     for samples, chosen, size in zip(both, indices, coupled, strict=True):
@@ -260,7 +294,6 @@ def sample_coordinates(
                 eval_outputs=None if size is None else outputs,
             )
         )
-    reach = (w / p).sqrt()
     return CoordinateNetwork(
         retain=sets[0],
         forget=sets[1],
@@ -269,11 +302,11 @@ def sample_coordinates(
         loss=problem.loss,
         divergence_level=problem.divergence_level,
         check_every=problem.check_every,
-        metric=torch.diag(p).double(),
+        metric=torch.eye(places.numel(), dtype=torch.float64, device=theta.device),
         anchor=(scale * theta[places]).double(),
         anchor_norm=float(theta.double().norm()),
         singular_values=sum(
-            (part.features.double().square().sum((0, 1)) / part.samples for part in sets), start=torch.zeros(()).to(p)
+            (part.features.double().square().sum((0, 1)) / part.samples for part in sets), start=torch.zeros(()).to(w)
         ).sqrt(),
         captured=1.0,
         gradient_equivalents=coordinates_cost(
@@ -285,13 +318,11 @@ def sample_coordinates(
         dormant=dormant_tensors(problem, sensitivity.sqrt().unsqueeze(1)),
         size=problem.size,
         places=places,
-        run_p=run_p,
         weights=w,
+        run_p=run_p,
         lift=own[places] / scale,
-        reach=reach,
-        home=reach * theta[places],
-        pace=torch.ones_like(w) if paces is None else paces[places].to(w),
-        directions=_leading(sets),
+        pace=pace[places],
+        scales=_diagonal(frozen, problem.size, theta)[places].sqrt(),
     )
 
 
@@ -337,13 +368,3 @@ def _drawn(sizes: Tensor, moving: Tensor, count: int, seed: int) -> tuple[Tensor
     places = taken.nonzero().flatten()
     places = places[torch.randperm(places.numel(), generator=generator)]
     return places, 1 / inclusion[places]
-
-
-def _leading(sets: Sequence[LinearisedSet]) -> Tensor:
-    """Right singular vectors of both sets' features, of the largest singular values: shape (r, q)."""
-    rank = sets[0].features.shape[-1]
-    gram = torch.zeros(rank, rank, dtype=torch.float64, device=sets[0].features.device)
-    for part in sets:
-        for rows in part.features.flatten(0, 1).split(2**16):
-            gram += rows.double().T @ rows.double() / part.samples
-    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :THEORY_DIRECTIONS]

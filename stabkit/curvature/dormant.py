@@ -62,7 +62,7 @@ def awakened(problem: UnlearningProblem, network: LinearisedNetwork, parameters:
                     signs = signs * counted.reshape(signs.shape)
                 found = torch.autograd.grad((outputs * signs).sum(), list(leaves.values()), materialize_grads=True)
             pulled += torch.cat([part.reshape(-1) for part in found])
-        root = network.preconditioner.sqrt(pulled)
+        root = network.run_preconditioner.sqrt(pulled)
         energies = {name: float(p.double().square().sum()) for name, p in problem.unflatten(root).items()}
         whole = sum(energies.values())
         if whole > 0:

@@ -52,6 +52,18 @@ class SampleFactors:
         signs = None if self.signs is None else self.signs[chosen]
         return replace(self, factors=self.factors[chosen], gradients=self.gradients[chosen], signs=signs)
 
+    def scaled(self, factor: float) -> SampleFactors:
+        """What they would be with another multiple of P.
+
+        Args:
+            factor: That multiple, > 0.
+
+        Returns:
+            Curvatures times it, and gradients times its root, as they are in P^{1/2}'s coordinates.
+        """
+        root = factor**0.5
+        return self if factor == 1 else replace(self, factors=self.factors * root, gradients=self.gradients * root)
+
     def mean(self) -> Tensor:
         """Mean Hessian H_S = mean_i H_i.
 

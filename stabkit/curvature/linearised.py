@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -88,18 +88,35 @@ class LinearisedSet:
             Φ_i^T s_i of shape (m, r), float64 on the CPU. Where a sample has more outputs than there are coordinates, as a
             language model's have, V_i is the triangular factor of L_i^T Φ_i: later costs grow with C².
         """
-        factors, gradients = [], []
-        for place in torch.arange(self.samples).split(FACTORED_AT_ONCE):
-            outputs, features, targets = (t[place] for t in (self.outputs, self.features, self.targets))
-            outputs, features = outputs.double(), features.double()
-            targets = targets.double() if targets.is_floating_point() else targets
+        factors = []
+        for outputs, features, targets in self._in_double():
             rows = loss.factor_transpose(outputs, targets, features).detach()
             factors.append(torch.linalg.qr(rows, mode="r").R if rows.shape[1] > rows.shape[2] else rows)
-            gradients.append(torch.einsum("mor,mo->mr", features, loss.residual(outputs, targets).flatten(1)))
         # The theory's matrices are small and many, which accelerators factor one by one.
         return SampleFactors(
-            factors=torch.cat(factors).cpu(), gradients=torch.cat(gradients).cpu(), population=self.population
+            factors=torch.cat(factors).cpu(), gradients=self.gradients(loss), population=self.population
         )
+
+    def gradients(self, loss: Loss) -> Tensor:
+        """Per-sample gradients in the compressed coordinates.
+
+        Args:
+            loss: The per-sample loss.
+
+        Returns:
+            Φ_i^T s_i, shape (m, r), float64 on the CPU.
+        """
+        found = [
+            torch.einsum("mor,mo->mr", features, loss.residual(outputs, targets).flatten(1))
+            for outputs, features, targets in self._in_double()
+        ]
+        return torch.cat(found).cpu()
+
+    def _in_double(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Outputs, features and targets of some samples at a time, in double precision."""
+        for place in torch.arange(self.samples).split(FACTORED_AT_ONCE):
+            outputs, features, targets = (t[place] for t in (self.outputs, self.features, self.targets))
+            yield outputs.double(), features.double(), targets.double() if targets.is_floating_point() else targets
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -274,3 +291,14 @@ class LinearisedNetwork:
             Vector of shape (d,).
         """
         return self.preconditioner.sqrt(self.basis @ coordinates.to(self.basis.dtype))
+
+    def movement(self, coordinates: Tensor) -> Tensor:
+        """A vector that has in any group of parameters the energy of θ - θ*.
+
+        Args:
+            coordinates: c, shape (r,).
+
+        Returns:
+            The displacement itself, shape (d,).
+        """
+        return self.displacement(coordinates)
