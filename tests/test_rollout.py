@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import stabkit.rollout
+import stabkit.rollout.roll
+import stabkit.rollout.sets
 from stabkit.algorithms import AGU, FineTune, GradDiff, GradientAscent, RandomLabels, SFROn
 from stabkit.calibration import calibration
 from stabkit.curvature import linearise
@@ -445,15 +446,15 @@ def test_seeds_share_a_step_as_far_as_its_memory_goes(monkeypatch):
     pairs = [(0.1, 0.5), (0.3, 0.2)]
     together = roll(network, GradDiff(steps=9), pairs, seeds=range(5))
     alone = []
-    plain = stabkit.rollout._roll_seeds
+    plain = stabkit.rollout.roll._roll_seeds
 
     def noted(network, algorithm, etas, alphas, batch_sizes, seeds, *rest, **named):
         alone.append(list(seeds))
         return plain(network, algorithm, etas, alphas, batch_sizes, seeds, *rest, **named)
 
-    monkeypatch.setattr(stabkit.rollout, "_roll_seeds", noted)
+    monkeypatch.setattr(stabkit.rollout.roll, "_roll_seeds", noted)
     width = max(4, 2) * network.retain.outputs[0].numel() * network.retain.features.element_size()
-    monkeypatch.setattr(stabkit.rollout, "STEP_BYTES", 2 * (len(pairs) + network.rank) * width)
+    monkeypatch.setattr(stabkit.rollout.roll, "STEP_BYTES", 2 * (len(pairs) + network.rank) * width)
     parts = roll(network, GradDiff(steps=9), pairs, seeds=range(5))
     assert alone == [[0, 1], [2, 3], [4]]
     for name in FIELDS:
@@ -464,15 +465,15 @@ def test_looks_are_taken_at_some_settings_at_a_time_where_outputs_are_large(monk
     network = network_of(0)[1]
     pairs = [(0.1, 0.5), (0.3, 0.2), (0.2, 0.1)]
     together = roll(network, GradDiff(steps=9), pairs, seeds=range(2))
-    plain, sizes = stabkit.rollout._Part.looked_at, []
+    plain, sizes = stabkit.rollout.sets.RolledSet.looked_at, []
 
     def noted(self, c, indices=None):
         sizes.append(c.shape[1])
         return plain(self, c, indices)
 
-    monkeypatch.setattr(stabkit.rollout._Part, "looked_at", noted)
+    monkeypatch.setattr(stabkit.rollout.sets.RolledSet, "looked_at", noted)
     outputs = network.retain.outputs
-    monkeypatch.setattr(stabkit.rollout, "LOOK_BYTES", 2 * outputs.numel() * outputs.element_size())
+    monkeypatch.setattr(stabkit.rollout.sets, "LOOK_BYTES", 2 * outputs.numel() * outputs.element_size())
     parts = roll(network, GradDiff(steps=9), pairs, seeds=range(2))
     assert {1, 2} <= set(sizes)
     for name in FIELDS:
