@@ -2,12 +2,13 @@
 
 from stabkit._validate import check_choice
 from stabkit.algorithms.agu import AGU
-from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan, StopRule
+from stabkit.algorithms.base import Algorithm, Batch, PlainSteps
 from stabkit.algorithms.fine_tune import FineTune
 from stabkit.algorithms.grad_diff import GradDiff
 from stabkit.algorithms.gradient_ascent import GradientAscent
 from stabkit.algorithms.l1_sparse import L1Sparse
 from stabkit.algorithms.npo import NPO
+from stabkit.algorithms.plan import StepPlan, StopRule
 from stabkit.algorithms.random_labels import RandomLabels
 from stabkit.algorithms.remain_newton import RemainNewton
 from stabkit.algorithms.retrain import Retrained, retrain

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stabkit._validate import check_real
-from stabkit.algorithms.base import Algorithm, StopRule
+from stabkit.algorithms.base import Algorithm
+from stabkit.algorithms.plan import StopRule
 from stabkit.curvature.gradients import gradient_blocks
 from stabkit.preconditioner import Diagonal, Preconditioner
 from stabkit.problem import UnlearningProblem

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from stabkit._validate import check_real
-from stabkit.algorithms.base import PlainSteps, StepPlan
+from stabkit.algorithms.base import PlainSteps
 from stabkit.algorithms.fine_tune import FineTune
+from stabkit.algorithms.plan import StepPlan
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 
