@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stabkit._validate import check_real
-from stabkit.algorithms.base import Algorithm, Batch, StepPlan
+from stabkit.algorithms.base import Algorithm, Batch
+from stabkit.algorithms.plan import StepPlan
 from stabkit.losses import Loss
 
 

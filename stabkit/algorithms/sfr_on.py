@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stabkit._validate import check_int, check_real
-from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, StepPlan
+from stabkit.algorithms.base import Algorithm, Batch, PlainSteps
+from stabkit.algorithms.plan import StepPlan
 from stabkit.directions import fisher_diagonal
 from stabkit.losses import Loss
 from stabkit.preconditioner import Preconditioner
