@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -202,3 +203,17 @@ def go_by_rows(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
         return
     known = jacobian_module.forward_size
     monkeypatch.setattr(jacobian_module, "forward_size", lambda *given: (known(*given)[0], 0))
+
+
+@functools.cache
+def problem_of(case: int) -> UnlearningProblem:
+    """One case's problem, the same whenever it is asked for."""
+    with torch.random.fork_rng():
+        torch.manual_seed(case)
+        return CASES[case].problem()
+
+
+@functools.cache
+def jacobians_of(case: int) -> list[tuple[Tensor, ...]]:
+    """Its retain and forget samples' outputs, targets and dense Jacobian."""
+    return [tuple(t.detach() for t in dense_jacobian(problem_of(case), which)) for which in ("retain", "forget")]

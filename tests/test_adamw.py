@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import replace
 
@@ -39,7 +38,7 @@ from stabkit.runner import check_steps, run
 from stabkit.sampling import SAMPLINGS, batch_streams
 from stabkit.staged import staged_rollout
 from stabkit.training import train
-from tests.cases import CASES, dense_jacobian
+from tests.cases import CASES, jacobians_of, problem_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 ALGORITHMS = [
@@ -62,18 +61,6 @@ algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: f"{a
 def final_vector(problem, result):
     own = dict(result.model.named_parameters())
     return torch.cat([own[name].detach().reshape(-1) for name in problem.parameters])
-
-
-@functools.cache
-def problem_of(case):
-    with torch.random.fork_rng():
-        torch.manual_seed(case)
-        return CASES[case].problem()
-
-
-@functools.cache
-def jacobians_of(case):
-    return [tuple(t.detach() for t in dense_jacobian(problem_of(case), which)) for which in ("retain", "forget")]
 
 
 def everything(problem, algorithm, *, count=10**6, **options):

@@ -24,7 +24,7 @@ from stabkit.problem import UnlearningProblem
 from stabkit.rollout import SCORE_CAP, rollout
 from stabkit.runner import check_steps, run
 from stabkit.sampling import SAMPLINGS, batch_streams, noise_level
-from tests.cases import CASES, dense_jacobian
+from tests.cases import CASES, jacobians_of, problem_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 FIELDS = ("score", "divergence_step", "stopped_step", "retain_loss", "forget_loss", "coordinates")
@@ -33,18 +33,6 @@ cases = pytest.mark.parametrize("case", range(len(CASES)), ids=[c.name for c in 
 
 def normal(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@functools.cache
-def problem_of(case):
-    with torch.random.fork_rng():
-        torch.manual_seed(case)
-        return CASES[case].problem()
-
-
-@functools.cache
-def jacobians_of(case):
-    return [tuple(t.detach() for t in dense_jacobian(problem_of(case), which)) for which in ("retain", "forget")]
 
 
 @functools.cache
