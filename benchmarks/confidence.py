@@ -1,11 +1,12 @@
 """Where one linearisation's verdict is wrong, is its network wrong too? What the bounds of a report's confidence rest on.
 
-    python benchmarks/confidence.py            # some five minutes on one core
+    python benchmarks/confidence.py            # some ten minutes on one core
 
 Goes over the calibration cells that `stabkit bench verify` has recorded in benchmarks/results/verify, linearises each
 network anew, rolls every recorded setting out, and evaluates the real network at the predicted parameters, as a report does.
 Writes how far the linearised outputs are from the real ones, for verdicts that were right and for those that were not, into
-benchmarks/results/confidence.json. Evaluation cells are not looked at.
+benchmarks/results/confidence.json. Of AdamW's cells, apart from the others, the real network is evaluated after the run's
+first steps. Evaluation cells are not looked at.
 """
 
 from __future__ import annotations
@@ -26,13 +27,18 @@ from stabkit._serialise import dumps, write_atomically
 from stabkit.bench.cells import CELLS, Cell, prepared
 from stabkit.bench.records import ROLLOUT_SEEDS, algorithm_of
 from stabkit.bench.verification import read_cell
-from stabkit.cause import linearisation_errors
+from stabkit.cause import linearisation_errors, start_errors
 from stabkit.checks import MAX_ERROR_OF_A_CROSSING, MAX_ERROR_OF_A_STABLE_RUN
-from stabkit.curvature import linearise
+from stabkit.curvature import linearise, sample_coordinates
+from stabkit.measure import COORDINATES
+from stabkit.modes import MODES
+from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout
+from stabkit.staged import MAX_PATH_ERROR
 
 RESULTS = Path(__file__).parent / "results"
+STANDARD = MODES["standard"]
 BOUNDS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
@@ -44,20 +50,30 @@ def settings_of(cell: Cell, seed: int) -> list[dict[str, Any]]:
     forget, retain = ((x[rows], y[rows]) for rows in (deletion.forget, deletion.retain))
     problem = UnlearningProblem(trained.model, forget, retain, loss=trained.loss)
     algorithm = algorithm_of(cell, problem)
-    read = problem.reading(algorithm.reads)
-    network = linearise(read, algorithm.step_preconditioner(problem), seed=seed)
+    read, sizes = problem.reading(algorithm.reads), algorithm.batch_sizes(problem)
+    p = algorithm.step_preconditioner(problem)
+    count = COORDINATES * STANDARD.rank  # as the standard mode has it for few outputs
+    network = (
+        sample_coordinates(read, Identity(), run_p=p, count=count, seed=seed)
+        if algorithm.adaptive
+        else linearise(read, p, seed=seed)
+    )
     rolled = rollout(
         network,
         algorithm,
         lr=[record.lr for record in recorded.records],
         mix=[record.mix for record in recorded.records],
-        batch_sizes=algorithm.batch_sizes(problem),
+        batch_sizes=sizes,
         seeds=ROLLOUT_SEEDS,
     )
     found = []
     for place, record in enumerate(recorded.records):
-        one = replace(rolled, coordinates=rolled.coordinates[:, place : place + 1])
-        error, _ = linearisation_errors(read, network, one, staged=True)
+        if algorithm.adaptive:
+            here = algorithm.replace(lr=record.lr, mix=record.mix)
+            error, _ = start_errors(read, network, here, batch_sizes=sizes, seed=ROLLOUT_SEEDS[0], staged=True)
+        else:
+            one = replace(rolled, coordinates=rolled.coordinates[:, place : place + 1])
+            error, _ = linearisation_errors(read, network, one, staged=True)
         found.append({
             "called_diverging": bool(rolled.probability[place] >= 0.5),
             "diverged": record.diverged,
@@ -94,17 +110,21 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", stabkit.StabkitWarning)
     cells = [cell for cell in CELLS if cell.role == "calibration"]
-    settings = [setting for cell in cells for setting in settings_of(cell, 0)]
+    adamw = [cell for cell in CELLS if cell.role == "AdamW calibration"]
+    verdicts, adamws = (
+        summary([setting for cell in some for setting in settings_of(cell, 0)]) for some in (cells, adamw)
+    )
     result = {
         "cells": [cell.key for cell in cells],
         "seed": 0,
-        "verdicts": summary(settings),
+        "verdicts": verdicts,
         "used": {"stable": MAX_ERROR_OF_A_STABLE_RUN, "diverging": MAX_ERROR_OF_A_CROSSING},
+        "adamw": {"cells": [cell.key for cell in adamw], "verdicts": adamws, "used": MAX_PATH_ERROR},
         "device": "cpu",
         "versions": {"stabkit": stabkit.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     write_atomically(options.output, dumps(result) + "\n")
-    print(json.dumps(result["verdicts"]))
+    print(json.dumps({"sgd": verdicts, "adamw": adamws}))
 
 
 if __name__ == "__main__":

@@ -262,17 +262,20 @@ def frontier(found: dict[str, Any]) -> str:
 
 def confidence(found: dict[str, Any]) -> str:
     """Wrong verdicts of one linearisation, by how wrong its outputs are."""
-    verdicts, used = found["verdicts"], found["used"]
-    places = [(name, where) for name in verdicts for where in ("within", "beyond")]
+    used = found["used"]
+    places = [(name, where) for name in found["verdicts"] for where in ("within", "beyond")]
 
     def told(side: dict[str, Any]) -> str:
         share = "–" if side["share"] is None else f"{side['share']:.3f}"
         return f"{side['wrong']} of {side['settings']} ({share})"
 
-    rows = [
-        (f"{bound['bound']:g}", *(told(verdicts[name]["bounds"][k][where]) for name, where in places))
-        for k, bound in enumerate(verdicts["stable"]["bounds"])
-    ]
+    def rows(verdicts: dict[str, Any]) -> list[tuple[str, ...]]:
+        return [
+            (f"{bound['bound']:g}", *(told(verdicts[name]["bounds"][k][where]) for name, where in places))
+            for k, bound in enumerate(verdicts["stable"]["bounds"])
+        ]
+
+    columns = ("bound", *(f"called {name}, {where} it" for name, where in places))
     return "\n".join([
         "## How wrong a linearisation may be",
         "",
@@ -282,7 +285,12 @@ def confidence(found: dict[str, Any]) -> str:
         "they moved; each entry says how many of the verdicts were wrong. A report's confidence is low beyond an error of",
         f"{used['stable']:g} where it says stable, and of {used['diverging']:g} where it says diverging.",
         "",
-        table(("bound", *(f"called {name}, {where} it" for name, where in places)), rows),
+        table(columns, rows(found["verdicts"])),
+        "",
+        f"The same for the {len(found['adamw']['cells'])} calibration cells of AdamW's runs, whose error is that after the",
+        f"first steps; there confidence is low beyond {found['adamw']['used']:g}.",
+        "",
+        table(columns, rows(found["adamw"]["verdicts"])),
     ])
 
 
