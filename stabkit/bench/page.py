@@ -53,7 +53,8 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         "score had. That P is half of what the rollouts say and half of what the boundary says was decided when the "
         "reliability of the rollouts alone had been seen on all cells; its width is that of the calibration cells. That "
         "staged rollouts take a run's first steps for real was decided after a trial on a network that is none of these, "
-        "and a look at those steps in a dozen cells.",
+        "and a look at those steps in a dozen cells. That AdamW's runs are rolled out in sampled parameters, and in how "
+        "many, was decided after a look at nine networks, some of them those of evaluation cells.",
         *_without_path(summary["without_path"]),
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]

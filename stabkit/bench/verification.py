@@ -121,7 +121,7 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         "grid_factor": float(np.median([_grid_factor(result) for result in results])),
         "roles": {},
     }
-    for role in sorted({result.cell.role for result in results}):
+    for role in sorted({result.cell.role for result in results}, key=lambda role: (role.startswith("AdamW"), role)):
         mine = [result for result in results if result.cell.role == role]
         keys = list(dict.fromkeys(result.cell.key for result in mine))
         ratios = {
