@@ -288,7 +288,7 @@ def confidence(found: dict[str, Any]) -> str:
         table(columns, rows(found["verdicts"])),
         "",
         f"The same for the {len(found['adamw']['cells'])} calibration cells of AdamW's runs, whose error is that after the",
-        f"first steps; there confidence is low beyond {found['adamw']['used']:g}.",
+        f"first steps; there confidence is low beyond {used['stable']:g} and {found['adamw']['used']:g}.",
         "",
         table(columns, rows(found["adamw"]["verdicts"])),
     ])

@@ -55,8 +55,8 @@ def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake:
     )
     adaptive = measurement.algorithm.adaptive
     crossing = MAX_ERROR_WHERE_NORMALISED if measurement.problem.normalised else MAX_ERROR_OF_A_CROSSING
+    crossing = MAX_PATH_ERROR if adaptive else crossing
     bound = MAX_ERROR_OF_A_STABLE_RUN if float(rolled.probability[0]) < 0.5 else crossing
-    bound = MAX_PATH_ERROR if adaptive else bound
     linearised = Check(
         name="linearisation error",
         value=error,

@@ -437,6 +437,11 @@ def test_every_further_question(classified):
     lower = report.at(lr=report.critical_lr / 20)
     assert lower.probability < 0.2 < report.at(lr=report.critical_lr * 20).probability
     assert report.at(mix=0.1).critical_lr > report.critical_lr
+    bounds = [
+        next(check.threshold for check in found.checks if check.name == "linearisation error")
+        for found in (lower, report.at(lr=report.critical_lr * 20))
+    ]
+    assert bounds == [0.3, 0.5]  # of a run that is called stable, and of one that crosses
     front = report.frontier(lr=[report.critical_lr / 10, report.critical_lr * 10], mix=[0.3])
     assert front.probability[0, 0] < 0.5 < front.probability[1, 0]
     found = report.recommend()
