@@ -148,7 +148,14 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         layers=measurement.layers,
         checks=checks,
         linearisation_error=error,
-        advice=_advice(algorithm, lr_detail, mix_detail, probability, max(ADVISED, used.margin(RISK))),
+        advice=_advice(
+            algorithm,
+            lr_detail,
+            mix_detail,
+            probability,
+            max(ADVISED, used.margin(RISK)),
+            sure=all(check.passed for check in checks),
+        ),
         costs=(
             *measurement.costs,
             theory,
@@ -357,7 +364,9 @@ def _edges(measurement: Measurement) -> tuple[float, float]:
 def _guess(measurement: Measurement) -> float:
     """A step size of the order of the critical one."""
     if measurement.algorithm.adaptive:
-        return adamw_guess(measurement.problem)
+        return max(
+            adamw_guess(measurement.problem), measurement.algorithm.lr
+        )  # the scan reaches past what is asked about
     limit = _step_limit(measurement)
     if math.isfinite(limit):
         return limit
@@ -485,11 +494,21 @@ def _rollout_summary(verdict_by: _VerdictBy, measurement: Measurement, seeds: in
 
 
 def _advice(
-    algorithm: Algorithm, lr_detail: CriticalValue, mix_detail: CriticalValue, probability: float, margin: float
+    algorithm: Algorithm,
+    lr_detail: CriticalValue,
+    mix_detail: CriticalValue,
+    probability: float,
+    margin: float,
+    *,
+    sure: bool,
 ) -> tuple[str, ...]:
     """What to do, in words: a margin below the critical step size, and half the critical mix."""
     if probability < STABLE_BELOW:
-        advice = ["Run it."]
+        advice = [
+            "Run it."
+            if sure
+            else "Run it, but not unwatched: the confidence is low, and below stands why and what helps."
+        ]
         if lr_detail.found and lr_detail.value < margin * algorithm.lr:
             advice.append(
                 f"The step size is within a factor {margin:.2g} of the critical one, {lr_detail.value:.3g}: leave a margin."
@@ -508,7 +527,6 @@ def _advice(
         advice.append(
             "At this step size no mix is safe, not even fine-tuning on the retain set: only a smaller step helps."
         )
-    advice.append(
-        "`report.recommend()` has batches, schedules and clipping too, with the losses each is predicted to reach."
-    )
+    too = "batches and schedules" if algorithm.adaptive else "batches, schedules and clipping"
+    advice.append(f"`report.recommend()` has {too} too, with the losses each is predicted to reach.")
     return tuple(advice)

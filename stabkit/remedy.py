@@ -178,7 +178,9 @@ class _Search:
         return tried
 
     def _clipping(self) -> Recommendation | None:
-        """The largest clipping norm that holds, from the norm of the first steps down."""
+        """The largest clipping norm that holds, from the norm of the first steps down; AdamW undoes clipping."""
+        if self._algorithm.adaptive:
+            return None
         part = self._network
         gradient = torch.zeros(part.rank, dtype=torch.float64)
         for samples, weight in ((part.retain, 1 - self._algorithm.mix), (part.forget, self._algorithm.mix)):

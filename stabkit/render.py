@@ -212,7 +212,7 @@ def _shares(shares: Sequence[object]) -> str:
 def _theory(report: Report) -> Section:
     t, run = report.thresholds, report.run
     steps, momentum = run.steps, run.settings.get("momentum", 0.0) or run.adaptive
-    what = "of AdamW with its second moment held still; " if run.adaptive else ""
+    what = "of AdamW with its second moment held still and without its decay; " if run.adaptive else ""
     return Section(
         title="Linear theory" + (f" ({what}mean square and rules: without the momentum)" if momentum else ""),
         rows=(

@@ -211,7 +211,12 @@ class Steps:
         self._plan = algorithm.plan()
         self._rule = algorithm.stop_rule()
         self._mask = preconditioner.forget_mask if isinstance(preconditioner, PlainSteps) else None
-        self._paces = algorithm.layer_factors(problem) if algorithm.adaptive else None  # SGD has them in P
+        self._paces = self._decaying = None
+        if algorithm.adaptive:  # SGD has both in P
+            self._paces = algorithm.layer_factors(problem)
+            if algorithm.weight_decay:
+                theta = problem.vector()
+                self._decaying = (preconditioner.apply(torch.ones_like(theta)) > 0).to(theta)
 
     def draw(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """The step's indices in both sets; nothing is drawn from a set that has no part in the step."""
@@ -240,8 +245,8 @@ class Steps:
         if decay or plan.pull:
             direction = direction + self._preconditioner.apply(decay * theta + plan.pull * theta.sign())
         ahead, moments = updated(algorithm, state.moments, direction, state.taken + 1)
-        if algorithm.adaptive and algorithm.weight_decay:
-            ahead = ahead + algorithm.weight_decay * theta
+        if self._decaying is not None:
+            ahead = ahead + algorithm.weight_decay * self._decaying * theta
         lr = algorithm.lr * plan.lr
         change = -lr * (ahead if self._paces is None else ahead * self._paces)
         drift = change.norm() / theta.norm()

@@ -50,8 +50,9 @@ ALGORITHMS = [
     FineTune(lr=0.03, weight_decay=0.1),
     AGU(lr=0.02, mix=0.4),
     SalUn(lr=0.02),
-    SCRUB(lr=0.02, momentum=0.0),
-    SFROn(lr=0.02, momentum=0.0),
+    SalUn(lr=0.02, weight_decay=0.5),
+    SCRUB(lr=0.02),
+    SFROn(lr=0.02),
     L1Sparse(lr=0.02),
 ]
 ALGORITHMS = [a.replace(optimizer="adamw", steps=9, batch_size=3, forget_batch_size=2) for a in ALGORITHMS]
@@ -125,6 +126,8 @@ def by_torch(problem, algorithm, seed, outputs_of, *, signs=None):
             theta.grad += plan.pull * (theta.detach().sign() if signs is None else signs)
         rule.param_groups[0]["lr"] = algorithm.lr * plan.lr
         rule.step()
+        held = p.apply(torch.ones_like(total)) == 0
+        theta.data[held] = course[0][held]  # nor does it decay
         course.append(theta.detach().clone())
     return course
 
@@ -223,9 +226,7 @@ def compare(case, algorithm, seed):
         targets = samples.batch(everyone)[1]
         losses = [problem.loss.per_sample(linear(case)(course[k], which, everyone), targets).mean() for k in looks]
         np.testing.assert_allclose(getattr(found, name)[0, 0], torch.stack(losses), rtol=1e-6, atol=1e-9)
-    # All are drawn, each for itself; but for those that P holds still, whose decay is left out.
-    moves = algorithm.step_preconditioner(problem).apply(torch.ones_like(problem.vector())) > 0
-    moved = (course[-1] - course[0]) * moves
+    moved = course[-1] - course[0]  # all are drawn that move, each for itself
     there = network.movement(found.coordinates[0, 0])
     torch.testing.assert_close(there, moved, rtol=1e-6, atol=1e-9)
 
@@ -555,6 +556,9 @@ def test_algorithms_by_name_leave_their_usual_momentum(classified):
     model, forget, retain = classified
     for name in ("scrub", "sfr_on"):
         assert stabkit.algorithms.resolve_algorithm(name, optimizer="adamw").momentum == 0
+        usual = stabkit.algorithms.resolve_algorithm(name)
+        assert usual.momentum == 0.9
+        assert usual.replace(optimizer="adamw").momentum == 0
         estimate = stabkit.predict_cost(model, forget, retain, algorithm=name, optimizer="adamw", steps=5)
         assert estimate.gradient_equivalents > 0
 
@@ -600,7 +604,16 @@ def test_arrays_will_do():
 def test_each_parameter_by_itself_needs_a_diagonal_p():
     problem = problem_of(0)
     with pytest.raises(ValueError, match=r"`optimizer` of `RemainNewton` must be 'sgd', as its P is no `Diagonal`"):
-        run(problem, RemainNewton(optimizer="adamw", momentum=0.0, steps=1, batch_size=3))
+        RemainNewton(optimizer="adamw")
+
+    class Own(GradDiff):
+        name = "own"
+
+        def preconditioner(self, problem):
+            return RemainNewton(rank=2).preconditioner(problem)
+
+    with pytest.raises(ValueError, match=r"`optimizer` of `Own` must be 'sgd', as its P is no `Diagonal`"):
+        run(problem, Own(optimizer="adamw", steps=1, batch_size=3))
 
 
 def test_a_linearisation_is_of_one_optimiser():

@@ -60,8 +60,6 @@ def resolve_algorithm(algorithm: str | Algorithm, *, owner: str = "resolve_algor
             "GradDiff(lr=0.01)."
         )
     check_choice(algorithm, name="algorithm", owner=owner, choices=ALGORITHMS)
-    if given.get("optimizer") == "adamw":  # whose own momentum takes the place of an algorithm's usual one
-        given.setdefault("momentum", 0.0)
     return ALGORITHMS[algorithm]().replace(**given)
 
 

@@ -116,7 +116,8 @@ class Algorithm(abc.ABC):
             retain steps of weight 1-α. Both sets in every step when None.
         optimizer: "sgd", which has momentum, Nesterov's and decay as above, or "adamw", whose steps are those of
             torch.optim.AdamW: the gradient, after P and clipping, is divided by the root of its running mean square, and
-            γθ is decoupled from it (T15). `momentum` must then be 0 and P diagonal.
+            γθ is decoupled from it, but for what P holds still (T15). P must then be diagonal, and `momentum` 0, to which a
+            class's usual one falls.
         betas: β₁ and β₂ of AdamW, in [0, 1).
         eps: AdamW's ε > 0.
     """
@@ -173,7 +174,10 @@ class Algorithm(abc.ABC):
             size = check_int(self.forget_batch_size, name="forget_batch_size", owner=owner, low=1)
             plain["forget_batch_size"] = size
         check_choice(self.sampling, name="sampling", owner=owner, choices=SAMPLINGS)
+        plain |= self._checked_optimizer()
         plain["momentum"] = check_real(self.momentum, name="momentum", owner=owner, low=0, high=1, high_open=True)
+        if self.adaptive:
+            plain["momentum"] = 0.0
         if not isinstance(self.nesterov, bool | np.bool_):
             raise TypeError(f"`nesterov` of `{owner}` must be True or False; got {self.nesterov!r}.")
         if self.nesterov and self.momentum == 0:
@@ -209,7 +213,6 @@ class Algorithm(abc.ABC):
                 str(name): check_real(factor, name=f"layer_lr[{name!r}]", owner=owner, low=0)
                 for name, factor in self.layer_lr.items()
             }
-        plain |= self._checked_optimizer()
         for key, value in plain.items():  # NumPy scalars become Python's, which reports can write
             object.__setattr__(self, key, value)
 
@@ -222,7 +225,7 @@ class Algorithm(abc.ABC):
                 f"`nesterov` of `{owner}` must be False with optimizer='adamw'; got True. AdamW has momentum of its own: "
                 "leave out `momentum` too."
             )
-        if self.adaptive and self.momentum:
+        if self.adaptive and self.momentum not in {0, type(self).momentum}:
             raise ValueError(
                 f"`momentum` of `{owner}` must be 0 with optimizer='adamw'; got {self.momentum!r}. Its own is betas[0]: set "
                 "momentum=0."

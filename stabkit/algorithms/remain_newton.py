@@ -46,6 +46,11 @@ class RemainNewton(Algorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
+        if self.adaptive:
+            raise ValueError(
+                f"`optimizer` of `{owner}` must be 'sgd', as its P is no `Diagonal`; got 'adamw', which takes each "
+                "parameter by itself. Leave it out."
+            )
         plain: dict[str, object] = {
             "rank": check_int(self.rank, name="rank", owner=owner, low=1),
             "seed": check_seed(self.seed, owner=owner),
