@@ -364,9 +364,8 @@ def _edges(measurement: Measurement) -> tuple[float, float]:
 def _guess(measurement: Measurement) -> float:
     """A step size of the order of the critical one."""
     if measurement.algorithm.adaptive:
-        return max(
-            adamw_guess(measurement.problem), measurement.algorithm.lr
-        )  # the scan reaches past what is asked about
+        # Not below what is asked about, which the scan is to reach past.
+        return max(adamw_guess(measurement.problem), measurement.algorithm.lr)
     limit = _step_limit(measurement)
     if math.isfinite(limit):
         return limit

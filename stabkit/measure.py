@@ -160,7 +160,8 @@ class Measurement:
         Returns:
             This measurement about the other settings, and free of charge, if step size, steps, batches, sampling, momentum
             or a weight decay that was there already changed. A new mix, or another algorithm where P = I for both, has its
-            spectrum and coherence measured; any other setting, or another algorithm, everything.
+            spectrum and coherence measured, and so have other batches or another sampling of an AdamW run, on which its
+            frozen second moment depends; any other setting, or another algorithm, everything.
         """
         # Along a direction that is not there yet, but for sampled parameters.
         begins = algorithm.weight_decay and not (self.algorithm.weight_decay or algorithm.adaptive)

@@ -37,9 +37,8 @@ CHECKING = "checking the problem"  # the stage before all others
 # those of networks of ten million parameters, which are linear for fewer steps (gpu/results.md).
 TYPICAL_SHARE, LARGE_SHARE, PLACES = 0.2, 0.5, 2
 LARGE = 10**6  # parameters, between the two
-ADAMW_SHARE = (
-    0.7  # of an AdamW run and its looks, all of which are real but for what comes after a crossing; typical likewise
-)
+# Of an AdamW run and its looks, which are real but for what comes after a crossing; typical of its cells there.
+ADAMW_SHARE = 0.7
 # Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
 ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 6e10
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix

@@ -111,7 +111,7 @@ def staged_rollout(
         log2(steps) + 3 places, and then what the rest of the run costs, with such passes at each look; gradients of up to
         128 samples at each of those places where the network has dormant tensors. With batchnorm="batch" the running
         statistics are known from B_R + B_F forward passes a linearised step, and as they move the outputs by themselves the
-        loss's error counts alone.
+        loss's error counts alone. Of AdamW all steps are real.
 
     Raises:
         ValueError: If an argument is out of its domain, or batches may have no variance to be normalised by.

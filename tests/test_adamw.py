@@ -206,7 +206,7 @@ def linear(case):
 
 
 def compare(case, algorithm, seed):
-    """All parameters drawn: losses at every look, and the share of the movement that each layer has."""
+    """All parameters drawn: losses at every look, and where each parameter has moved at the end."""
     problem, sizes = problem_of(case), algorithm.batch_sizes(problem_of(case))
     network = replace(everything(problem, algorithm), divergence_level=1e9)
     found = rollout(

@@ -54,7 +54,7 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         "reliability of the rollouts alone had been seen on all cells; its width is that of the calibration cells. That "
         "staged rollouts take a run's first steps for real was decided after a trial on a network that is none of these, "
         "and a look at those steps in a dozen cells. That AdamW's runs are rolled out in sampled parameters, and in how "
-        "many, was decided after a look at nine networks, some of them those of evaluation cells.",
+        "many, was decided after a look at some of the cells' networks, those of evaluation cells among them.",
         *_without_path(summary["without_path"]),
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]
