@@ -7,6 +7,8 @@ network anew, rolls every recorded setting out, and evaluates the real network a
 Writes how far the linearised outputs are from the real ones, for verdicts that were right and for those that were not, into
 benchmarks/results/confidence.json. Of AdamW's cells, apart from the others, the real network is evaluated after the run's
 first steps. Evaluation cells are not looked at.
+
+And where verdicts are about step sizes near the boundary: how many of a report's are wrong there, and how many elsewhere.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from stabkit._serialise import dumps, write_atomically
 from stabkit.bench.cells import CELLS, Cell, prepared
 from stabkit.bench.records import ROLLOUT_SEEDS, algorithm_of
 from stabkit.bench.verification import read_cell
+from stabkit.calibration import beyond, calibration, combined
 from stabkit.cause import linearisation_errors, start_errors
-from stabkit.checks import MAX_ERROR_OF_A_CROSSING, MAX_ERROR_OF_A_STABLE_RUN
+from stabkit.checks import MAX_ERROR_OF_A_CROSSING, MAX_ERROR_OF_A_STABLE_RUN, margin_check
 from stabkit.curvature import linearise, sample_coordinates
+from stabkit.judge import verdict_of
 from stabkit.measure import COORDINATES
 from stabkit.modes import MODES
 from stabkit.preconditioner import Identity
@@ -96,6 +100,30 @@ def summary(settings: list[dict[str, Any]]) -> dict[str, Any]:
     return sides
 
 
+def margins(cells: list[Cell], kind: str) -> dict[str, dict[str, Any]]:
+    """How many verdicts on recorded settings are wrong, near the boundary that was found and clear of it, by a report's P.
+
+    Near is where `margin_check` fails. Marginal verdicts, which claim nothing, are left out.
+    """
+    used = calibration("staged" if kind == "staged" else "adamw" if cells[0].optimizer == "adamw" else "one")
+    settings: dict[str, list[dict[str, Any]]] = {"near": [], "clear": []}
+    for path in (path for cell in cells for path in sorted((RESULTS / "verify").glob(f"{cell.key}-s[0-9].json"))):
+        recorded = read_cell(path)
+        edges = {boundary.mix: getattr(boundary, kind) for boundary in recorded.boundaries}
+        for record in recorded.records:
+            edge = edges.get(record.mix)
+            if edge is None:
+                continue
+            interval = used.interval(edge, edge, edge)
+            p = combined(getattr(record, kind).probability, record.lr, edge, interval)
+            said = verdict_of(p)
+            clear = margin_check(beyond(record.lr, edge, interval), interval, said, staged=kind == "staged").passed
+            if said != "marginal":
+                one = {"called_diverging": said == "diverges", "diverged": record.diverged}
+                settings["clear" if clear else "near"].append(one)
+    return {place: _wrong(found) for place, found in settings.items()}
+
+
 def _wrong(settings: list[dict[str, Any]]) -> dict[str, float | int | None]:
     """How many settings, and how many of them were called wrongly."""
     wrong = sum(s["called_diverging"] != s["diverged"] for s in settings)
@@ -119,6 +147,10 @@ def main() -> None:
         "seed": 0,
         "verdicts": verdicts,
         "used": {"stable": MAX_ERROR_OF_A_STABLE_RUN, "diverging": MAX_ERROR_OF_A_CROSSING},
+        "margins": {
+            name: {kind: margins(some, kind) for kind in ("one", "staged")}
+            for name, some in (("sgd", cells), ("adamw", adamw))
+        },
         "adamw": {"cells": [cell.key for cell in adamw], "verdicts": adamws, "used": MAX_PATH_ERROR},
         "device": "cpu",
         "versions": {"stabkit": stabkit.__version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -291,6 +291,24 @@ def confidence(found: dict[str, Any]) -> str:
         f"first steps; there confidence is low beyond {used['stable']:g} and {found['adamw']['used']:g}.",
         "",
         table(columns, rows(found["adamw"]["verdicts"])),
+        "",
+        "Confidence is low, too, where the critical step size lies on the other side of the run's with a probability above",
+        "0.1, of either kind of prediction. Wrong verdicts, but for marginal ones, with all seeds of these cells, there and",
+        "elsewhere:",
+        "",
+        table(
+            ("runs by", "prediction", "near the boundary", "clear of it"),
+            [
+                (
+                    {"sgd": "SGD", "adamw": "AdamW"}[optimizer],
+                    {"one": "one linearisation", "staged": "staged"}[kind],
+                    told(sides["near"]),
+                    told(sides["clear"]),
+                )
+                for optimizer, kinds in found["margins"].items()
+                for kind, sides in kinds.items()
+            ],
+        ),
     ])
 
 

@@ -23,6 +23,7 @@ from stabkit._validate import check_choice
 
 KINDS = ("one", "staged", "adamw")
 COVERAGE = 0.9  # of the interval of the critical step size
+RISK = 0.05  # P(diverge) that a recommended run may have, unless asked otherwise
 ODDS = math.log((1 + COVERAGE) / (1 - COVERAGE))  # log odds at its upper end
 SHIPPED = Path(__file__).with_name("calibration.json")
 

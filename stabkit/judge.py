@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import ROUND_DOWN, Context
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from stabkit.boundary import (
     staged_critical_mix,
     surroundings,
 )
-from stabkit.calibration import calibration, combined
+from stabkit.calibration import RISK, beyond, calibration, combined
 from stabkit.cause import find_cause, linearisation_errors, start_errors
 from stabkit.checks import change_checks, margin_check, trust_checks, warn_if_unsure
 from stabkit.curvature import SampleFactors
@@ -33,7 +34,7 @@ from stabkit.measure import FEWEST_SAMPLES, THEORY_ROWS, Measurement
 from stabkit.precision import arithmetic
 from stabkit.problem import UnlearningProblem
 from stabkit.recommendations import Recommendations
-from stabkit.remedy import RISK, recommend
+from stabkit.remedy import recommend
 from stabkit.report import CoherenceSummary, Cost, Report, RolloutSummary, Run, Thresholds
 from stabkit.rollout import Rollout, rollout
 from stabkit.spectrum._common import ROUNDING
@@ -121,13 +122,15 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     interval = (lr_detail.scanned[1], math.inf)
     if lr_detail.found:
         interval = used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
+    past = float(algorithm.lr > interval[0])  # of a scan that found no boundary
     if lr_detail.bracketed:
+        past = beyond(algorithm.lr, lr_detail.value, interval)
         probability = combined(probability, algorithm.lr, lr_detail.value, interval)
-    verdict = _verdict(probability)
+    verdict = verdict_of(probability)
     checks = (
         *trust_checks(measurement, rolled, error, awake),
         *(() if verdict_by.real_steps else change_checks(measurement, rolled, seeds)),
-        *([margin_check(algorithm.lr, interval, verdict)] if measurement.settings.staged else []),
+        margin_check(past, interval, verdict, staged=measurement.settings.staged),
     )
     return Report(
         verdict=verdict,
@@ -228,7 +231,15 @@ def check_batches(problem: UnlearningProblem, algorithm: Algorithm) -> None:
         check_coupled(algorithm, batch_sizes)
 
 
-def _verdict(probability: float) -> str:
+def verdict_of(probability: float) -> str:
+    """The verdict that a P(diverge) is.
+
+    Args:
+        probability: P(diverge).
+
+    Returns:
+        "stable", "marginal" or "diverges".
+    """
     if probability < STABLE_BELOW:
         return "stable"
     return "diverges" if probability > DIVERGES_ABOVE else "marginal"
@@ -519,9 +530,13 @@ def _advice(
             f"No step size down to {lr_detail.value:.2g} is safe: the model is at or past the divergence level already.",
         )
     if lr_detail.found:
-        advice.append(f"Keep mix {algorithm.mix:.3g} and lower the step size to {lr_detail.low / margin:.2g} or less.")
+        advice.append(
+            f"Keep mix {algorithm.mix:.3g} and lower the step size to {_two_digits(lr_detail.low / margin)} or less."
+        )
     if mix_detail.found and mix_detail.low > 0:
-        advice.append(f"Or keep step size {algorithm.lr:.3g} and lower the mix to {mix_detail.low / 2:.2g} or less.")
+        advice.append(
+            f"Or keep step size {algorithm.lr:.3g} and lower the mix to {_two_digits(mix_detail.low / 2)} or less."
+        )
     elif mix_detail.found:
         advice.append(
             "At this step size no mix is safe, not even fine-tuning on the retain set: only a smaller step helps."
@@ -529,3 +544,8 @@ def _advice(
     too = "batches and schedules" if algorithm.adaptive else "batches, schedules and clipping"
     advice.append(f"`report.recommend()` has {too} too, with the losses each is predicted to reach.")
     return tuple(advice)
+
+
+def _two_digits(bound: float) -> str:
+    """An upper bound for reading, rounded down."""
+    return f"{float(Context(prec=2, rounding=ROUND_DOWN).create_decimal(repr(bound))):.2g}"

@@ -38,7 +38,7 @@ def predict(
     momentum: float | None = None,
     nesterov: bool | None = None,
     weight_decay: float | None = None,
-    optimizer: str | None = None,
+    optimizer: str | torch.optim.Optimizer | None = None,
     max_gradient_norm: float | None = None,
     lr_schedule: str | Sequence[float] | None = None,
     loss: str | PerSampleLoss | Loss = "cross_entropy",
@@ -78,7 +78,8 @@ def predict(
         momentum: Heavy-ball momentum in [0, 1).
         nesterov: Whether momentum is Nesterov's.
         weight_decay: γ >= 0, as in torch.optim.SGD, or AdamW.
-        optimizer: "sgd", or "adamw", whose betas and eps an algorithm object can set; its rollouts follow a sample of the
+        optimizer: "sgd", "adamw", or a new torch.optim.SGD or AdamW of the model's parameters, whose step size, momentum or
+            betas, decay and groups are the run's where no argument says otherwise. AdamW's rollouts follow a sample of the
             parameters (T15), and the linear theory is that of its second moment held still.
         max_gradient_norm: Largest norm of a step's preconditioned gradient, which is scaled down to it.
         lr_schedule: "cosine", "warmup", or a factor for each step.
@@ -131,6 +132,7 @@ def predict(
     chosen = resolve_algorithm(
         algorithm,
         owner="predict",
+        model=model,
         lr=lr,
         mix=mix,
         batch_size=batch_size,
@@ -177,7 +179,7 @@ def predict_cost(
     algorithm: str | Algorithm = "graddiff",
     steps: int | None = None,
     batch_size: int | None = None,
-    optimizer: str | None = None,
+    optimizer: str | torch.optim.Optimizer | None = None,
     loss: str | PerSampleLoss | Loss = "cross_entropy",
     batchnorm: str = "frozen",
     check_every: int = CHECK_EVERY,
@@ -200,7 +202,7 @@ def predict_cost(
         algorithm: A name or an algorithm object.
         steps: Number K of steps; the algorithm's own when None.
         batch_size: Retain samples a step; the algorithm's own when None.
-        optimizer: "sgd" or "adamw"; the algorithm's own when None.
+        optimizer: "sgd", "adamw" or an object, as `predict` has it; the algorithm's own when None.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         batchnorm: As `predict` has it.
         check_every: As `predict` has it.
@@ -217,7 +219,9 @@ def predict_cost(
     Returns:
         The estimate; it prints as a table. Cost: reading the data, and a few passes over 64 samples to time a gradient.
     """
-    chosen = resolve_algorithm(algorithm, owner="predict_cost", steps=steps, batch_size=batch_size, optimizer=optimizer)
+    chosen = resolve_algorithm(
+        algorithm, owner="predict_cost", model=model, steps=steps, batch_size=batch_size, optimizer=optimizer
+    )
     sizes = Sizes(
         rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
     )

@@ -12,7 +12,7 @@ import torch
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm
 from stabkit.boundary import critical_lr
-from stabkit.calibration import calibration
+from stabkit.calibration import RISK, calibration
 from stabkit.cause import layer_shares
 from stabkit.curvature import CoordinateNetwork, LinearisedNetwork
 from stabkit.measure import Measurement, linearised
@@ -21,7 +21,6 @@ from stabkit.recommendations import ParetoPoint, Recommendation, Recommendations
 from stabkit.rollout import Rollout, loss_scale, rollout
 from stabkit.staged import staged_rollout
 
-RISK = 0.05
 POINTS = 24  # of a line of step sizes, mixes or clipping norms
 REACH = 100.0  # how far below the critical step size the line begins
 FRONT_STEPS, FRONT_MIXES = 16, 9  # step sizes and mixes behind the Pareto front

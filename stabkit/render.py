@@ -454,15 +454,17 @@ def report_page(
 
     Args:
         report: The report.
-        frontier: A frontier to draw.
+        frontier: A frontier to draw; where it is None the page says why there is none.
         outcomes: Real runs to mark on it.
         tables: Tables to put before the evidence.
 
     Returns:
         HTML.
     """
-    figures = [("Predicted run", _embedded(report.plot()[0]))]
-    if frontier is not None:
+    figures: list[tuple[str, str | None]] = [("Predicted run", _embedded(report.plot()[0]))]
+    if frontier is None:
+        figures.append(("Stability frontier", None))
+    else:
         title = "Stability frontier"
         if report.calibration.kind == "staged":  # whose critical step size may be another
             title += ", from the one linearisation alone"

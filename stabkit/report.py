@@ -487,7 +487,8 @@ class Report(Shown, Stored):
 
         Args:
             path: Where to.
-            frontier: A frontier to draw as well; computed on the default grid when None and possible.
+            frontier: A frontier to draw as well; computed on the default grid when None, but of a report loaded from a file,
+                whose page says that there is none.
             outcomes: Real runs to mark on it.
             tables: Tables to show before the evidence, such as a verification's `table()`.
 

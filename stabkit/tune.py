@@ -13,11 +13,12 @@ from torch import nn
 from stabkit._errors import TargetWarning, caller_level
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm, resolve_algorithm
+from stabkit.calibration import RISK
 from stabkit.data import Data
 from stabkit.losses import CrossEntropy, Loss, PerSampleLoss
 from stabkit.predict import predict
 from stabkit.problem import UnlearningProblem
-from stabkit.remedy import RISK, algorithm_at
+from stabkit.remedy import algorithm_at
 from stabkit.report import Report
 
 SPECTRUM_SAMPLES = 8  # of each set: the eigenvalues only say where to begin the scan of step sizes

@@ -24,14 +24,14 @@ def record(lr, mix, probability, diverged, *, predicted_step=None, staged=None, 
     return bench.Record(lr=lr, mix=mix, one=one, staged=other, diverged=diverged, **(plain | changes))
 
 
-def result(records, *, role="evaluation", name="digits-cnn-class-graddiff", seed=0, boundaries=()):
+def result(records, *, role="evaluation", name="digits-cnn-class-graddiff", seed=0, boundaries=(), again=2.0):
     (cell,) = (c for c in bench.CELLS if c.key == name)
     return bench.CellResult(
         cell=replace(cell, role=role),
         seed=seed,
         records=tuple(records),
         boundaries=tuple(
-            bench.Boundary(mix=mix, observed=observed, one=one, staged=staged, again=observed and 2 * observed)
+            bench.Boundary(mix=mix, observed=observed, one=one, staged=staged, again=observed and again * observed)
             for mix, observed, one, staged in boundaries
         ),
         measure_seconds=3.0,
@@ -200,7 +200,13 @@ def test_what_was_calibrated_on_is_never_pooled():
         "median_ratio": pytest.approx(1.0),
         "within_1.5": 1.0,
         "within_2": 1.0,
+        "in_interval": 1.0,
     }
+    # 3 for boundaries at 1 and, by other batches, 2; the factor of staged rollouts lies between 1.5 and 3
+    assert summary["roles"]["evaluation"]["boundary"]["staged"]["in_interval"] == 0.0
+    wide = verification.summarise([result(one, boundaries=[(0.5, 1.0, 1.7, 1.7)])])["roles"]["evaluation"]["boundary"]
+    assert (wide["one"]["in_interval"], wide["staged"]["in_interval"]) == (1.0, 0.5)
+    assert wide["again"]["in_interval"] is None
     assert summary["roles"]["evaluation"]["cost"] == {
         "measure_over_run": 1.5,
         "frontier_over_run": 0.5,
@@ -316,7 +322,9 @@ def drawn(count, slope, seed):
     happened = generator.random(count) < 1 / (1 + np.exp(-slope * scores))
     records = [record(1.0, 0.5, 0.5, bool(y), score=float(x)) for x, y in zip(scores, happened, strict=True)]
     ratios = np.exp(generator.normal(0, 0.4, size=count // 10))
-    return result(records, role="calibration", boundaries=[(0.1, 1.0, float(r), 1.0) for r in ratios]), ratios
+    return result(
+        records, role="calibration", boundaries=[(0.1, 1.0, float(r), 1.0) for r in ratios], again=1.0
+    ), ratios
 
 
 def test_a_calibration_measures_the_probability_on_its_runs():
@@ -336,18 +344,28 @@ def test_a_calibration_measures_the_probability_on_its_runs():
     assert bench.fit_calibration([replace(found, boundaries=())], "one").step_factor is None
 
 
+def test_an_interval_is_of_runs_with_any_batches():
+    """Predictions that hit every observed boundary, of which other batches break at three times the step size."""
+    records = [record(1.0, 0.5, 0.5, True, score=1.0)]
+    for again, factor in ((1.0, 1.0), (3.0, 3.0)):
+        found = result(records, role="calibration", boundaries=[(0.1, 1.0, 1.0, 1.0)] * 40, again=again)
+        assert bench.fit_calibration([found], "staged").step_factor == pytest.approx(factor)
+
+
 def test_each_end_of_an_interval_may_have_a_factor():
     """Boundaries predicted at a tenth of the observed ones, give or take little: the interval reaches up, hardly down."""
     generator = np.random.default_rng(0)
     ratios = 0.1 * np.exp(generator.normal(0, 0.2, size=400))
     records = [record(1.0, 0.5, 0.5, True, score=1.0)]
-    found = result(records, role="AdamW calibration", boundaries=[(0.1, 1.0, float(r), 1.0) for r in ratios])
+    found = result(records, role="AdamW calibration", boundaries=[(0.1, 1.0, float(r), 1.0) for r in ratios], again=1.0)
     fitted = bench.fit_calibration([found], "one", name="adamw", sided=True)
     assert (fitted.kind, fitted.step_factor) == ("adamw", 1.0)
     assert fitted.step_factor_above == pytest.approx(10 * math.exp(0.2 * 1.645), rel=0.05)
     assert fitted.interval(1.0, 0.9, 1.1) == (0.9, fitted.step_factor_above)
     assert fitted.margin(0.05) == 1.0
-    turned = result(records, role="AdamW calibration", boundaries=[(0.1, 1.0, float(1 / r), 1.0) for r in ratios])
+    turned = result(
+        records, role="AdamW calibration", boundaries=[(0.1, 1.0, float(1 / r), 1.0) for r in ratios], again=1.0
+    )
     other = bench.fit_calibration([turned], "one", sided=True)
     assert (other.step_factor, other.step_factor_above) == (pytest.approx(fitted.step_factor_above, rel=0.1), 1.0)
 
@@ -403,7 +421,7 @@ def test_a_boundary_makes_the_probability_honest():
         observed = math.exp(generator.logistic(0, 0.4))
         lrs = np.exp(generator.uniform(-2, 2, size=20)).tolist()
         records = [record(lr, 0.5, 0.5, lr >= observed, score=2.0 if lr >= 1 else -2.0) for lr in lrs]
-        found.append(result(records, role="calibration", boundaries=[(0.5, observed, 1.0, 1.0)]))
+        found.append(result(records, role="calibration", boundaries=[(0.5, observed, 1.0, 1.0)], again=1.0))
     fitted = bench.fit_calibration(found, "one")
     assert math.log(fitted.step_factor) == pytest.approx(0.4 * math.log(19), rel=0.1)
 
@@ -448,6 +466,14 @@ def test_the_command_calibrates(tmp_path, capsys):
     assert "one: slope" in capsys.readouterr().out
     plain = json.loads(written.read_text(encoding="utf-8"))
     assert from_plain(Calibration, plain["one"]) == bench.fit_calibration([found], "one")
+    other = replace(drawn(200, 2.0, 3)[0], cell=bench.cells_named([f"{NAME}-adamw"])[0])
+    (tmp_path / f"{NAME}-adamw-s0.json").write_text(
+        dumps({"schema": verification.SCHEMA, **to_plain(other)}), encoding="utf-8"
+    )
+    assert main(["bench", "calibrate", "--folder", str(tmp_path), "--output", str(written)]) == 0
+    plain = json.loads(written.read_text(encoding="utf-8"))
+    assert [plain[kind]["runs"] for kind in ("one", "staged", "adamw")] == [300, 500, 200]
+    assert from_plain(Calibration, plain["staged"]) == bench.fit_calibration([found, other], "staged")
     assert main(["bench", "calibrate", "--folder", str(tmp_path / "none"), "--output", str(written)]) == 2
     assert "got none" in capsys.readouterr().err
 
@@ -459,8 +485,7 @@ def test_the_shipped_calibration_is_of_its_kind():
         shipped = calibration(kind)
         assert shipped.kind == kind
         assert shipped.slope > 0  # P(diverge) rises with the score
-        role = "AdamW calibration" if kind == "adamw" else "calibration"
-        known = {cell.key for cell in bench.CELLS if cell.role == role}
-        assert set(shipped.cells) <= known
+        roles = {"one": {"calibration"}, "adamw": {"AdamW calibration"}}.get(kind, {"calibration", "AdamW calibration"})
+        assert set(shipped.cells) == {cell.key for cell in bench.CELLS if cell.role in roles}
     with pytest.raises(ValueError, match=r"`kind` of `calibration` must be one of .*; got 'two'"):
         calibration("two")

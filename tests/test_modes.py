@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -10,8 +11,8 @@ from torch import nn
 
 import stabkit
 from stabkit.algorithms import AGU, GradDiff
-from stabkit.calibration import calibration
-from stabkit.checks import margin_check
+from stabkit.calibration import beyond, calibration
+from stabkit.checks import MARGIN, margin_check
 from stabkit.curvature import forward_size, rows_pay
 from stabkit.models import SmallCNN
 from stabkit.modes import MODES, OPERATIONS_A_SECOND, SMALL_WORK, Sizes, estimate_cost, small_work
@@ -30,6 +31,11 @@ def case():
     torch.manual_seed(0)
     model = train(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), x, y, epochs=40, lr=0.02, seed=0)
     return model, (x[:60], y[:60]), (x[60:], y[60:])
+
+
+def said_step(report: stabkit.Report) -> float:
+    """The step size that a report's advice tells to stay below."""
+    return float(re.search(r"lower the step size to (\S+) or less", " ".join(report.advice))[1])
 
 
 @pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
@@ -189,24 +195,38 @@ def test_a_staged_boundary_is_that_of_a_middling_seed_and_as_wide_as_the_seeds_a
         low, high = report.critical_lr_interval
         assert all(low < other.critical_lr < high for other in reports)
         detail = report.critical_lr_detail
-        advised = algorithm.replace(lr=detail.low / 2)
-        assert f"lower the step size to {advised.lr:.2g} or less" in " ".join(report.advice)
+        advised = algorithm.replace(lr=said_step(report))
+        assert 0.9 * detail.low / 2 <= advised.lr <= detail.low / 2  # two digits, rounded down
         ran = [stabkit.run(problem, advised, seed=s).diverged for s in range(100, 108)]
         assert sum(ran) <= 2
 
 
-def test_a_stable_run_near_the_staged_boundary_is_told_to_keep_a_margin():
-    near, far = (margin_check(lr, (0.8, 1.4), "stable") for lr in (0.9, 0.4))
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_verdict_near_the_boundary_is_told_to_keep_a_margin(staged):
+    near, far = (margin_check(past, (0.8, 1.4), "stable", staged=staged) for past in (0.3, 0.04))
     assert (near.passed, far.passed) == (False, True)
-    assert near.value == pytest.approx(0.9 / 0.8)
-    assert "a step size of 0.4" in near.remedy
-    assert margin_check(0.9, (0.8, 1.4), "marginal").passed
-    assert margin_check(0.9, (0.8, 1.4), "diverges").passed
+    assert near.value == 0.3
+    assert "leave a margin: 0.4 is" in near.remedy
+    assert ("thorough" in near.remedy) != staged
+    near, far = (margin_check(past, (0.8, 1.4), "diverges", staged=staged) for past in (0.7, 0.96))
+    assert (near.passed, far.passed) == (False, True)
+    assert near.value == pytest.approx(0.3)
+    assert "verify()" in near.remedy
+    assert margin_check(0.6, (0.8, 1.4), "marginal", staged=staged).passed
 
 
-def test_the_margin_is_a_staged_reports_check(case):
-    names = {
-        mode: {check.name for check in stabkit.predict(*case, **{**SMALL, "lr": 1e-3}, mode=mode).checks}
-        for mode in ("standard", "thorough")
-    }
-    assert names["thorough"] - names["standard"] == {"step size over the least critical one"}
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+@pytest.mark.parametrize("mode", ["standard", "thorough"])
+def test_what_is_advised_is_clear_of_the_boundary(case, mode):
+    """Whoever takes the step size that the advice names is not told to leave a margin from it."""
+    report = stabkit.predict(*case, mode=mode, **{**SMALL, "lr": 3.0, "mix": 0.3})
+    assert report.verdict == "diverges"
+    failed = {}
+    for share in (said_step(report) / report.critical_lr, 0.97, 1.03):
+        said = report.at(lr=share * report.critical_lr)
+        (check,) = (check for check in said.checks if check.name == MARGIN)
+        past = beyond(said.run.lr, said.critical_lr, said.critical_lr_interval)
+        wrong = {"stable": past, "diverges": 1 - past, "marginal": 0.0}[said.verdict]
+        assert check.value == pytest.approx(wrong)
+        failed[share] = not check.passed
+    assert not next(iter(failed.values()))

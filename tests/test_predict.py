@@ -574,6 +574,7 @@ def test_the_looks_are_those_that_are_asked_for(digits_mlp, random_deletion):
         stabkit.UnlearningProblem(digits_mlp, *random_deletion, check_every=0)
 
 
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
 def test_a_spike_between_two_looks_is_seen_by_who_looks_at_every_step():
     """One forget step throws a linear model past the level, and the retain step after it brings it back."""
     x = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).repeat(8, 1)

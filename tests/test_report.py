@@ -273,7 +273,9 @@ def test_what_is_no_table_is_refused(report, tmp_path):
 
 def test_the_default_page_has_a_frontier_and_a_loaded_ones_has_none(report, loaded, tmp_path):
     assert len(Page(report.save_html(tmp_path / "a.html").read_text(encoding="utf-8")).targets) == 2
-    assert len(Page(loaded.save_html(tmp_path / "b.html").read_text(encoding="utf-8")).targets) == 1
+    page = loaded.save_html(tmp_path / "b.html").read_text(encoding="utf-8")
+    assert len(Page(page).targets) == 1
+    assert "<h3>Stability frontier</h3>\n<p>Not drawn: a report that was loaded from a file" in page
 
 
 def test_a_notebook_shows_the_verdict_without_script(report):

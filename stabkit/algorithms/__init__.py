@@ -1,5 +1,8 @@
 """Unlearning algorithms, one file each: a preconditioner, a mix, a batch scheme, a plan of steps and a stop rule (T1)."""
 
+import torch
+from torch import nn
+
 from stabkit._validate import check_choice
 from stabkit.algorithms.agu import AGU
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps
@@ -8,6 +11,7 @@ from stabkit.algorithms.grad_diff import GradDiff
 from stabkit.algorithms.gradient_ascent import GradientAscent
 from stabkit.algorithms.l1_sparse import L1Sparse
 from stabkit.algorithms.npo import NPO
+from stabkit.algorithms.optimizers import optimizer_settings
 from stabkit.algorithms.plan import StepPlan, StopRule
 from stabkit.algorithms.random_labels import RandomLabels
 from stabkit.algorithms.remain_newton import RemainNewton
@@ -36,12 +40,19 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 }
 
 
-def resolve_algorithm(algorithm: str | Algorithm, *, owner: str = "resolve_algorithm", **settings: object) -> Algorithm:
+def resolve_algorithm(
+    algorithm: str | Algorithm,
+    *,
+    owner: str = "resolve_algorithm",
+    model: nn.Module | None = None,
+    **settings: object,
+) -> Algorithm:
     """The algorithm object behind a name, with settings, or an object, with some settings replaced.
 
     Args:
         algorithm: A registered name, or an algorithm object.
         owner: The function that was called, for messages.
+        model: The network whose parameters `optimizer` holds, where that is an object of torch.optim.
         **settings: Settings by name; those that are None are left as they are.
 
     Returns:
@@ -49,7 +60,12 @@ def resolve_algorithm(algorithm: str | Algorithm, *, owner: str = "resolve_algor
 
     Raises:
         TypeError: If `algorithm` is neither, or a setting does not exist.
+        ValueError: If a setting is out of its domain, or `optimizer_settings` refuses the optimizer.
     """
+    optimizer = settings.get("optimizer")
+    if isinstance(optimizer, torch.optim.Optimizer) and model is not None:
+        others = {key: value for key, value in settings.items() if key != "optimizer"}
+        settings = optimizer_settings(optimizer, model, given=others, owner=owner)
     given = {key: value for key, value in settings.items() if value is not None}
     if isinstance(algorithm, Algorithm):
         return algorithm.replace(**given)
@@ -83,6 +99,7 @@ __all__ = [
     "SalUn",
     "StepPlan",
     "StopRule",
+    "optimizer_settings",
     "resolve_algorithm",
     "retrain",
 ]

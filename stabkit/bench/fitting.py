@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from stabkit.bench.records import CellResult, Prediction, Record
-from stabkit.bench.scores import boundary_ratios
+from stabkit.bench.scores import REAL, boundary_ratios
 from stabkit.calibration import COVERAGE, Bin, Calibration, combined
 
 SLOPE = 4.0  # set by hand
@@ -42,6 +42,7 @@ def fit_calibration(
 ) -> Calibration:
     """How good the probability is on some cells, and the conformal factor of the critical step size.
 
+    Every boundary counts twice, with that of either real run: an interval is of where a run with any batches breaks.
     The slope is not fitted. For one linearisation least log loss asks for a lower one at hardly a better Brier score, and
     a run which leaves the loss of a half-trained model where it is would then be taken for a risk.
 
@@ -63,7 +64,7 @@ def fit_calibration(
             "`results` of `fit_calibration` must be cells of the calibration, at least one; got "
             f"{', '.join(wrong) or 'none'}. What is calibrated on cannot evaluate."
         )
-    logs = np.log([ratio for result in results for ratio in boundary_ratios(result, kind)])
+    logs = np.log([ratio for result in results for of in REAL for ratio in boundary_ratios(result, kind, of=of)])
     below, above = (
         (_conformal(logs, (1 + COVERAGE) / 2), _conformal(-logs, (1 + COVERAGE) / 2)) if sided else (None, None)
     )

@@ -16,6 +16,7 @@ CERTAIN = 1e-3  # what one wrong certainty may cost in log loss
 
 KINDS = ("one", "staged")
 BOUNDARIES = (*KINDS, "again")
+REAL = ("observed", "again")  # runs whose boundaries a prediction is about: it knows the batches of neither
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +136,16 @@ def pooled(results: Sequence[CellResult]) -> Scores:
     return scores([record for result in results for record in result.records])
 
 
-def boundary_ratios(result: CellResult, kind: str) -> list[float]:
-    """Predicted over observed critical step size, for every mix whose boundary the grid brackets in both.
+def boundary_ratios(result: CellResult, kind: str, *, of: str = "observed") -> list[float]:
+    """Predicted over real critical step size, for every mix whose boundary the grid brackets in both.
 
     Args:
         result: One cell's settings for one seed.
         kind: "one", "staged", or "again" for the runs with other batches.
+        of: Whose real critical step size, "observed" or "again".
 
     Returns:
         Ratios, at most one a mix.
     """
-    pairs = [(getattr(boundary, kind), boundary.observed) for boundary in result.boundaries]
-    return [predicted / observed for predicted, observed in pairs if predicted is not None and observed is not None]
+    pairs = [(getattr(boundary, kind), getattr(boundary, of)) for boundary in result.boundaries]
+    return [predicted / real for predicted, real in pairs if predicted is not None and real is not None]

@@ -21,7 +21,7 @@ from stabkit.bench.cells import CELLS, Cell, cells_named
 from stabkit.bench.fitting import fit_calibration, reliability, with_probabilities
 from stabkit.bench.misses import misses, worst
 from stabkit.bench.records import HALVINGS, CellResult, record_cell
-from stabkit.bench.scores import BOUNDARIES, KINDS, boundary_ratios, pooled, scores
+from stabkit.bench.scores import BOUNDARIES, KINDS, REAL, boundary_ratios, pooled, scores
 from stabkit.calibration import Calibration, calibration
 
 SCHEMA = 5
@@ -94,9 +94,9 @@ def calibrate(folder: str | Path, path: str | Path) -> dict[str, Calibration]:
     """
     results = [read_cell(place) for place in sorted(Path(folder).glob("*-s*.json")) if "-quick" not in place.name]
     mine = [result for result in results if result.cell.role == "calibration"]
-    fitted = {kind: fit_calibration(mine, kind) for kind in KINDS}
     adamw = [result for result in results if result.cell.role == "AdamW calibration"]
-    # Without cells of it the shipped one stays.
+    # Staged rollouts end in real steps, whose ever; of one linearisation of AdamW without cells of it the shipped one stays.
+    fitted = {"one": fit_calibration(mine, "one"), "staged": fit_calibration([*mine, *adamw], "staged")}
     fitted["adamw"] = fit_calibration(adamw, "one", name="adamw", sided=True) if adamw else calibration("adamw")
     write_atomically(path, dumps(to_plain(fitted)) + "\n")
     return fitted
@@ -134,7 +134,9 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
             "rollouts_alone": _rollouts_alone(mine),
             "most_samples": sorted({result.most_samples for result in mine}),
             "boundary_runs": HALVINGS * sum(b.observed is not None for r in mine for b in r.boundaries),
-            "boundary": {kind: _boundary(everything[kind]) for kind in BOUNDARIES},
+            "boundary": {
+                kind: _boundary(everything[kind]) | {"in_interval": _in_interval(mine, kind)} for kind in BOUNDARIES
+            },
             "ratios": everything,
             "reliability": {kind: _reliability(mine, kind) for kind in KINDS},
             "cost": {
@@ -171,6 +173,20 @@ def _boundary(ratios: Sequence[float]) -> dict[str, float | int | None]:
         "within_1.5": float((away <= np.log(1.5)).mean()) if len(ratios) else None,
         "within_2": float((away <= np.log(2)).mean()) if len(ratios) else None,
     }
+
+
+def _in_interval(results: Sequence[CellResult], kind: str) -> float | None:
+    """Share of real critical step sizes, those of both runs, in the predicted interval without the seeds' spread."""
+    if kind not in KINDS:
+        return None
+    held = []
+    for result in results:
+        used = _calibrations(result.cell)[kind]
+        for of in REAL:
+            for ratio in boundary_ratios(result, kind, of=of):
+                low, high = used.interval(ratio, ratio, ratio)
+                held.append(low <= 1 <= high)
+    return float(np.mean(held)) if held else None
 
 
 def _reliability(results: Sequence[CellResult], kind: str) -> list[dict[str, float | int]]:

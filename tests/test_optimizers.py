@@ -1,0 +1,225 @@
+"""PyTorch optimizer objects: read as settings, their runs step for step, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import stabkit
+from stabkit.algorithms import GradDiff, optimizer_settings, resolve_algorithm
+from stabkit.problem import UnlearningProblem
+from stabkit.training import train
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def case():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 5, generator=g), torch.randint(0, 3, (12,), generator=g)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    model = train(model, x.double(), y, epochs=40, lr=0.02, seed=0)
+    return model, (x[:4].double(), y[:4]), (x[4:].double(), y[4:])
+
+
+def groups(model: nn.Module, rates: tuple[float, float]) -> list[dict[str, object]]:
+    """The first layer at one step size, the second at another."""
+    return [{"params": model[0].parameters(), "lr": rates[0]}, {"params": model[2].parameters(), "lr": rates[1]}]
+
+
+def optimizers(model: nn.Module) -> st.SearchStrategy[torch.optim.Optimizer]:
+    """SGD, AdamW and Adam with any settings, one group or two."""
+    rate = st.floats(1e-3, 0.1)
+    rates = st.tuples(rate, rate) | st.tuples(rate, st.just(0.0))
+    momentum = st.sampled_from([0.0, 0.5, 0.9])
+    decay = st.sampled_from([0.0, 0.1])
+    sgd = st.builds(
+        lambda r, m, n, d: torch.optim.SGD(groups(model, r), momentum=m, nesterov=n and m > 0, weight_decay=d),
+        rates,
+        momentum,
+        st.booleans(),
+        decay,
+    )
+    betas = st.tuples(st.sampled_from([0.0, 0.9]), st.sampled_from([0.5, 0.999]))
+    adamw = st.builds(
+        lambda r, b, e, d: torch.optim.AdamW(groups(model, r), betas=b, eps=e, weight_decay=d),
+        rates,
+        betas,
+        st.sampled_from([1e-8, 1e-3]),
+        decay,
+    )
+    adam = st.builds(lambda r: torch.optim.Adam(model.parameters(), lr=r), rate)
+    first = st.builds(lambda r: torch.optim.SGD(model[0].parameters(), lr=r), rate)  # the others stay where they are
+    return sgd | adamw | adam | first
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_run_by_its_settings_takes_its_steps(case, data):
+    model, forget, retain = case
+    optimizer = data.draw(optimizers(model))
+    mix = data.draw(st.sampled_from([0.0, 0.3]))
+    algorithm = GradDiff(
+        mix=mix, steps=STEPS, batch_size=8, forget_batch_size=4, **optimizer_settings(optimizer, model)
+    )
+    found = stabkit.run(UnlearningProblem(model, forget, retain), algorithm, stop_on_divergence=False).model
+    mine = copy.deepcopy(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    here = dict(mine.named_parameters())
+    again = type(optimizer)([
+        {**group, "params": [here[names[id(p)]] for p in group["params"]]} for group in optimizer.param_groups
+    ])
+    for _ in range(STEPS):
+        mine.zero_grad()
+        loss = (1 - mix) * nn.functional.cross_entropy(mine(retain[0]), retain[1])
+        (loss - mix * nn.functional.cross_entropy(mine(forget[0]), forget[1])).backward()
+        again.step()
+    for theirs, ours in zip(mine.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_predict_takes_the_object_as_it_takes_its_settings(case):
+    model, forget, retain = case
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(groups(model, (0.05, 0.025)), momentum=0.9, weight_decay=1e-3)
+    common = {"mix": 0.3, "steps": 10, "batch_size": 4, "mode": "standard", "seeds": 1}
+    by_object = stabkit.predict(model, forget, retain, optimizer=optimizer, **common)
+    named = GradDiff(lr=0.05, momentum=0.9, weight_decay=1e-3, layer_lr={"2.weight": 0.5, "2.bias": 0.5})
+    by_name = stabkit.predict(model, forget, retain, algorithm=named, **common)
+    assert by_object.run.settings == by_name.run.settings
+    assert by_object.probability == by_name.probability
+    assert by_object.critical_lr == by_name.critical_lr
+    assert not optimizer.state
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    check = stabkit.verify(by_object, model, forget, retain, progress=False)
+    assert check.algorithm == by_object.run.algorithm
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_arguments_go_before_the_object(case):
+    model, forget, retain = case
+    optimizer = torch.optim.AdamW(groups(model, (1e-3, 5e-4)), betas=(0.8, 0.99), eps=1e-6)
+    report = stabkit.predict(
+        model,
+        forget,
+        retain,
+        optimizer=optimizer,
+        lr=1e-4,
+        weight_decay=0.0,
+        steps=5,
+        batch_size=4,
+        mode="fast",
+        seeds=1,
+    )
+    found = report.run.settings
+    assert (found["optimizer"], found["lr"], found["weight_decay"]) == ("adamw", 1e-4, 0.0)
+    assert (tuple(found["betas"]), found["eps"]) == ((0.8, 0.99), 1e-6)
+    assert found["layer_lr"] == {"2.weight": 0.5, "2.bias": 0.5}
+    estimate = stabkit.predict_cost(model, forget, retain, optimizer=optimizer, steps=5, batch_size=4, mode="fast")
+    named = stabkit.predict_cost(model, forget, retain, optimizer="adamw", steps=5, batch_size=4, mode="fast")
+    assert [c.gradient_equivalents for c in estimate.stages] == [c.gradient_equivalents for c in named.stages]
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_tune_takes_the_object(case):
+    model, forget, retain = case
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    tuned = stabkit.tune(model, forget, retain, optimizer=optimizer, steps=10, batch_size=4, seeds=1, risk=0.4)
+    assert (tuned.momentum, tuned.nesterov) == (0.9, True)
+
+
+def test_usual_momentum_falls_to_the_objects(case):
+    model = case[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert resolve_algorithm("scrub").momentum == 0.9
+    assert resolve_algorithm("scrub", model=model, optimizer=optimizer).momentum == 0
+    assert resolve_algorithm("scrub", model=model, optimizer=optimizer, momentum=0.5).momentum == 0.5
+
+
+def test_wrapped_models_have_the_same_names(case):
+    model = copy.deepcopy(case[0])
+    optimizer = torch.optim.SGD(groups(model, (0.1, 0.05)))
+    for wrapped in (nn.DataParallel(model), torch.compile(model)):
+        assert optimizer_settings(optimizer, wrapped)["layer_lr"] == {"2.weight": 0.5, "2.bias": 0.5}
+
+
+def test_frozen_parameters_in_a_group_do_not_count(case):
+    model = copy.deepcopy(case[0])
+    model[0].requires_grad_(False)
+    found = optimizer_settings(torch.optim.SGD(groups(model, (0.5, 0.1))), model)
+    assert (found["lr"], found["layer_lr"]) == (0.1, None)
+
+
+def decays(model: nn.Module) -> list[dict[str, object]]:
+    """Groups as they are usual for language models: no decay of biases."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    return [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+def test_groups_of_different_decay_need_a_word(case):
+    model = case[0]
+    optimizer = torch.optim.AdamW(decays(model), lr=1e-3)
+    with pytest.raises(
+        ValueError, match=r"one weight_decay for all parameters; got 0.1 and 0.0\. .*weight_decay=\.\.\."
+    ):
+        optimizer_settings(optimizer, model)
+    assert optimizer_settings(optimizer, model, given={"weight_decay": 0.1})["weight_decay"] == 0.1
+
+
+def stepped(model: nn.Module) -> torch.optim.Optimizer:
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 5, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (stepped, "must be new, as the run begins without moments; got one with those of 4 parameters"),
+        (lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True), "must have maximize=False; got True"),
+        (
+            lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.5),
+            "must have dampening=0; got 0.5",
+        ),
+        (lambda m: torch.optim.AdamW(m.parameters(), amsgrad=True), "must have amsgrad=False; got True"),
+        (lambda m: torch.optim.Adam(m.parameters(), weight_decay=0.1), "got Adam with weight_decay=0.1"),
+        (
+            lambda m: torch.optim.SGD([*m.parameters(), nn.Parameter(torch.zeros(2))], lr=0.1),
+            "got 1 of 5 parameters that are not the model's",
+        ),
+        (
+            lambda m: torch.optim.SGD(copy.deepcopy(m).parameters(), lr=0.1),
+            "got 4 of 4 parameters that are not the model's",
+        ),
+        (
+            lambda m: torch.optim.AdamW([
+                {"params": m[0].parameters(), "betas": (0.9, 0.9)},
+                {"params": m[2].parameters()},
+            ]),
+            r"one betas for all parameters; got \(0.9, 0.9\) and \(0.9, 0.999\)",
+        ),
+    ],
+)
+def test_what_no_prediction_covers_is_refused(case, make, words):
+    model, forget, retain = case
+    with pytest.raises(ValueError, match=rf"`optimizer` of `predict` .*{words}"):
+        stabkit.predict(model, forget, retain, optimizer=make(model))
+
+
+def test_other_optimizers_are_refused(case):
+    model, forget, retain = case
+    with pytest.raises(TypeError, match=r"`optimizer` of `predict` must be .*; got torch\.optim\.rmsprop\.RMSprop"):
+        stabkit.predict(model, forget, retain, optimizer=torch.optim.RMSprop(model.parameters()))
+    with pytest.raises(ValueError, match="`optimizer` of `GradDiff`"), warnings.catch_warnings():
+        stabkit.predict(model, forget, retain, optimizer="lion")
