@@ -19,8 +19,8 @@ class Recommendation:
     """One way out.
 
     Attributes:
-        remedy: "step size", "mix", "batch size", "warm-up", "decay", "forget decay", "clipping" or
-            "layer damping".
+        remedy: "step size", "mix", "batch size", "warm-up", "decay" of the step size, "forget decay", "no weight decay",
+            "clipping" or "layer damping".
         changes: Settings to change, by name, for `algorithm.replace`.
         probability: P(diverge) with them, by the rollouts alone.
         retain_loss: Predicted retain loss at the end of the run, mean over the seeds.

@@ -132,6 +132,7 @@ class _Search:
                     ("warm-up", {"lr_schedule": "warmup"}),
                     ("decay", {"lr_schedule": "cosine"}),
                     ("forget decay", {"forget_schedule": "cosine"}),
+                    ("no weight decay", {"weight_decay": 0.0}),
                 )
             ),
             self._batches(n_retain, n_forget),

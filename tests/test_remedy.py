@@ -57,6 +57,23 @@ def test_every_way_out_is_as_the_rollout_has_it(report, found):
     assert {"step size", "clipping"} <= held
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_decay_that_breaks_a_run_can_be_left_out(optimizer, digits_mlp, class_deletion):
+    """Decay that leaves e⁻³ of the weights takes the predictions with it, and without it nothing happens."""
+    settings = {"lr": 1e-4, "mix": 0.0, "weight_decay": 750.0, "optimizer": optimizer, "mode": "standard", **QUICK}
+    report = stabkit.predict(digits_mlp, *class_deletion, **settings)
+    assert report.verdict == "diverges"
+    (item,) = (item for item in report.recommend().items if item.remedy == "no weight decay")
+    assert item.holds
+    assert item.changes == {"weight_decay": 0.0}
+    problem = UnlearningProblem(digits_mlp, *class_deletion)
+    asked = stabkit.algorithms.resolve_algorithm("graddiff").replace(**report.run.settings)
+    assert run(problem, asked).diverged
+    assert not run(problem, asked.replace(**item.changes)).diverged
+    plain = report.at(weight_decay=0.0).recommend()
+    assert "no weight decay" not in {item.remedy for item in plain.items}
+
+
 def test_the_step_is_the_largest_that_holds(report, found):
     (step,) = (item for item in found.items if item.remedy == "step size")
     spacing = 100 ** (1 / 23)
