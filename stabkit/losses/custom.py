@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from stabkit._memory import is_out_of_memory
 from stabkit.losses.base import NAMED, Loss, PerSampleLoss
 
-NEWTON_STEPS = 200
+STEPS, GRADIENT = 500, 1e-8  # of the search for the best constant output, at most and when to stop
 UNBOUNDED = 1e6  # a mean loss that falls by so many times its size has no minimum
 
 
@@ -138,7 +140,7 @@ class CustomLoss(Loss):
                 ) from cause
 
     def constant_level(self, outputs: Tensor, targets: Tensor) -> float:
-        """Mean loss of the best constant output, found by Newton's method.
+        """Mean loss of the best constant output.
 
         Args:
             outputs: Outputs of at least one sample; the search starts at their mean, where the loss is defined.
@@ -211,30 +213,44 @@ class CustomLoss(Loss):
 
 
 def _minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Value that Newton's method with halved steps reaches from x, shape (O,); infinite wherever it is undefined."""
+    """Value that a trust-region method (Steihaug 1983) reaches from x, shape (O,), by Hessian products, O a step at most."""
 
-    def value(at: Tensor) -> float:
+    def value(at: np.ndarray) -> float:
         try:
-            result = float(function(at))
-        except (RuntimeError, ValueError):  # as PyTorch's own losses raise outside their domain
+            result = float(function(torch.as_tensor(at)))
+        except (RuntimeError, ValueError):  # as PyTorch's own losses raise outside their domain, which is never entered
             return math.inf
         return math.inf if math.isnan(result) else result
 
-    best = value(x)
-    for _ in range(NEWTON_STEPS):
-        with torch.enable_grad():
-            leaf = x.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(function(leaf), leaf)
-            values, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(function, x))
-        # |eigenvalues|, so that every step descends, also from a concave part.
-        step = -vectors @ ((vectors.T @ gradient) / values.abs().clamp_min(1e-9))
-        slope, length = float(gradient @ step), 1.0
-        while (reached := value(x + length * step)) > best + 1e-4 * length * slope and length > 1e-15:
-            length /= 2
-        if not best - reached > 1e-14 * (1 + abs(best)):
-            break
-        x, best = x + length * step, reached
-    return best
+    @torch.enable_grad()
+    def slope(at: np.ndarray, *, graph: bool = False) -> tuple[Tensor, Tensor]:
+        leaf = torch.tensor(at, requires_grad=True)
+        (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=graph)
+        return leaf, gradient
+
+    @torch.enable_grad()
+    def product(at: np.ndarray, along: np.ndarray) -> np.ndarray:
+        leaf, gradient = slope(at, graph=True)
+        if not gradient.requires_grad:  # of a loss without curvature
+            return np.zeros_like(along)
+        found = torch.autograd.grad(gradient @ torch.as_tensor(along), leaf, allow_unused=True)[0]
+        return np.zeros_like(along) if found is None else found.numpy()
+
+    def finite_slope(at: np.ndarray) -> np.ndarray:
+        found = slope(at)[1].detach().numpy()
+        return found if np.isfinite(found).all() else np.zeros_like(found)  # which ends the search
+
+    start = x.numpy()
+    result = minimize(
+        value,
+        start,
+        jac=finite_slope,
+        hessp=product,
+        method="trust-ncg",
+        options={"gtol": GRADIENT, "maxiter": STEPS, "max_trust_radius": 1e12},
+    )
+    steeper = np.linalg.norm(result.jac) > UNBOUNDED * (1 + np.linalg.norm(finite_slope(start)))
+    return -math.inf if steeper and not result.success else float(result.fun)  # it falls the faster the further it goes
 
 
 def _one_each(losses: Tensor, outputs: Tensor) -> Tensor:
