@@ -82,7 +82,7 @@ def predict(
             betas, decay and groups are the run's where no argument says otherwise. AdamW's rollouts follow a sample of the
             parameters (T15), and the linear theory is that of its second moment held still.
         max_gradient_norm: Largest norm of a step's preconditioned gradient, which is scaled down to it.
-        lr_schedule: "cosine", "warmup", or a factor for each step.
+        lr_schedule: "cosine", "linear", "warmup", or a factor for each step.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses. A batch's loss is their plain mean:
             a training loop that divides by something else, as class weights' sum or the labelled tokens of the batch, takes
             steps of another length, to which `lr` must be scaled.

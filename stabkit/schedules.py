@@ -42,6 +42,21 @@ def cosine(steps: int, *, end: float = 0.0) -> np.ndarray:
     return end + (1 - end) * (1 + np.cos(np.pi * np.arange(steps) / steps)) / 2
 
 
+def linear(steps: int, *, end: float = 0.0) -> np.ndarray:
+    """Factors that fall evenly from 1 towards `end`, which step K+1 would have: the default of Hugging Face's Trainer.
+
+    Args:
+        steps: Number K of steps.
+        end: Last factor, in [0, 1].
+
+    Returns:
+        Shape (K,).
+    """
+    check_int(steps, name="steps", owner="linear", low=1)
+    check_real(end, name="end", owner="linear", low=0, high=1)
+    return 1 - (1 - end) * np.arange(steps) / steps
+
+
 def staircase(steps: int, *, at: Sequence[int], factor: float = 0.1) -> np.ndarray:
     """Factors that are multiplied by `factor` after each of some steps: torch's MultiStepLR.
 

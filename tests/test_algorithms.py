@@ -123,6 +123,7 @@ def test_a_plan_is_made_of_schedules_and_cycles():
     assert {p.max_norm for p in plan} == {2.0}
     warm = [p.lr for p in GradDiff(steps=40, lr_schedule="warmup").plan()]
     assert warm == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 37])
+    assert [p.lr for p in GradDiff(steps=4, lr_schedule="linear").plan()] == pytest.approx([1, 0.75, 0.5, 0.25])
     cosine = [p.lr for p in GradDiff(steps=4, lr_schedule="cosine").plan()]
     assert cosine == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
 

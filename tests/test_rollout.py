@@ -265,7 +265,7 @@ def test_a_linear_models_rollout_is_its_run(loss, lr, mix, sampling, momentum, b
 STEP_SETTINGS = st.fixed_dictionaries({
     "weight_decay": st.sampled_from((0.0, 0.03, 0.4)),
     "max_gradient_norm": st.sampled_from((None, 0.05, 1.0)),
-    "lr_schedule": st.sampled_from((None, "cosine", "warmup", tuple(0.1 * (k % 3) for k in range(18)))),
+    "lr_schedule": st.sampled_from((None, "cosine", "linear", "warmup", tuple(0.1 * (k % 3) for k in range(18)))),
     "forget_schedule": st.sampled_from((None, "cosine", "warmup", tuple(0.5 * (k % 3) for k in range(18)))),
     "forget_every": st.sampled_from((None, 2, 5)),
 })

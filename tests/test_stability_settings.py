@@ -400,6 +400,8 @@ def test_other_arguments_are_checked():
 def test_schedules_are_those_of_torch():
     for ours, make in (
         (schedules.cosine(20), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20)),
+        (schedules.linear(20), lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=20)),
+        (schedules.linear(20, end=0.1), lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=20)),
         (schedules.cosine(20, end=0.1), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20, eta_min=0.1)),
         (schedules.staircase(20, at=[5, 11]), lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [5, 11])),
         (schedules.warmup(20, over=8), lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: min((k + 1) / 8, 1))),
@@ -425,6 +427,7 @@ def test_turns_are_taken_as_said():
         (lambda: schedules.warmup(0, over=1), r"`steps` of `warmup` .*; got 0"),
         (lambda: schedules.warmup(5, over=0), r"`over` of `warmup` .*; got 0"),
         (lambda: schedules.cosine(0), r"`steps` of `cosine` .*; got 0"),
+        (lambda: schedules.linear(5, end=-1), r"`end` of `linear` .*; got -1"),
         (lambda: schedules.cosine(5, end=2), r"`end` of `cosine` .*; got 2"),
         (lambda: schedules.staircase(0, at=[1]), r"`steps` of `staircase` .*; got 0"),
         (lambda: schedules.staircase(5, at=[0]), r"`at\[0\]` of `staircase` .*; got 0"),

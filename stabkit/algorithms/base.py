@@ -105,8 +105,8 @@ class Algorithm(abc.ABC):
         max_gradient_norm: Norm that Pĝ, the preconditioned gradient of the losses, is clipped to in every step, as by
             torch.nn.utils.clip_grad_norm_ with P applied to the gradients before; None: never. Of the plain gradient
             under P ≠ I a rollout knows no norm: what P takes away never enters its coordinates.
-        lr_schedule: Factors of the step size: "cosine" (from 1 towards 0 over the run), "warmup" (rising over its first
-            tenth), K numbers >= 0, or None (all 1). `stabkit.schedules` makes them.
+        lr_schedule: Factors of the step size: "cosine" or "linear" (from 1 towards 0 over the run), "warmup" (rising over
+            its first tenth), K numbers >= 0, or None (all 1). `stabkit.schedules` makes them.
         forget_schedule: Factors of the forget gradient's weight, in the same forms.
         layer_lr: Factors >= 0 of the step size of single layers, by the beginning of their parameters' names, as parameter
             groups would have them: {"layer4": 0.1} damps what lies in layer4. Where several fit, the longest name counts;

@@ -12,7 +12,7 @@ from torch import Tensor
 from stabkit import schedules
 from stabkit._validate import check_choice, check_real
 
-SCHEDULES = ("cosine", "warmup")
+SCHEDULES = ("cosine", "linear", "warmup")
 WARMUP_SHARE = 10  # a warm-up takes this part of the steps: a tenth
 
 
@@ -91,7 +91,7 @@ def checked_schedule(
     """
     if schedule is None:
         return None
-    remedy = "None, 'cosine', 'warmup' or an array from stabkit.schedules will do."
+    remedy = "None, 'cosine', 'linear', 'warmup' or an array from stabkit.schedules will do."
     if isinstance(schedule, str):
         return check_choice(schedule, name=name, owner=owner, choices=SCHEDULES)
     if not hasattr(schedule, "__len__"):
@@ -118,6 +118,8 @@ def factors_of(schedule: str | Sequence[float] | None, steps: int) -> list[float
         return [1.0] * steps
     if schedule == "cosine":
         return schedules.cosine(steps).tolist()
+    if schedule == "linear":
+        return schedules.linear(steps).tolist()
     if schedule == "warmup":
         return schedules.warmup(steps, over=max(1, steps // WARMUP_SHARE)).tolist()
     return [float(value) for value in schedule]
