@@ -208,12 +208,10 @@ class Samples:
         return int(found.sum())
 
     def _place(self, tensor: Tensor) -> Tensor:
-        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-        if tensor.is_complex():
-            dtype = self._dtype.to_complex()
-        if dtype in {torch.int32, torch.int16, torch.int8, torch.uint8} and tensor.dtype == dtype:
-            dtype = torch.int64
-        return tensor.to(self.device, dtype)
+        dtype = torch.int64
+        if tensor.is_floating_point() or tensor.is_complex():
+            dtype = self._dtype.to_complex() if tensor.is_complex() else self._dtype
+        return tensor.to(self.device, torch.bool if tensor.dtype == torch.bool else dtype)
 
 
 def _flat(inputs: Inputs, targets: Tensor) -> list[Tensor]:

@@ -234,8 +234,10 @@ def test_the_global_random_state_survives_a_shuffling_loader():
 
 def test_dtypes():
     wide = X.double()
-    inputs, targets = read((wide, Y.to(torch.uint8)), dtype=torch.float32).batch(torch.arange(3))
-    assert (inputs.dtype, targets.dtype) == (torch.float32, torch.int64)
+    for integers in (torch.uint8, torch.uint16, torch.int16, torch.uint32, torch.uint64):
+        inputs, targets = read((wide, Y.to(integers)), dtype=torch.float32).batch(torch.arange(3))
+        assert (inputs.dtype, targets.dtype) == (torch.float32, torch.int64)
+        assert targets.tolist() == Y[:3].tolist()
     inputs, _ = read((X, Y), dtype=torch.float64).batch(torch.arange(3))
     assert inputs.dtype == torch.float64
     assert wide.dtype == torch.float64
