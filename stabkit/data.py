@@ -330,6 +330,11 @@ def _read_loader(loader: DataLoader, name: str, device: torch.device, dtype: tor
 def _read_dataset(
     dataset: Any, collate: Callable[[list[Any]], Any], name: str, device: torch.device, dtype: torch.dtype
 ) -> Samples:
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"`{name}` must have a length; got {type(dataset).__name__}, which has none. Give the data set a `__len__`, or "
+            "pass a list of its batches."
+        )
     size = len(dataset)
     identity = _root_indices(dataset, np.arange(size))
     if size == 0:

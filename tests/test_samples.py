@@ -232,6 +232,16 @@ def test_the_global_random_state_survives_a_shuffling_loader():
     assert states() == before
 
 
+def test_a_data_set_without_a_length_is_refused():
+    class Endless(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            return X[index], Y[index]
+
+    for data in (Endless(), DataLoader(Endless(), sampler=torch.utils.data.SequentialSampler(X))):
+        with pytest.raises(TypeError, match="`retain` must have a length; got Endless, which has none. Give the data set"):
+            read(data, name="retain")
+
+
 def test_dtypes():
     wide = X.double()
     for integers in (torch.uint8, torch.uint16, torch.int16, torch.uint32, torch.uint64):
