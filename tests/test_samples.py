@@ -238,7 +238,7 @@ def test_a_data_set_without_a_length_is_refused():
             return X[index], Y[index]
 
     for data in (Endless(), DataLoader(Endless(), sampler=torch.utils.data.SequentialSampler(X))):
-        with pytest.raises(TypeError, match="`retain` must have a length; got Endless, which has none. Give the data set"):
+        with pytest.raises(TypeError, match="`retain` must have a length; got Endless, which has none"):
             read(data, name="retain")
 
 
