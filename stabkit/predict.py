@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -177,9 +179,6 @@ def predict_cost(
     retain: Data,
     *,
     algorithm: str | Algorithm = "graddiff",
-    steps: int | None = None,
-    batch_size: int | None = None,
-    optimizer: str | torch.optim.Optimizer | None = None,
     loss: str | PerSampleLoss | Loss = "cross_entropy",
     batchnorm: str = "frozen",
     check_every: int = CHECK_EVERY,
@@ -192,6 +191,7 @@ def predict_cost(
     seeds: int = 3,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **settings: Any,
 ) -> CostEstimate:
     """Tell what `predict` would cost, and what the run itself would: a dry run.
 
@@ -200,9 +200,6 @@ def predict_cost(
         forget: What to forget, in any form that `predict` takes.
         retain: What to retain, likewise.
         algorithm: A name or an algorithm object.
-        steps: Number K of steps; the algorithm's own when None.
-        batch_size: Retain samples a step; the algorithm's own when None.
-        optimizer: "sgd", "adamw" or an object, as `predict` has it; the algorithm's own when None.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         batchnorm: As `predict` has it.
         check_every: As `predict` has it.
@@ -215,13 +212,24 @@ def predict_cost(
         seeds: Rollouts behind the probability.
         device: Where to compute; where the model is when None.
         dtype: Dtype of the network's derivatives; the model's, but at least float32, when None.
+        **settings: Anything else that `predict` takes: steps, batch_size, optimizer, weight_decay and others of the
+            algorithm's settings, its own when left out. What does not change the cost, as lr, mix and seed, is let pass.
 
     Returns:
         The estimate; it prints as a table. Cost: reading the data, and a few passes over 64 samples to time a gradient.
+
+    Raises:
+        TypeError: If an argument is none of `predict`'s.
+        ValueError: If an argument is out of its domain.
     """
-    chosen = resolve_algorithm(
-        algorithm, owner="predict_cost", model=model, steps=steps, batch_size=batch_size, optimizer=optimizer
-    )
+    unknown = sorted(settings.keys() - inspect.signature(predict).parameters.keys())
+    if unknown:
+        raise TypeError(
+            f"`predict_cost` must be given what `predict` takes; got {unknown[0]!r}. `help(stabkit.predict)` lists it."
+        )
+    known = {field.name for field in fields(Algorithm)}
+    its = {name: value for name, value in settings.items() if name in known}
+    chosen = resolve_algorithm(algorithm, owner="predict_cost", model=model, **its)
     sizes = Sizes(
         rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
     )
@@ -235,7 +243,7 @@ def predict_cost(
         device=device,
         dtype=dtype,
     )
-    settings = choose_settings(
+    measured = choose_settings(
         problem, chosen, mode=mode, budget=budget, sizes=sizes, curvature="hessian", seed=0, seeds=seeds
     )
-    return estimate_cost(problem, chosen, settings, seeds=seeds)
+    return estimate_cost(problem, chosen, measured, seeds=seeds)

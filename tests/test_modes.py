@@ -132,6 +132,11 @@ def test_without_a_budget_small_networks_and_runs_are_predicted_thoroughly(case)
 
 def test_the_estimate_is_near_what_the_report_tells(case):
     estimate = stabkit.predict_cost(*case, **_settings())
+    others = {"mix": 0.1, "seed": 3, "momentum": 0.5, "progress": False, "precision": "float32", "curvature": "ggn"}
+    same = stabkit.predict_cost(*case, **_settings(), **others)
+    assert [c.gradient_equivalents for c in same.stages] == [c.gradient_equivalents for c in estimate.stages]
+    with pytest.raises(TypeError, match=r"`predict_cost` must be given what `predict` takes; got 'stepz'\."):
+        stabkit.predict_cost(*case, stepz=3)
     report = stabkit.predict(*case, **SMALL)
     told = {cost.stage: cost.gradient_equivalents for cost in report.costs}
     for stage in estimate.stages:

@@ -405,3 +405,34 @@ def test_an_encoder_and_decoder_is_told_what_it_lacks():
 
     with pytest.raises(ValueError, match=r"Labels go to the loss: add 'decoder_input_ids'"):
         problem_of(Decoding())
+
+
+def test_a_decoder_that_would_read_the_inputs_is_told_so():
+    """BART's takes the encoder's inputs where it is given none, and a loss of the labels is then another one."""
+
+    class Decodes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(6, 4), nn.Linear(4, 6)
+
+        def prepare_decoder_input_ids_from_labels(self, labels):
+            return labels.roll(1, 1)
+
+        def forward(self, input_ids, decoder_input_ids=None):
+            ids = input_ids if decoder_input_ids is None else decoder_input_ids
+            return self.head(self.embed(ids))
+
+    ids = torch.randint(0, 6, (24, 5), generator=torch.Generator().manual_seed(0))
+    labels = ids.flip(1)
+    bare, whole = (
+        {"input_ids": ids, "labels": labels},
+        {"input_ids": ids, "labels": labels, "decoder_input_ids": labels},
+    )
+
+    def sets(data):
+        return {k: v[:8] for k, v in data.items()}, {k: v[8:] for k, v in data.items()}
+
+    model = Decodes()
+    with pytest.raises(ValueError, match=r"the decoder of Decodes reads; got input_ids\. Labels go to the loss: add"):
+        UnlearningProblem(model, *sets(bare))
+    UnlearningProblem(model, *sets(whole))

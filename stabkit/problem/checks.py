@@ -24,6 +24,7 @@ PROBES = 16  # forget samples that are looked for in the retain set
 MOVED_SAMPLES = 4  # through which gradients away from θ* are compared
 PROBABILITIES = 1e-4  # how far from 1 the sum of outputs may be that are probabilities
 SAME_LOSS = 1e-4  # relative: of a sample alone and among others, from the same outputs
+DECODER = "Labels go to the loss: add 'decoder_input_ids', as prepare_decoder_input_ids_from_labels makes them."
 COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
 
 
@@ -117,12 +118,13 @@ def warn_of_twins(forget: Samples, retain: Samples) -> None:
         )
 
 
-def check_samples(problem: UnlearningProblem, samples: Samples) -> int:
+def check_samples(problem: UnlearningProblem, samples: Samples, module: nn.Module) -> int:
     """Refuse data that the model and the loss cannot be predicted on.
 
     Args:
         problem: The model and the loss.
         samples: One of its sets.
+        module: Its copy of the model.
 
     Returns:
         How many numbers the network gives for a sample. Cost: the set is read once; some passes over three samples.
@@ -133,6 +135,7 @@ def check_samples(problem: UnlearningProblem, samples: Samples) -> int:
             sample, finite, the same in every pass and differentiable.
     """
     _check_finite(samples)
+    _check_decoder(module, samples)
     return _check_outputs(problem, samples)
 
 
@@ -167,6 +170,18 @@ def _check_finite(samples: Samples) -> None:
                         f"{what} of `{samples.name}` must be finite; got {bad} NaN or infinite values. Drop or "
                         "impute them first."
                     )
+
+
+def _check_decoder(module: nn.Module, samples: Samples) -> None:
+    """An encoder and decoder of Hugging Face's reads its labels, which go to the loss here; BART then decodes its inputs."""
+    inputs, targets = samples.batch(torch.zeros(1, dtype=torch.int64))
+    decodes = any(hasattr(part, "prepare_decoder_input_ids_from_labels") for part in module.modules())
+    given = isinstance(inputs, dict) and not inputs.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"})
+    if decodes and targets.dim() > 1 and not given:
+        raise ValueError(
+            f"inputs of `{samples.name}` must hold what the decoder of {type(module).__name__} reads; got "
+            f"{', '.join(inputs) if isinstance(inputs, dict) else 'none by name'}. {DECODER}"
+        )
 
 
 def _check_outputs(problem: UnlearningProblem, samples: Samples) -> int:
@@ -272,9 +287,7 @@ def _first_outputs(problem: UnlearningProblem, inputs: Inputs, name: str) -> Ten
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_of(inputs))
         remedy = "Give inputs of the shape, type and range that it was trained on."
         if "decoder_input_ids" in said:
-            remedy = (
-                "Labels go to the loss: add 'decoder_input_ids', as prepare_decoder_input_ids_from_labels makes them."
-            )
+            remedy = DECODER
         if isinstance(error, TypeError) and isinstance(inputs, dict):
             remedy = f"It is given {', '.join(inputs)} by name: leave out the columns that it does not know."
         elif isinstance(error, TypeError) and isinstance(inputs, tuple):

@@ -427,7 +427,7 @@ class UnlearningProblem:
 
     def _admit(self, samples: Samples) -> None:
         """Check a set, and learn how wide the network's outputs are."""
-        self.widest_output = max(self.widest_output, check_samples(self, samples))
+        self.widest_output = max(self.widest_output, check_samples(self, samples, self._untouched))
 
     def evaluate(
         self, samples: Samples, parameters: Parameters | None = None, indices: Tensor | None = None
