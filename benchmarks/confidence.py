@@ -33,13 +33,13 @@ from stabkit.calibration import beyond, calibration, combined
 from stabkit.cause import linearisation_errors, start_errors
 from stabkit.checks import MAX_ERROR_OF_A_CROSSING, MAX_ERROR_OF_A_STABLE_RUN, margin_check
 from stabkit.curvature import linearise, sample_coordinates
-from stabkit.judge import verdict_of
 from stabkit.measure import COORDINATES
 from stabkit.modes import MODES
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout
 from stabkit.staged import MAX_PATH_ERROR
+from stabkit.verdict import verdict_of
 
 RESULTS = Path(__file__).parent / "results"
 STANDARD = MODES["standard"]

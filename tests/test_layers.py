@@ -42,7 +42,7 @@ LAYERS = [
     {"boundary", "frontier", "recommendations"},
     {"report"},
     {"measure", "monitor"},
-    {"cause"},
+    {"cause", "theory", "verdict"},
     {"modes", "plots", "remedy"},
     {"render"},
     {"checks"},
