@@ -16,6 +16,7 @@ from stabkit._errors import (
     StabkitWarning,
     TargetWarning,
     TrainModeWarning,
+    UnlabelledWarning,
     UntrainedModelWarning,
 )
 from stabkit._version import __version__
@@ -81,6 +82,7 @@ __all__ = [
     "StopRule",
     "TargetWarning",
     "TrainModeWarning",
+    "UnlabelledWarning",
     "UnlearningProblem",
     "UntrainedModelWarning",
     "Verification",

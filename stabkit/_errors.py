@@ -39,6 +39,10 @@ class ClassAxisWarning(StabkitWarning):
     """The classes of the outputs may lie along either of two axes; the last one is taken."""
 
 
+class UnlabelledWarning(StabkitWarning):
+    """Some samples have no label at all, and count as a loss of 0."""
+
+
 class BudgetWarning(StabkitWarning):
     """Even the fastest mode is estimated to cost more than the budget; it is taken all the same."""
 

@@ -29,6 +29,7 @@ from torch.utils.data import (
 
 from stabkit._memory import free_memory
 from stabkit._rng import preserved_rng
+from stabkit.losses import IGNORE_INDEX
 from stabkit.samples import Identity, Inputs, Samples, map_tensors, tensors_of
 
 Data = DataLoader | Dataset | tuple[Any, Any] | Mapping[str, Tensor] | Iterable[Any]
@@ -64,7 +65,11 @@ def as_samples(data: Any, *, name: str, device: torch.device, dtype: torch.dtype
     with preserved_rng():
         samples = _read(data, name, device, dtype)
     if samples.size == 0:
-        raise ValueError(f"`{name}` must hold at least one sample; got an empty set. Check how it was selected.")
+        spent = isinstance(data, Iterator)
+        remedy = (
+            "An iterator is used up by whoever reads it first: pass a list." if spent else "Check how it was selected."
+        )
+        raise ValueError(f"`{name}` must hold at least one sample; got an empty set. {remedy}")
     return samples
 
 
@@ -373,6 +378,32 @@ def _read_batches(batches: Iterable[Any], name: str, device: torch.device, dtype
     return _in_memory(*_concatenate(parts, name), name=name, device=device, dtype=dtype)
 
 
+def _padded(parts: list[tuple[dict[str, Tensor], Tensor]]) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Texts that a collator padded batch by batch, padded at the right to the longest of all.
+
+    Args:
+        parts: Inputs and targets of every batch.
+
+    Returns:
+        The same; as it is where no mask says what is padding, or some are padded at the left, which moves positions.
+    """
+    masks = [inputs.get("attention_mask") for inputs, _ in parts]
+    if not all(isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask[:, :1].all()) for mask in masks):
+        return parts
+    lengths = [mask.shape[1] for mask in masks if mask is not None]
+    longest = max(lengths)
+
+    def long(part: Tensor, length: int, value: int) -> Tensor:
+        if part.dim() < 2 or part.shape[1] != length:
+            return part
+        return torch.cat([part, part.new_full((part.shape[0], longest - length, *part.shape[2:]), value)], 1)
+
+    return [
+        ({key: long(part, length, 0) for key, part in inputs.items()}, long(targets, length, IGNORE_INDEX))
+        for (inputs, targets), length in zip(parts, lengths, strict=True)
+    ]
+
+
 def _concatenate(parts: list[tuple[Any, Tensor]], name: str) -> tuple[Any, Tensor]:
     if len(parts) == 1:
         return parts[0]
@@ -383,14 +414,14 @@ def _concatenate(parts: list[tuple[Any, Tensor]], name: str) -> tuple[Any, Tenso
             f"`{name}` must have the same inputs in every batch; got {kinds[0]} and {odd}. Fill in the rest."
         )
     if isinstance(parts[0][0], dict):  # in one order
-        parts = [({key: inputs[key] for key in parts[0][0]}, targets) for inputs, targets in parts]
+        parts = _padded([({key: inputs[key] for key in parts[0][0]}, targets) for inputs, targets in parts])
     columns = list(zip(*([*tensors_of(inputs), targets] for inputs, targets in parts), strict=True))
     for tensors in columns:
         shapes = sorted({tuple(t.shape[1:]) for t in tensors})
         if len(shapes) > 1:
             raise ValueError(
-                f"`{name}` must have samples of one shape; got {shapes[:4]}. Pad or crop them to one size (for text, pad "
-                "to the longest and pass an attention mask)."
+                f"`{name}` must have samples of one shape; got {shapes[:4]}. Pad or crop them to one size (texts are "
+                "padded here where batches hold 'attention_mask' and are padded at the right)."
             )
     *inputs, targets = map(torch.cat, columns)
     stacked = iter(inputs)

@@ -293,9 +293,10 @@ def output_tensor(raw: Any) -> Tensor:
     logits = raw.get("logits") if isinstance(raw, dict) else getattr(raw, "logits", None)
     if isinstance(logits, Tensor):
         return logits
+    holds = f" of {', '.join(map(repr, raw))}" if isinstance(raw, dict) else ""
     raise TypeError(
-        f"`model` must return a tensor or an object with `.logits`; got {type(raw).__name__}. Wrap it in a module that "
-        "returns its predictions alone."
+        f"`model` must return a tensor or an object with `.logits`; got {type(raw).__name__}{holds}. Wrap it in a module "
+        "that returns its predictions alone."
     )
 
 

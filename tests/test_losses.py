@@ -377,6 +377,7 @@ def test_targets_must_fit_the_outputs(loss, outputs, targets, error, message):
         loss.check_targets(torch.zeros(outputs), targets, name="retain")
 
 
+@pytest.mark.filterwarnings("ignore::stabkit.UnlabelledWarning")
 def test_targets_that_fit_are_accepted():
     CrossEntropy().check_targets(torch.zeros(1, 3), torch.tensor([0, 2, -100]), name="retain")
     CrossEntropy().check_targets(torch.zeros(1, 3, 5, 4), torch.zeros(7, 5, 4).long(), name="retain")

@@ -12,6 +12,7 @@ from torch import distributed, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+import stabkit
 from stabkit._errors import TrainModeWarning, UntrainedModelWarning
 from stabkit.algorithms import AGU, FineTune, GradDiff
 from stabkit.models import MLP
@@ -567,6 +568,16 @@ SHARED = TensorDataset(X, Y)
             ValueError,
             r"losses of `forget` must be finite at the trained parameters; got \[-?inf",
         ),
+        (
+            {"model": Returns(lambda f: {"out": f, "aux": f})},
+            TypeError,
+            r"got dict of 'out', 'aux'\. Wrap it in a module",
+        ),
+        (
+            {"forget": iter([])},
+            ValueError,
+            r"`forget` must hold at least one sample.* An iterator is used up by whoever",
+        ),
         ({"model": Returns(lambda f: [f])}, TypeError, "`model` must return a tensor.*got list"),
         ({"model": Returns(lambda f: Output([1]))}, TypeError, "or an object with `.logits`; got Output"),
         (
@@ -662,7 +673,27 @@ def test_what_is_wrong_with_a_problem_is_said(arguments, error, message):
         build(**arguments)
 
 
+@pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+def test_samples_without_any_label_are_told():
+    labels = torch.where(torch.arange(8) < 2, -100, Y[4:])
+    with pytest.warns(match="2 of the 8 samples of `retain` have no label; each counts as a loss of 0") as told:
+        problem = build(retain=(X[4:], labels))
+    assert stabkit.UnlabelledWarning in {warning.category for warning in told}
+    assert float(problem.losses(problem.retain)[:2].sum()) == 0
+
+
+def test_unshifted_labels_of_texts_are_hinted_at():
+    """Cross-entropy of a causal model and its own tokens is that of copying them, at which it is bad."""
+    tokens = torch.randint(0, 7, (12, 6), generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 7))
+    for loss, hinted in (("cross_entropy", True), ("causal_lm", False)):
+        with pytest.warns(UntrainedModelWarning) as told:
+            UnlearningProblem(model, (tokens[:4], tokens[:4]), (tokens[4:], tokens[4:]), loss=loss)
+        assert any("shifted by loss='causal_lm'" in str(warning.message) for warning in told) == hinted
+
+
 @untrained
+@pytest.mark.filterwarnings("ignore::stabkit.UnlabelledWarning")
 def test_ignored_labels_are_allowed():
     assert build(retain=(X[4:], with_value(Y[4:], -100))).retain.size == 8
 

@@ -232,6 +232,43 @@ def test_the_global_random_state_survives_a_shuffling_loader():
     assert states() == before
 
 
+def texts(lengths):
+    """Rows of tokens, and their collation padded to the longest of a batch."""
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 50, (int(length),), generator=g) for length in lengths]
+
+    def collate(some, size=None):
+        size = size or max(map(len, some))
+        ids, mask, labels = (torch.full((len(some), size), fill) for fill in (0, 0, -100))
+        for k, row in enumerate(some):
+            ids[k, : len(row)], mask[k, : len(row)], labels[k, : len(row)] = row, 1, row
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    return rows, collate
+
+
+def test_texts_padded_batch_by_batch_are_padded_to_one_length():
+    lengths = torch.randint(2, 9, (1500,), generator=torch.Generator().manual_seed(1))
+    lengths[1300] = 12  # the longest is in the second part that is read
+    rows, collate = texts(lengths)
+    whole = collate(rows)
+    loader = DataLoader(rows, batch_size=4, collate_fn=collate)
+    for data in (loader, list(loader)):
+        inputs, targets = read(data).batch(torch.arange(1500))
+        assert torch.equal(targets, whole["labels"])
+        assert all(torch.equal(inputs[key], whole[key]) for key in ("input_ids", "attention_mask"))
+
+
+def test_texts_without_a_mask_or_padded_at_the_left_are_not_padded_unasked():
+    rows, collate = texts([3, 5, 4, 6])
+    batches = [collate(rows[:2]), collate(rows[2:])]
+    bare = [{key: value for key, value in batch.items() if key != "attention_mask"} for batch in batches]
+    left = [{key: value.flip(1) for key, value in batch.items()} for batch in batches]
+    for data in (bare, left):
+        with pytest.raises(ValueError, match=r"samples of one shape; got \[\(5,\), \(6,\)\].*padded at the right"):
+            read(data)
+
+
 def test_a_data_set_without_a_length_is_refused():
     class Endless(torch.utils.data.Dataset):
         def __getitem__(self, index):

@@ -163,7 +163,7 @@ class Algorithm(abc.ABC):
         owner = type(self).__name__
         if type(self) is Algorithm:
             raise TypeError("`Algorithm` is what algorithms are made from and none itself. Use GradDiff for P = I.")
-        remedy = "The sign of each part is set by `mix`."
+        remedy = "A small one takes small steps; which loss is ascended is set by `mix`."
         lr = check_real(self.lr, name="lr", owner=owner, low=0, low_open=True, remedy=remedy)
         remedy = "0 is retain only, 1 is forget only."
         mix = check_real(self.mix, name="mix", owner=owner, low=0, high=1, remedy=remedy)

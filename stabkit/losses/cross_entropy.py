@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stabkit._errors import ClassAxisWarning, caller_level
+from stabkit._errors import ClassAxisWarning, UnlabelledWarning, caller_level
 from stabkit.losses.base import Loss
 
 IGNORE_INDEX = -100
@@ -247,9 +247,17 @@ class CrossEntropy(Loss):
             )
         logits, _, _ = self._align(outputs[:1], targets[:1])
         classes = logits.shape[-1]
-        if not bool((self._shifted(targets.reshape(targets.shape[0], -1)) != IGNORE_INDEX).any()):
-            where, got = (" after the first position", "none") if self.shift else ("", f"only {IGNORE_INDEX}")
+        bare = ~(self._shifted(targets.reshape(targets.shape[0], -1)) != IGNORE_INDEX).any(1)
+        where, got = (" after the first position", "none") if self.shift else ("", f"only {IGNORE_INDEX}")
+        if bool(bare.all()):
             raise ValueError(f"targets of `{name}` must hold at least one label{where}; got {got}.")
+        if bool(bare.any()):
+            warnings.warn(
+                f"{int(bare.sum())} of the {bare.numel()} samples of `{name}` have no label{where}; each counts as a loss "
+                "of 0 in the mean. Leave them out, unless your loop counts them too.",
+                UnlabelledWarning,
+                stacklevel=caller_level(),
+            )
         used = targets[targets != IGNORE_INDEX]
         low, high = int(used.min()), int(used.max())
         if low < 0 or high >= classes:

@@ -508,10 +508,13 @@ class UnlearningProblem:
         )
         self.checking_gradients = sum(indices.numel() for indices in evaluated) / 3
         if self.retain_loss >= self.divergence_level:
+            texts = isinstance(self.loss, CrossEntropy) and not self.loss.shift and outputs.dim() == 3
+            hint = " Labels that are the inputs' own tokens are shifted by loss='causal_lm'." if texts else ""
             warnings.warn(
                 f"`model` has retain loss {self.retain_loss:.4g}, no better than the best constant prediction "
                 f"({self.divergence_level:.4g}), so every run counts as diverged from its first step. Check that the "
-                "model is trained, and that the loss and the inputs' preprocessing are the ones it was trained with.",
+                "model is trained, and that the loss and the inputs' preprocessing are the ones it was trained with."
+                f"{hint}",
                 UntrainedModelWarning,
                 stacklevel=caller_level(),
             )
