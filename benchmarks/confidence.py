@@ -29,7 +29,7 @@ from stabkit._serialise import dumps, write_atomically
 from stabkit.bench.cells import CELLS, Cell, prepared
 from stabkit.bench.records import ROLLOUT_SEEDS, algorithm_of
 from stabkit.bench.verification import read_cell
-from stabkit.calibration import beyond, calibration, combined
+from stabkit.calibration import beyond, calibration, combined, kind_at
 from stabkit.cause import linearisation_errors, start_errors
 from stabkit.checks import MAX_ERROR_OF_A_CROSSING, MAX_ERROR_OF_A_STABLE_RUN, margin_check
 from stabkit.curvature import linearise, sample_coordinates
@@ -105,16 +105,18 @@ def margins(cells: list[Cell], kind: str) -> dict[str, dict[str, Any]]:
 
     Near is where `margin_check` fails. Marginal verdicts, which claim nothing, are left out.
     """
-    used = calibration("staged" if kind == "staged" else "adamw" if cells[0].optimizer == "adamw" else "one")
+    adamw = cells[0].optimizer == "adamw"
     settings: dict[str, list[dict[str, Any]]] = {"near": [], "clear": []}
     for path in (path for cell in cells for path in sorted((RESULTS / "verify").glob(f"{cell.key}-s[0-9].json"))):
         recorded = read_cell(path)
-        edges = {boundary.mix: getattr(boundary, kind) for boundary in recorded.boundaries}
+        edges = {boundary.mix: boundary for boundary in recorded.boundaries}
         for record in recorded.records:
-            edge = edges.get(record.mix)
-            if edge is None:
+            boundary = edges.get(record.mix)
+            edge = boundary and getattr(boundary, kind)
+            if boundary is None or edge is None:
                 continue
-            interval = used.interval(edge, edge, edge)
+            chosen = "adamw" if adamw and kind == "one" else kind_at(kind, boundary.error_below)
+            interval = calibration(chosen).interval(edge, edge, edge)
             p = combined(getattr(record, kind).probability, record.lr, edge, interval)
             said = verdict_of(p)
             clear = margin_check(beyond(record.lr, edge, interval), interval, said, staged=kind == "staged").passed

@@ -21,8 +21,11 @@ from torch import Tensor
 from stabkit._serialise import from_plain
 from stabkit._validate import check_choice
 
-KINDS = ("one", "staged", "adamw")
+KINDS = ("one", "far", "staged", "adamw")
 COVERAGE = 0.9  # of the interval of the critical step size
+# Of the linearised outputs at half the critical step size, where the run is called stable: beyond it their critical step
+# sizes are several times too large as often as not, and have a calibration of their own (benchmarks/verify.md).
+FAR_ERROR = 0.3
 RISK = 0.05  # P(diverge) that a recommended run may have, unless asked otherwise
 ODDS = math.log((1 + COVERAGE) / (1 - COVERAGE))  # log odds at its upper end
 SHIPPED = Path(__file__).with_name("calibration.json")
@@ -48,7 +51,8 @@ class Calibration:
     """How the scores of one kind of rollout become probabilities, and what that rests on.
 
     Attributes:
-        kind: "one", "staged", or "adamw" for one linearisation of an AdamW run.
+        kind: "one"; "far" for one linearisation that is far from the network at half its critical step size; "staged"; or
+            "adamw" for one linearisation of an AdamW run.
         slope: Factor of the score, set by hand.
         step_factor: Factor either way of the critical step size within which the observed one lay for nine in ten
             boundaries of the calibration cells, by split conformal prediction; None where there is none. Where
@@ -143,13 +147,26 @@ def combined(rolled: float, lr: float, critical: float, interval: tuple[float, f
     return (rolled + beyond(lr, critical, interval)) / 2
 
 
+def kind_at(kind: str, error: float | None) -> str:
+    """Whose calibration a critical step size has.
+
+    Args:
+        kind: The rollout's.
+        error: Relative error of the linearised outputs at half the critical step size; None where nothing looked.
+
+    Returns:
+        "far" in place of "one" where the error is above `FAR_ERROR`.
+    """
+    return "far" if kind == "one" and error is not None and error > FAR_ERROR else kind
+
+
 @functools.cache
 def calibration(kind: str) -> Calibration:
     """The shipped calibration.
 
     Args:
-        kind: "one" for rollouts on one linearisation, "adamw" for those of AdamW's steps, "staged" for those that go on with
-            real steps, whose ever.
+        kind: "one" for rollouts on one linearisation, "far" where that is wrong at half the critical step size, "adamw" for
+            those of AdamW's steps, "staged" for those that go on with real steps, whose ever.
 
     Returns:
         The calibration.

@@ -15,7 +15,7 @@ from stabkit.curvature.linearised import SMALL_MOVE, LinearisedNetwork
 from stabkit.measure import Measurement
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cause, Share
-from stabkit.rollout import Rollout
+from stabkit.rollout import Rollout, rollout
 from stabkit.stability import mean_growth
 from stabkit.staged import first_steps, rounding
 
@@ -91,6 +91,32 @@ def linearisation_errors(
         return math.inf, 0.0
     c = c * _share_to_level(network, c, problem.divergence_level)
     return _errors_at(problem, network, c, problem.vector() + network.displacement(c), staged=staged)
+
+
+def error_below(
+    problem: UnlearningProblem,
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    critical: float,
+    *,
+    batch_sizes: tuple[int, int],
+    seed: int,
+) -> float:
+    """How wrong the linearised network is at the end of a run of half the critical step size, by `linearisation_errors`.
+
+    Args:
+        problem: The unlearning problem.
+        network: The compressed network.
+        algorithm: Everything but the step size is read from it.
+        critical: The critical step size.
+        batch_sizes: B_R and B_F.
+        seed: Of the rollout.
+
+    Returns:
+        The error. Cost: a rollout, and a forward pass over the linearised samples.
+    """
+    rolled = rollout(network, algorithm, lr=[critical / 2], mix=[algorithm.mix], batch_sizes=batch_sizes, seeds=[seed])
+    return linearisation_errors(problem, network, rolled, staged=True)[0]
 
 
 def start_errors(

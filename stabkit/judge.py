@@ -21,8 +21,8 @@ from stabkit.boundary import (
     staged_critical_mix,
     surroundings,
 )
-from stabkit.calibration import RISK, beyond, calibration, combined
-from stabkit.cause import find_cause, linearisation_errors, start_errors
+from stabkit.calibration import RISK, beyond, calibration, combined, kind_at
+from stabkit.cause import error_below, find_cause, linearisation_errors, start_errors
 from stabkit.checks import change_checks, margin_check, trust_checks, warn_if_unsure
 from stabkit.curvature.dormant import SAMPLES
 from stabkit.frontier import Frontier, frontier
@@ -50,6 +50,7 @@ class _Limits:
     mean_square_lr: float
     horizon_lr: float
     staged: Cost
+    error_below: float | None
 
 
 def judge(
@@ -113,7 +114,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     else:
         error, awake = linearisation_errors(problem, network, rolled, staged=measurement.settings.staged)
     probability = float(verdict_by.rollout.probability[0])
-    used = calibration(verdict_by.rollout.kind)
+    used = calibration(kind_at(verdict_by.rollout.kind, limits.error_below))
     interval = (lr_detail.scanned[1], math.inf)
     if lr_detail.found:
         interval = used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
@@ -134,6 +135,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         divergence_step=verdict_by.rollout.expected_divergence_step()[0],
         critical_lr=lr_detail.value if lr_detail.found else math.inf,
         critical_lr_interval=interval,
+        critical_lr_error=limits.error_below,
         critical_mix=mix_detail.value if mix_detail.found else math.inf,
         critical_lr_detail=lr_detail,
         critical_mix_detail=mix_detail,
@@ -171,7 +173,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         ),
         _frontier=lambda **grid: _frontier(measurement, seeds, lr_detail, **grid),
         _at=lambda **changes: _at(measurement, seeds, limits, **changes),
-        _recommend=lambda *, risk: _recommended(measurement, seeds, risk),
+        _recommend=lambda *, risk: _recommended(measurement, seeds, risk, used.kind),
         _preconditioner=measurement.preconditioner,
     )
 
@@ -237,9 +239,9 @@ def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, /, **ch
     return report
 
 
-def _recommended(measurement: Measurement, seeds: Sequence[int], risk: float) -> Recommendations:
+def _recommended(measurement: Measurement, seeds: Sequence[int], risk: float, kind: str) -> Recommendations:
     with arithmetic(measurement.settings.precision):
-        return recommend(measurement, seeds, risk=risk)
+        return recommend(measurement, seeds, risk=risk, kind=kind)
 
 
 def _frontier(
@@ -323,6 +325,9 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
             guess=lr.value,
         )
         lr = found.with_spread_of(lr)
+    problem, network, error = measurement.problem, measurement.network, None
+    if lr.bracketed and not (measurement.settings.staged or algorithm.adaptive):
+        error = error_below(problem, network, algorithm, lr.value, batch_sizes=batch_sizes, seed=seeds[0])
     staged = Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent)
     mean_square_lr, horizon_lr = critical_steps(measurement, batch_sizes)
     return _Limits(
@@ -330,6 +335,7 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
         staged=staged,
         mean_square_lr=mean_square_lr,
         horizon_lr=horizon_lr,
+        error_below=error,
     )
 
 

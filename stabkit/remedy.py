@@ -30,12 +30,13 @@ DAMPED_SHARE = 0.8  # of the predicted displacement that those layers hold toget
 BACKING_OFF = (1.0, 0.7, 0.5, 0.35, 0.25, 0.12)  # factors of the step size that staged rollouts try
 
 
-def recommend(measurement: Measurement, seeds: Sequence[int], *, risk: float = RISK) -> Recommendations:
+def recommend(measurement: Measurement, seeds: Sequence[int], *, kind: str, risk: float = RISK) -> Recommendations:
     """Look for settings that hold, on the linearisation that a prediction has made already.
 
     Args:
         measurement: What the prediction measured, with the algorithm and the setting that was asked about.
         seeds: Rollouts behind every probability.
+        kind: Of the report's calibration, which says how far from the boundary to stay.
         risk: Largest P(diverge) that counts as holding, in (0, 1). Where the retain loss at θ* is near half the divergence
             level or above, P is past 0.05 from the start (theory §7) and nothing holds: allow more.
 
@@ -49,7 +50,7 @@ def recommend(measurement: Measurement, seeds: Sequence[int], *, risk: float = R
         ValueError: If the risk is out of its domain.
     """
     check_real(risk, name="risk", owner="recommend", low=0, high=1, low_open=True, high_open=True)
-    search = _Search(measurement, seeds, risk)
+    search = _Search(measurement, seeds, kind, risk)
     asked = search.asked()
     items = [item for item in search.ways_out() if item is not None]
     if search.kind == "staged":
@@ -68,7 +69,7 @@ def recommend(measurement: Measurement, seeds: Sequence[int], *, risk: float = R
 class _Search:
     """Rollouts of changed settings on one linearisation."""
 
-    def __init__(self, measurement: Measurement, seeds: Sequence[int], risk: float) -> None:
+    def __init__(self, measurement: Measurement, seeds: Sequence[int], kind: str, risk: float) -> None:
         self._problem, self._network, self._algorithm = (
             measurement.problem,
             measurement.network,
@@ -76,8 +77,7 @@ class _Search:
         )
         self._measurement = measurement
         self._seeds, self._risk = seeds, risk
-        self.kind = "staged" if measurement.settings.staged else "adamw" if self._algorithm.adaptive else "one"
-        self.margin = calibration(self.kind).margin(risk)
+        self.kind, self.margin = kind, calibration(kind).margin(risk)
         self._scale = loss_scale(self._network)
 
     def _roll(self, algorithm: Algorithm, lrs: Sequence[float], mixes: Sequence[float]) -> Rollout:

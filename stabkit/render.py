@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from stabkit._table import Table
-from stabkit.calibration import beyond
+from stabkit.calibration import FAR_ERROR, beyond
 from stabkit.frontier import Frontier, Outcome
 from stabkit.report import Report
 
@@ -117,6 +117,19 @@ def sections(report: Report) -> tuple[Section, ...]:
     )
 
 
+def _error_below(report: Report) -> tuple[Row, ...]:
+    """What the interval of the critical step size hangs on."""
+    if report.critical_lr_error is None:
+        return ()
+    note = f"at half the critical step size; up to {number(FAR_ERROR)} the critical one is known well"
+    if report.calibration.kind == "far":
+        note = (
+            f"at half the critical step size; beyond {number(FAR_ERROR)} that is often several times too large, hence the "
+            "wide interval: mode='thorough' finds it closer"
+        )
+    return (Row(label="error of the linearised outputs", value=number(report.critical_lr_error), note=note),)
+
+
 def _limits(report: Report) -> Section:
     lr, mix, rollout = report.critical_lr_detail, report.critical_mix_detail, report.rollout
     spread = "halving and seeds:" if report.calibration.kind == "staged" else "seeds:"
@@ -138,6 +151,7 @@ def _limits(report: Report) -> Section:
                 value=number(report.critical_lr),
                 note=f"at this mix; {lr_note}{interval if lr.found else ''}",
             ),
+            *_error_below(report),
             Row(label="critical mix", value=number(report.critical_mix), note=mix_note),
             Row(
                 label="divergence step",

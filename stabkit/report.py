@@ -302,7 +302,9 @@ class Report(Shown, Stored):
         mode: "fast", "standard" or "thorough".
         divergence_step: Median predicted step of divergence; None where fewer than half of the seeds diverge.
         critical_lr: Smallest step size predicted to diverge at this mix; infinity if none was found in the scan.
-        critical_lr_interval: Where it lies at nine in ten: the seeds' spread, and the conformal factor of the calibration.
+        critical_lr_interval: Where it lies at nine in ten: the seeds' spread, and the conformal factors of the calibration.
+        critical_lr_error: Relative error of the outputs linearised at θ* after a run of half that step size, by which its
+            interval is chosen; None of staged predictions and AdamW's, and where the scan found no boundary.
         critical_mix: Smallest mix predicted to diverge at this step size; infinity if none is, up to 1.
         critical_lr_detail: Its scan and spread over seeds.
         critical_mix_detail: Its scan and spread over seeds.
@@ -320,7 +322,7 @@ class Report(Shown, Stored):
         costs: What it cost, by stage.
     """
 
-    schema: ClassVar[int] = 6
+    schema: ClassVar[int] = 7
 
     verdict: str
     probability: float
@@ -328,6 +330,7 @@ class Report(Shown, Stored):
     divergence_step: float | None
     critical_lr: float
     critical_lr_interval: tuple[float, float]
+    critical_lr_error: float | None
     critical_mix: float
     critical_lr_detail: CriticalValue
     critical_mix_detail: CriticalValue

@@ -115,6 +115,7 @@ def test_a_cell_is_predicted_and_run_at_every_setting(quick):
         ):
             place = crossed.index(True)
             assert found == pytest.approx(math.sqrt(lrs[place - 1] * lrs[place]))
+        assert boundary.error_below > 0
     again = bench.record_cell(quick.cell, 0, quick=True)
     assert again.records == quick.records
 
@@ -204,7 +205,7 @@ def test_what_was_calibrated_on_is_never_pooled():
     }
     # 3 for boundaries at 1 and, by other batches, 2; the factor of staged rollouts lies between 1.5 and 3
     assert summary["roles"]["evaluation"]["boundary"]["staged"]["in_interval"] == 0.0
-    wide = verification.summarise([result(one, boundaries=[(0.5, 1.0, 1.7, 1.7)])])["roles"]["evaluation"]["boundary"]
+    wide = verification.summarise([result(one, boundaries=[(0.5, 1.0, 1.45, 1.7)])])["roles"]["evaluation"]["boundary"]
     assert (wide["one"]["in_interval"], wide["staged"]["in_interval"]) == (1.0, 0.5)
     assert wide["again"]["in_interval"] is None
     assert summary["roles"]["evaluation"]["cost"] == {
@@ -352,6 +353,26 @@ def test_an_interval_is_of_runs_with_any_batches():
         assert bench.fit_calibration([found], "staged").step_factor == pytest.approx(factor)
 
 
+def test_boundaries_below_which_the_linearisation_is_wrong_have_a_calibration_of_their_own():
+    from stabkit.calibration import calibration
+
+    records = [record(lr, mix, 0.5, lr > 1, score=math.log(lr)) for mix in (0.2, 0.4, 0.6) for lr in (0.5, 2.0)]
+    found = result(records, role="calibration", boundaries=[(0.2, 1.0, 1.0, None), (0.4, 1.0, 4.0, None)], again=1.0)
+    near, far = found.boundaries
+    found = replace(found, boundaries=(replace(near, error_below=0.1), replace(far, error_below=2.0)))
+    ((left,), (right,)) = bench.by_error([found])
+    assert [b.mix for b in left.boundaries] == [0.2]
+    assert {r.mix for r in left.records} == {0.2, 0.6}  # of 0.6 no boundary is known
+    assert [b.mix for b in right.boundaries] == [0.4]
+    assert {r.mix for r in right.records} == {0.4}
+    assert bench.by_error([right]) == ([], [right])
+    kinds = {name: replace(calibration("one"), step_factor=f) for name, f in (("one", 2.0), ("far", 50.0))}
+    said = {(r.mix, r.lr): r.one.probability for r in bench.with_probabilities(found, kinds).records}
+    alone = {(r.mix, r.lr): r.one.probability for r in bench.with_probabilities(found, {"one": kinds["one"]}).records}
+    assert said[0.2, 0.5] == alone[0.2, 0.5]
+    assert said[0.4, 0.5] > alone[0.4, 0.5]  # less sure that it holds
+
+
 def test_each_end_of_an_interval_may_have_a_factor():
     """Boundaries predicted at a tenth of the observed ones, give or take little: the interval reaches up, hardly down."""
     generator = np.random.default_rng(0)
@@ -403,7 +424,7 @@ def test_probabilities_take_in_the_boundary_where_the_grid_brackets_one():
             if edge is None:
                 assert p == pytest.approx(rolled)
             else:
-                interval = edge / used.step_factor, edge * used.step_factor
+                interval = used.interval(edge, edge, edge)
                 assert p == pytest.approx(combined(rolled, r.lr, edge, interval))
                 assert p != pytest.approx(rolled)
     again = bench.with_probabilities(replace(found, boundaries=()), {"one": calibration("one")})
@@ -456,7 +477,7 @@ def test_evaluation_cells_are_no_calibration():
 
 
 def test_the_command_calibrates(tmp_path, capsys):
-    from stabkit.calibration import Calibration
+    from stabkit.calibration import Calibration, calibration
 
     found, _ = drawn(300, 2.0, 2)
     path = tmp_path / f"{NAME}-s0.json"
@@ -465,7 +486,8 @@ def test_the_command_calibrates(tmp_path, capsys):
     assert main(["bench", "calibrate", "--folder", str(tmp_path), "--output", str(written)]) == 0
     assert "one: slope" in capsys.readouterr().out
     plain = json.loads(written.read_text(encoding="utf-8"))
-    assert from_plain(Calibration, plain["one"]) == bench.fit_calibration([found], "one")
+    assert from_plain(Calibration, plain["one"]) == bench.fit_calibration([found], "one", sided=True)
+    assert from_plain(Calibration, plain["far"]) == calibration("far")  # of which there is no cell
     other = replace(drawn(200, 2.0, 3)[0], cell=bench.cells_named([f"{NAME}-adamw"])[0])
     (tmp_path / f"{NAME}-adamw-s0.json").write_text(
         dumps({"schema": verification.SCHEMA, **to_plain(other)}), encoding="utf-8"
@@ -485,7 +507,9 @@ def test_the_shipped_calibration_is_of_its_kind():
         shipped = calibration(kind)
         assert shipped.kind == kind
         assert shipped.slope > 0  # P(diverge) rises with the score
-        roles = {"one": {"calibration"}, "adamw": {"AdamW calibration"}}.get(kind, {"calibration", "AdamW calibration"})
-        assert set(shipped.cells) == {cell.key for cell in bench.CELLS if cell.role in roles}
+        roles = {"calibration", "AdamW calibration"} if kind == "staged" else {"calibration"}
+        known = {cell.key for cell in bench.CELLS if cell.role in ({"AdamW calibration"} if kind == "adamw" else roles)}
+        assert set(shipped.cells) <= known
+        assert kind in {"one", "far"} or set(shipped.cells) == known
     with pytest.raises(ValueError, match=r"`kind` of `calibration` must be one of .*; got 'two'"):
         calibration("two")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import logistic
 
 import stabkit
-from stabkit.calibration import beyond, calibration, combined
+from stabkit.calibration import FAR_ERROR, beyond, calibration, combined, kind_at
+from stabkit.judge import ADVISED
 
 QUICK = {
     "rank": 20,
@@ -67,13 +68,14 @@ def test_both_opinions_count_alike(rolled, away, width):
 
 @given(st.floats(0.001, 0.999))
 def test_the_margin_is_where_the_boundary_alone_is_worth_the_risk(risk):
-    for kind in ("one", "staged"):
+    for kind in ("one", "far", "staged"):
         used = calibration(kind)
         margin = used.margin(risk)
         p = combined(0.0, 1.0, margin, used.interval(margin, margin, margin))
         assert margin >= 1
         assert p == pytest.approx(min(risk, 0.25)), kind  # at the critical step size itself it is a quarter
-    assert calibration("one").margin(0.05) > calibration("staged").margin(0.05) > 1
+    assert calibration("far").margin(0.05) > calibration("one").margin(0.05) > 1
+    assert calibration("staged").margin(0.05) > 1
     assert replace(calibration("one"), step_factor=None).margin(0.05) == 1
 
 
@@ -90,14 +92,44 @@ def test_a_report_weighs_both(digits_mlp, random_deletion):
         assert said.probability == pytest.approx((said.rollout.probability + past) / 2)
         assert f"of the rollouts alone: {said.rollout.probability:.2f}" in str(said)
         assert f"that the critical step size is smaller: {past:.2f}" in str(said)
-    margin = calibration("one").margin(0.05)
-    assert margin > 2
+    assert said.calibration == calibration(kind_at("one", said.critical_lr_error))
+    margin = max(ADVISED, said.calibration.margin(0.05))
     bound = said.critical_lr_detail.low / margin
     step = float(re.search(r"lower the step size to (\S+) or less", said.advice[0])[1])
     assert 0.9 * bound < step <= bound  # two digits, rounded down
     near = report.at(lr=0.8 * report.critical_lr)
     assert f"within a factor {margin:.2g} of the critical one" in near.advice[1]
     assert near.probability > near.rollout.probability + 0.05
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_a_boundary_that_the_network_is_far_from_below_is_said_to_be_wide(digits_mlp, class_deletion, monkeypatch):
+    """What a report is calibrated by hangs on the error after a run of half the critical step size."""
+    settings = {"algorithm": "graddiff", "lr": 0.01, "mix": 0.05, **QUICK}
+    near = stabkit.predict(digits_mlp, *class_deletion, **settings)
+    assert near.critical_lr_error is not None
+    half = near.at(lr=near.critical_lr / 2)
+    assert half.linearisation_error == pytest.approx(near.critical_lr_error, rel=1e-3)
+    assert half.critical_lr_error == near.critical_lr_error  # whatever the step size in question
+    for limit, kind in ((near.critical_lr_error * 1.01, "one"), (near.critical_lr_error * 0.99, "far")):
+        monkeypatch.setattr("stabkit.calibration.FAR_ERROR", limit)
+        said = near.at(lr=0.011)
+        used = calibration(kind)
+        assert said.calibration == used
+        low, high = said.critical_lr_interval
+        detail = said.critical_lr_detail
+        assert low == pytest.approx(min(detail.low, detail.value / used.step_factor))
+        assert high == pytest.approx(max(detail.high, detail.value * used.step_factor_above))
+        assert said.recommend().margin == used.margin(0.05)
+        assert ("hence the wide interval" in str(said)) == (kind == "far")
+        assert stabkit.Report.from_json(said.to_json()) == said
+
+
+def test_whose_calibration_a_boundary_has():
+    assert kind_at("one", None) == kind_at("one", FAR_ERROR) == "one"
+    assert kind_at("one", 1.01 * FAR_ERROR) == kind_at("one", math.inf) == "far"
+    assert kind_at("staged", math.inf) == "staged"
+    assert kind_at("adamw", math.inf) == "adamw"
 
 
 def test_without_a_boundary_the_rollouts_have_the_say(digits_mlp, random_deletion):

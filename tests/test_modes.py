@@ -11,7 +11,7 @@ from torch import nn
 
 import stabkit
 from stabkit.algorithms import AGU, GradDiff
-from stabkit.calibration import beyond, calibration
+from stabkit.calibration import beyond, calibration, kind_at
 from stabkit.checks import MARGIN, margin_check
 from stabkit.curvature import forward_size, rows_pay
 from stabkit.models import SmallCNN
@@ -46,7 +46,8 @@ def test_a_mode_measures_what_it_says(case, mode):
     samples = min(140, MODES[mode].retain_samples), min(60, MODES[mode].forget_samples)
     staged = mode == "thorough"
     assert report.rollout.samples == samples
-    assert report.calibration == calibration("staged" if staged else "one")
+    assert report.calibration == calibration("staged" if staged else kind_at("one", report.critical_lr_error))
+    assert (report.critical_lr_error is None) == staged
     assert ("staged rollouts" in {cost.stage for cost in report.costs}) == staged
     low, high = report.critical_lr_interval
     assert low <= report.critical_lr_detail.low <= report.critical_lr <= high

@@ -1,7 +1,7 @@
 """The predict-verify benchmark: what was said before each of many real runs, and what happened."""
 
 from stabkit.bench.cells import CELLS, Cell, cells_named
-from stabkit.bench.fitting import fit_calibration, reliability, with_probabilities
+from stabkit.bench.fitting import by_error, fit_calibration, reliability, with_probabilities
 from stabkit.bench.misses import Misses, misses
 from stabkit.bench.page import write_page
 from stabkit.bench.records import Boundary, CellResult, Prediction, Record, record_cell
@@ -19,6 +19,7 @@ __all__ = [
     "Record",
     "Scores",
     "boundary_ratios",
+    "by_error",
     "calibrate",
     "cells_named",
     "fit_calibration",

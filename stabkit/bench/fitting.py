@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from stabkit.bench.records import CellResult, Prediction, Record
-from stabkit.bench.scores import REAL, boundary_ratios
-from stabkit.calibration import COVERAGE, Bin, Calibration, combined
+from stabkit.bench.records import Boundary, CellResult, Prediction, Record
+from stabkit.bench.scores import KINDS, REAL, boundary_ratios
+from stabkit.calibration import COVERAGE, Bin, Calibration, combined, kind_at
 
 SLOPE = 4.0  # set by hand
 BINS = 10
@@ -94,6 +94,41 @@ def _conformal(logs: np.ndarray, share: float) -> float | None:
     return max(1.0, float(np.exp(np.sort(logs)[rank - 1]))) if rank <= logs.size else None
 
 
+def by_error(results: Sequence[CellResult]) -> tuple[list[CellResult], list[CellResult]]:
+    """Boundaries of one linearisation that is near the network at half the critical step size, and those where it is far.
+
+    Args:
+        results: Cells.
+
+    Returns:
+        Either with the settings at their mixes. Where no boundary was found or nobody looked, settings are with the former.
+    """
+    split: tuple[list[CellResult], list[CellResult]] = [], []
+    for result in results:
+        is_far = {b.mix: kind_at("one", b.error_below) == "far" for b in result.boundaries}
+        for place, part in enumerate(split):
+            records = tuple(r for r in result.records if is_far.get(r.mix, False) == bool(place))
+            boundaries = tuple(b for b in result.boundaries if is_far[b.mix] == bool(place))
+            if records:
+                part.append(replace(result, records=records, boundaries=boundaries))
+    return split
+
+
+def of_boundary(calibrations: Mapping[str, Calibration], kind: str, boundary: Boundary | None) -> Calibration:
+    """The calibration of a prediction, by how wrong the linearisation is below the boundary.
+
+    Args:
+        calibrations: By kind; "far" is taken for "one" where it is there and the linearisation is far.
+        kind: "one" or "staged".
+        boundary: The boundary; None where there is none.
+
+    Returns:
+        The calibration.
+    """
+    chosen = kind_at(kind, None if boundary is None else boundary.error_below)
+    return calibrations.get(chosen, calibrations[kind])
+
+
 def with_probabilities(result: CellResult, calibrations: Mapping[str, Calibration]) -> CellResult:
     """A cell with the probabilities that calibrations give what was recorded before its runs.
 
@@ -101,23 +136,25 @@ def with_probabilities(result: CellResult, calibrations: Mapping[str, Calibratio
 
     Args:
         result: The cell's settings, with their scores and the predicted boundaries.
-        calibrations: The calibration of each kind of rollout to look at.
+        calibrations: The calibration of each kind of rollout to look at; "far" beside "one" for its far boundaries.
 
     Returns:
         The same settings. Where the grid brackets no predicted boundary at a setting's mix, P is that of the rollouts alone.
     """
-    edges = {(kind, b.mix): getattr(b, kind) for b in result.boundaries for kind in calibrations}
+    boundaries = {b.mix: b for b in result.boundaries}
 
     def with_probability(record: Record, kind: str) -> Prediction:
         said: Prediction = getattr(record, kind)
-        used, critical = calibrations[kind], edges.get((kind, record.mix))
+        boundary = boundaries.get(record.mix)
+        used = of_boundary(calibrations, kind, boundary)
+        critical: float | None = None if boundary is None else getattr(boundary, kind)
         p = float(used.probability(torch.tensor(said.scores, dtype=torch.float64)))
         if critical is not None:
             p = combined(p, record.lr, critical, used.interval(critical, critical, critical))
         return replace(said, probability=p)
 
     def with_all(record: Record) -> Record:
-        changes: dict[str, Any] = {kind: with_probability(record, kind) for kind in calibrations}
+        changes: dict[str, Any] = {kind: with_probability(record, kind) for kind in KINDS if kind in calibrations}
         return replace(record, **changes)
 
     return replace(result, records=tuple(map(with_all, result.records)))

@@ -17,6 +17,7 @@ from stabkit._rng import preserved_rng
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.bench.cells import Cell, prepared
 from stabkit.boundary import adamw_guess, critical_lr
+from stabkit.cause import error_below
 from stabkit.coherence import coherence
 from stabkit.measure import Measurement, measure
 from stabkit.modes import MODES, Sizes
@@ -97,6 +98,8 @@ class Boundary:
         one: Predicted from one linearisation; None likewise.
         staged: Predicted by the staged rollout; None likewise.
         again: Of the real runs with other batches; None likewise.
+        error_below: Relative error of the linearised outputs at half the step size that one linearisation predicts; None of
+            AdamW's runs and where that is not bracketed.
     """
 
     mix: float
@@ -104,6 +107,7 @@ class Boundary:
     one: float | None
     staged: float | None
     again: float | None
+    error_below: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +181,7 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
             ]
             for j, mix in enumerate(mixes)
         ]
+        errors = [at.error_below(mix, predicted[j][0]) for j, mix in enumerate(mixes)]
         # Everything that is predicted has been, before the first real run.
         real = {(i, j): at.real(lrs[i], mixes[j]) for i, j in settings}
         again = {(i, j): at.again(lrs[i], mixes[j]) for i, j in settings}
@@ -202,7 +207,16 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
                 for outcome, runs in ((at.real, real), (at.again, again))
             )
             one_edge, staged_edge = predicted[j]
-            boundaries.append(Boundary(mix=mix, observed=observed, one=one_edge, staged=staged_edge, again=beside))
+            boundaries.append(
+                Boundary(
+                    mix=mix,
+                    observed=observed,
+                    one=one_edge,
+                    staged=staged_edge,
+                    again=beside,
+                    error_below=errors[j],
+                )
+            )
     network = at.measurement.network
     return CellResult(
         cell=cell,
@@ -265,6 +279,14 @@ class _Bench:
         self.staged_gradients += found.gradient_equivalents
         self.staged_count += 1
         return _said(found.rollout)[0]
+
+    def error_below(self, mix: float, critical: float | None) -> float | None:
+        """Of the linearised outputs, at half a critical step size."""
+        algorithm = _set(self.algorithm, mix)
+        if critical is None or algorithm.adaptive:
+            return None
+        problem, network = self.measurement.problem, self.measurement.network
+        return error_below(problem, network, algorithm, critical, batch_sizes=self.batch_sizes, seed=ROLLOUT_SEEDS[0])
 
     def real(self, lr: float, mix: float) -> RunResult:
         """For real."""

@@ -18,7 +18,7 @@ from stabkit._serialise import dumps, from_plain, to_plain, write_atomically
 from stabkit._validate import check_int, check_seed
 from stabkit._version import __version__
 from stabkit.bench.cells import CELLS, Cell, cells_named
-from stabkit.bench.fitting import fit_calibration, reliability, with_probabilities
+from stabkit.bench.fitting import by_error, fit_calibration, of_boundary, reliability, with_probabilities
 from stabkit.bench.misses import misses, worst
 from stabkit.bench.records import HALVINGS, CellResult, record_cell
 from stabkit.bench.scores import BOUNDARIES, KINDS, REAL, boundary_ratios, pooled, scores
@@ -95,8 +95,13 @@ def calibrate(folder: str | Path, path: str | Path) -> dict[str, Calibration]:
     results = [read_cell(place) for place in sorted(Path(folder).glob("*-s*.json")) if "-quick" not in place.name]
     mine = [result for result in results if result.cell.role == "calibration"]
     adamw = [result for result in results if result.cell.role == "AdamW calibration"]
-    # Staged rollouts end in real steps, whose ever; of one linearisation of AdamW without cells of it the shipped one stays.
-    fitted = {"one": fit_calibration(mine, "one"), "staged": fit_calibration([*mine, *adamw], "staged")}
+    near, far = by_error(mine)
+    # Staged rollouts end in real steps, whose ever. Of what there are no cells the shipped one stays.
+    fitted = {
+        "one": fit_calibration(near, "one", sided=True),
+        "far": fit_calibration(far, "one", name="far", sided=True) if far else calibration("far"),
+        "staged": fit_calibration([*mine, *adamw], "staged"),
+    }
     fitted["adamw"] = fit_calibration(adamw, "one", name="adamw", sided=True) if adamw else calibration("adamw")
     write_atomically(path, dumps(to_plain(fitted)) + "\n")
     return fitted
@@ -181,11 +186,12 @@ def _in_interval(results: Sequence[CellResult], kind: str) -> float | None:
         return None
     held = []
     for result in results:
-        used = _calibrations(result.cell)[kind]
-        for of in REAL:
-            for ratio in boundary_ratios(result, kind, of=of):
-                low, high = used.interval(ratio, ratio, ratio)
-                held.append(low <= 1 <= high)
+        for boundary in result.boundaries:
+            critical = getattr(boundary, kind)
+            if critical is None:
+                continue
+            low, high = of_boundary(_calibrations(result.cell), kind, boundary).interval(critical, critical, critical)
+            held += [low <= real <= high for of in REAL if (real := getattr(boundary, of)) is not None]
     return float(np.mean(held)) if held else None
 
 
@@ -229,10 +235,15 @@ def read_cell(path: Path) -> CellResult:
             "delete it to have it made again."
         )
     cell = {"optimizer": "sgd", **plain["cell"]}  # of files from before AdamW's runs
-    found = from_plain(CellResult, {"most_samples": EARLIER_SAMPLES, "path_steps": 0, **plain, "cell": cell})
+    boundaries = [{"error_below": None, **boundary} for boundary in plain["boundaries"]]  # from before it was looked at
+    values = {"most_samples": EARLIER_SAMPLES, "path_steps": 0, **plain, "cell": cell, "boundaries": boundaries}
+    found = from_plain(CellResult, values)
     return with_probabilities(found, _calibrations(found.cell))
 
 
 def _calibrations(cell: Cell) -> dict[str, Calibration]:
-    """The shipped calibration of each kind of rollout of a cell."""
-    return {kind: calibration("adamw" if kind == "one" and cell.optimizer == "adamw" else kind) for kind in KINDS}
+    """The shipped calibration of each kind of prediction of a cell."""
+    kinds = (
+        {"one": "adamw", "staged": "staged"} if cell.optimizer == "adamw" else {k: k for k in ("one", "far", "staged")}
+    )
+    return {kind: calibration(name) for kind, name in kinds.items()}
