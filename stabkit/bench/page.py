@@ -53,7 +53,8 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         "score had. That P is half of what the rollouts say and half of what the boundary says was decided when the "
         "reliability of the rollouts alone had been seen on all cells; its width is that of the calibration cells. That "
         "both real runs of these give the interval, and for staged rollouts AdamW's cells too, was decided when it had held "
-        "eight instead of nine in ten of the evaluation's critical step sizes. That "
+        "eight instead of nine in ten of the evaluation's critical step sizes. That intervals of one linearisation hang on "
+        "its error below was decided after misses on a network that is none of these. That "
         "staged rollouts take a run's first steps for real was decided after a trial on a network that is none of these, "
         "and a look at those steps in a dozen cells. That AdamW's runs are rolled out in sampled parameters, and in how "
         "many, was decided after a look at some of the cells' networks, those of evaluation cells among them.",
