@@ -351,8 +351,21 @@ def test_a_callable_must_give_one_loss_a_sample(function, error, message):
         (CrossEntropy(), (2, 3), torch.tensor([0, 3]), ValueError, r"in \[0, 2\], as the model has 3 outputs; got 3"),
         (CrossEntropy(), (2, 3), torch.tensor([0, -1]), ValueError, r"in \[0, 2\].*got -1\. Relabel"),
         (CrossEntropy(), (2, 3), torch.tensor([-100, -100]), ValueError, "at least one label; got only -100"),
-        (CrossEntropy(), (2, 4, 3), torch.zeros(2, 5).long(), ValueError, r"targets \(2, 5\) for outputs \(2, 4, 3\)"),
-        (CrossEntropy(), (2,), torch.tensor([0, 1]), ValueError, r"targets \(2,\) for outputs \(2,\)"),
+        (
+            CrossEntropy(),
+            (2, 4, 3),
+            torch.zeros(2, 5).long(),
+            ValueError,
+            r"shape \(5,\) for outputs of shape \(4, 3\) a",
+        ),
+        (
+            CrossEntropy(),
+            (2, 7, 3),
+            torch.zeros(2, 5).long(),
+            ValueError,
+            r"\(7, 3\) a sample\. Positions without a label",
+        ),
+        (CrossEntropy(), (2,), torch.tensor([0, 1]), ValueError, r"shape \(\) for outputs of shape \(\) a sample"),
         (
             CrossEntropy(shift=True),
             (2, 3),

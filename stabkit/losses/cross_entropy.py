@@ -233,9 +233,11 @@ class CrossEntropy(Loss):
                 remedy = "Use targets.squeeze(1)."
             elif outputs.dim() == 2 and targets.shape[1:] == outputs.shape[1:]:
                 remedy = "One-hot labels are given as targets.argmax(1)."
+            elif outputs.dim() == 3 and targets.dim() == 2 and targets.shape[1] < outputs.shape[1]:
+                remedy = f"Positions without a label, as those that prompt tuning adds, are labelled {IGNORE_INDEX}."
             raise ValueError(
-                f"targets of `{name}` must have one label per position of the outputs; got targets "
-                f"{tuple(targets.shape)} for outputs {tuple(outputs.shape)}. {remedy}"
+                f"targets of `{name}` must have one label per position of the outputs; got targets of shape "
+                f"{tuple(targets.shape[1:])} for outputs of shape {tuple(outputs.shape[1:])} a sample. {remedy}"
             )
         if outputs.dim() > 2 and last == second:
             warnings.warn(
