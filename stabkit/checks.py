@@ -162,8 +162,8 @@ def change_checks(measurement: Measurement, rolled: Rollout, seeds: Sequence[int
 def margin_check(past: float, interval: tuple[float, float], verdict: str, *, staged: bool) -> Check:
     """Whether a run's step size keeps away from where the critical one may lie.
 
-    One linearisation knows the boundary to a factor of some four, and many times as many of its verdicts within that are
-    wrong as of those beyond (benchmarks/confidence.py). Staged rollouts find it closer, but near it runs are chaotic: a
+    One linearisation knows the boundary roughly, and many times as many of its verdicts near it are wrong as of the others
+    (benchmarks/confidence.py). Staged rollouts find it closer, but near it runs are chaotic: a
     rollout that is right until late may hold where a run with the same batches breaks.
 
     Args:

@@ -385,23 +385,35 @@ def _padded(parts: list[tuple[dict[str, Tensor], Tensor]]) -> list[tuple[dict[st
         parts: Inputs and targets of every batch.
 
     Returns:
-        The same; as it is where no mask says what is padding, or some are padded at the left, which moves positions.
+        The same, every column of the mask's length filled with what stands under padding somewhere, integer targets with
+        -100. As it is where no mask says what is padding, none is shown, or some is at the left, which moves positions.
     """
     masks = [inputs.get("attention_mask") for inputs, _ in parts]
     if not all(isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask[:, :1].all()) for mask in masks):
         return parts
-    lengths = [mask.shape[1] for mask in masks if mask is not None]
-    longest = max(lengths)
+    padding = [mask == 0 for mask in masks if mask is not None]
+    shown = next((k for k, holes in enumerate(padding) if bool(holes.any())), None)
+    if shown is None:
+        return parts
+    longest = max(holes.shape[1] for holes in padding)
 
-    def long(part: Tensor, length: int, value: int) -> Tensor:
-        if part.dim() < 2 or part.shape[1] != length:
-            return part
-        return torch.cat([part, part.new_full((part.shape[0], longest - length, *part.shape[2:]), value)], 1)
+    def filled(columns: list[Tensor], fill: Tensor | int) -> list[Tensor]:
+        return [
+            torch.cat([c, torch.as_tensor(fill).to(c).expand(c.shape[0], longest - c.shape[1], *c.shape[2:])], 1)
+            for c in columns
+        ]
 
-    return [
-        ({key: long(part, length, 0) for key, part in inputs.items()}, long(targets, length, IGNORE_INDEX))
-        for (inputs, targets), length in zip(parts, lengths, strict=True)
-    ]
+    def texts(columns: list[Tensor]) -> bool:
+        return all(c.dim() > 1 and c.shape[1] == holes.shape[1] for c, holes in zip(columns, padding, strict=True))
+
+    every = {key: [inputs[key] for inputs, _ in parts] for key in parts[0][0]}
+    targets = [target for _, target in parts]
+    for key, columns in every.items():
+        if texts(columns):
+            every[key] = filled(columns, columns[shown][padding[shown]][0])
+    if texts(targets) and not targets[0].is_floating_point():
+        targets = filled(targets, IGNORE_INDEX)
+    return [({key: every[key][k] for key in every}, target) for k, target in enumerate(targets)]
 
 
 def _concatenate(parts: list[tuple[Any, Tensor]], name: str) -> tuple[Any, Tensor]:
@@ -421,7 +433,7 @@ def _concatenate(parts: list[tuple[Any, Tensor]], name: str) -> tuple[Any, Tenso
         if len(shapes) > 1:
             raise ValueError(
                 f"`{name}` must have samples of one shape; got {shapes[:4]}. Pad or crop them to one size (texts are "
-                "padded here where batches hold 'attention_mask' and are padded at the right)."
+                "padded here where an 'attention_mask' shows with what, at the right)."
             )
     *inputs, targets = map(torch.cat, columns)
     stacked = iter(inputs)

@@ -85,10 +85,11 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         progress=progress,
     )
     spent = Cost(stage="staged rollouts", seconds=0.0, gradient_equivalents=0.0)  # on the critical step size
+    looked_below = False
     if limits is None:
         assert one_lr is not None
         limits = _limits(measurement, batch_sizes, seeds, one_lr)
-        spent = limits.staged
+        spent, looked_below = limits.staged, limits.error_below is not None
     lr_detail = limits.lr
     theory_says = thresholds(
         measurement, batch_sizes, mean_square_lr=limits.mean_square_lr, horizon_lr=limits.horizon_lr
@@ -96,7 +97,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     theory = Cost(
         stage="rollouts and theory",
         seconds=time.perf_counter() - start - spent.seconds,
-        gradient_equivalents=(network.retain.samples + network.forget.samples) / 3
+        gradient_equivalents=(network.retain.samples + network.forget.samples) / 3 * (1 + looked_below)
         + (2 * SAMPLES if network.dormant and not measurement.settings.staged else 0)
         + (first_look(algorithm) * sum(batch_sizes) if algorithm.adaptive else 0),
     )
@@ -118,7 +119,9 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     interval = (lr_detail.scanned[1], math.inf)
     if lr_detail.found:
         interval = used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
-    past = float(algorithm.lr > interval[0])  # of a scan that found no boundary
+    past = float(
+        lr_detail.found or algorithm.lr > interval[0]
+    )  # of a scan that found no boundary, or nothing that holds
     if lr_detail.bracketed:
         past = beyond(algorithm.lr, lr_detail.value, interval)
         probability = combined(probability, algorithm.lr, lr_detail.value, interval)

@@ -203,7 +203,7 @@ def estimate_cost(
         "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
         "linearisation": linearisation,
         "coherence": 0.0,
-        "rollouts and theory": sum(held) / 3,
+        "rollouts and theory": sum(held) / 3 * (1 if settings.staged or algorithm.adaptive else 2),
     }
     if algorithm.adaptive:
         second = (problem.retain.size, problem.forget.size)

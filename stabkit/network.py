@@ -46,6 +46,32 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they have in `plain_copy`.
+
+    Args:
+        model: A module.
+
+    Returns:
+        The model's own, each under its first name, in order.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        module = unwrapped(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[prefix + name] = parameter
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{prefix}{name}.")
+
+    walk(model, "")
+    return found
+
+
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy without wrappers at any depth, as derivatives need it: compiled code has first ones alone.
 

@@ -80,9 +80,9 @@ def predict(
         momentum: Heavy-ball momentum in [0, 1).
         nesterov: Whether momentum is Nesterov's.
         weight_decay: γ >= 0, as in torch.optim.SGD, or AdamW.
-        optimizer: "sgd", "adamw", or a new torch.optim.SGD or AdamW of the model's parameters, whose step size, momentum or
-            betas, decay and groups are the run's where no argument says otherwise. AdamW's rollouts follow a sample of the
-            parameters (T15), and the linear theory is that of its second moment held still.
+        optimizer: "sgd", "adamw", or a new torch.optim.SGD or AdamW (or Adam without decay) of the model's parameters, whose
+            step size, momentum or betas, decay and groups are the run's where no argument says otherwise. AdamW's rollouts
+            follow a sample of the parameters (T15), and the linear theory is that of its second moment held still.
         max_gradient_norm: Largest norm of a step's preconditioned gradient, which is scaled down to it.
         lr_schedule: "cosine", "linear", "warmup", or a factor for each step.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses. A batch's loss is their plain mean:
@@ -123,12 +123,10 @@ def predict(
         `predict_cost` tells it before, `report.costs` after.
 
     Raises:
+        TypeError: If an argument is of another type, or `optimizer` of another class.
         ValueError: If an argument is out of its domain.
     """
-    check_choice(curvature, name="curvature", owner="predict", choices=("ggn", "hessian"))
-    check_int(seeds, name="seeds", owner="predict", low=1)
-    check_seed(seed, owner="predict")
-    check_choice(precision, name="precision", owner="predict", choices=PRECISIONS)
+    _check("predict", curvature=curvature, seeds=seeds, seed=seed, precision=precision)
     sizes = Sizes(
         rank=rank, retain_samples=retain_samples, forget_samples=forget_samples, spectrum_samples=spectrum_samples
     )
@@ -172,6 +170,16 @@ def predict(
         report = judge(measurement, range(seed, seed + seeds), progress=progress)
     warn_if_unsure(report.checks)
     return replace(report, costs=(checking, *report.costs))
+
+
+def _check(
+    owner: str, *, curvature: str = "hessian", seeds: int = 1, seed: int = 0, precision: str = "float32"
+) -> None:
+    """What neither the algorithm nor the problem looks at."""
+    check_choice(curvature, name="curvature", owner=owner, choices=("ggn", "hessian"))
+    check_int(seeds, name="seeds", owner=owner, low=1)
+    check_seed(seed, owner=owner)
+    check_choice(precision, name="precision", owner=owner, choices=PRECISIONS)
 
 
 def predict_cost(
@@ -228,6 +236,7 @@ def predict_cost(
         raise TypeError(
             f"`predict_cost` must be given what `predict` takes; got {unknown[0]!r}. `help(stabkit.predict)` lists it."
         )
+    _check("predict_cost", **{name: settings[name] for name in ("curvature", "seed", "precision") if name in settings})
     known = {field.name for field in fields(Algorithm)}
     its = {name: value for name, value in settings.items() if name in known}
     chosen = resolve_algorithm(algorithm, owner="predict_cost", model=model, **its)

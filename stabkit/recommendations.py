@@ -68,8 +68,8 @@ class Recommendations(Shown, Stored):
         algorithm: Name of the algorithm.
         risk: Largest P(diverge) of rollouts that counts as holding.
         margin: How many times its step size a setting must hold at too, so that a report's P is about within the risk.
-        kind: "one" or "adamw", as a rollout's, or "staged" where staged rollouts have confirmed every setting but the
-            front's.
+        kind: "one", "far" or "adamw", as the calibration's, or "staged" where staged rollouts have confirmed every setting
+            but the front's.
         asked: The setting that was asked about.
         items: Ways out, in the order of `remedy`; those that do not hold are there too.
         front: The Pareto front of forget loss (up) against retain loss (down), by one linearisation, ascending in both.

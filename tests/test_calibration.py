@@ -12,6 +12,7 @@ from scipy.stats import logistic
 
 import stabkit
 from stabkit.calibration import FAR_ERROR, beyond, calibration, combined, kind_at
+from stabkit.checks import MARGIN
 from stabkit.judge import ADVISED
 
 QUICK = {
@@ -123,6 +124,32 @@ def test_a_boundary_that_the_network_is_far_from_below_is_said_to_be_wide(digits
         assert said.recommend().margin == used.margin(0.05)
         assert ("hence the wide interval" in str(said)) == (kind == "far")
         assert stabkit.Report.from_json(said.to_json()) == said
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_a_forward_pass_below_the_boundary_is_counted(digits_mlp, random_deletion):
+    settings = {"algorithm": "graddiff", "lr": 0.01, "mix": 0.3, "mode": "standard", **QUICK}
+    report = stabkit.predict(digits_mlp, *random_deletion, **settings)
+    assert report.critical_lr_error is not None
+
+    def theory(costs):
+        return next(cost.gradient_equivalents for cost in costs if cost.stage == "rollouts and theory")
+
+    passes = sum(report.rollout.samples) / 3
+    assert theory(report.costs) == pytest.approx(2 * passes)  # at the run's end, and at half the critical step size
+    assert theory(report.at(lr=0.011).costs) == pytest.approx(passes)  # which is known by then
+    assert theory(stabkit.predict_cost(digits_mlp, *random_deletion, **settings).stages) == pytest.approx(2 * passes)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_where_nothing_holds_a_verdict_of_divergence_is_clear_of_the_boundary(digits_mlp, random_deletion):
+    forget, retain = random_deletion
+    wrong = retain[0], retain[1].roll(1)  # past the level before the run
+    report = stabkit.predict(digits_mlp, forget, wrong, algorithm="graddiff", lr=1e-6, mix=0.3, **QUICK)
+    assert report.verdict == "diverges"
+    assert not report.critical_lr_detail.bracketed
+    (check,) = (check for check in report.checks if check.name == MARGIN)
+    assert (check.value, check.passed) == (0.0, True)
 
 
 def test_whose_calibration_a_boundary_has():

@@ -256,6 +256,52 @@ def test_a_custom_loss_of_probabilities_or_rates_is_searched_where_it_is_defined
     assert CustomLoss(rate).constant_level(start, targets) == pytest.approx(mean - mean * math.log(mean), rel=1e-6)
 
 
+def test_the_best_constant_of_many_outputs():
+    """Cross-entropy of every pixel of a map, with a loss of overlap that couples them, against a gradient method."""
+    g = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 3, (40, 8, 8), generator=g)
+    targets[:, :4] = 1
+
+    def overlap(outputs, y):
+        p, hot = outputs.softmax(1), F.one_hot(y, 3).movedim(-1, 1).to(outputs)
+        shared = 1 - 2 * (p * hot).sum((1, 2, 3)) / (p + hot).sum((1, 2, 3))
+        return shared + F.cross_entropy(outputs, y, reduction="none").mean((1, 2))
+
+    level = CustomLoss(overlap).constant_level(torch.randn(2, 3, 8, 8, generator=g), targets)
+    best = torch.zeros(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS([best], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
+
+    def closure():
+        search.zero_grad()
+        value = overlap(best.expand(40, 3, 8, 8), targets).mean()
+        value.backward()
+        return value
+
+    search.step(closure)
+    assert level == pytest.approx(float(closure()), abs=1e-4)
+
+
+def test_the_best_constant_is_searched_where_the_outputs_are():
+    """On an accelerator NumPy is given copies; a distance has no second derivative where a constant meets a target."""
+    targets = torch.tensor([[0.0, 0.0]] * 3 + [[1.0, 1.0], [2.0, 0.5]])
+
+    def distance(outputs, y):
+        return (outputs - y).norm(dim=1)
+
+    level = CustomLoss(distance).constant_level(targets[:1].as_subclass(Elsewhere), targets.as_subclass(Elsewhere))
+    assert 0 < level <= float(distance(torch.zeros(5, 2), targets).mean()) + 1e-6
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that NumPy cannot read before it is copied to the CPU, as those of an accelerator."""
+
+    def cpu(self, *args, **kwargs):
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+
 @pytest.mark.parametrize("function", [lambda f, y: f.sum(1), lambda f, y: f[:, 0].log()])
 def test_a_custom_loss_without_a_best_constant_is_refused(function):
     """Negative log-likelihoods of log-probabilities are linear in them: the level would be minus infinity."""

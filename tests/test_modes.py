@@ -138,6 +138,9 @@ def test_the_estimate_is_near_what_the_report_tells(case):
     assert [c.gradient_equivalents for c in same.stages] == [c.gradient_equivalents for c in estimate.stages]
     with pytest.raises(TypeError, match=r"`predict_cost` must be given what `predict` takes; got 'stepz'\."):
         stabkit.predict_cost(*case, stepz=3)
+    for name, value in (("curvature", "bogus"), ("seed", -5), ("precision", "half")):
+        with pytest.raises(ValueError, match=f"`{name}` of `predict_cost`"):
+            stabkit.predict_cost(*case, **{name: value})
     report = stabkit.predict(*case, **SMALL)
     told = {cost.stage: cost.gradient_equivalents for cost in report.costs}
     for stage in estimate.stages:

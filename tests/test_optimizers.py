@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -151,6 +150,53 @@ def test_wrapped_models_have_the_same_names(case):
         assert optimizer_settings(optimizer, wrapped)["layer_lr"] == {"2.weight": 0.5, "2.bias": 0.5}
 
 
+def test_wrappers_inside_have_the_same_names(case):
+    model = copy.deepcopy(case[0])
+    optimizer = torch.optim.SGD(groups(model, (0.1, 0.05)))
+    model[2] = nn.DataParallel(model[2])
+    _, forget, retain = case
+    found = optimizer_settings(optimizer, model)
+    assert found["layer_lr"] == {"2.weight": 0.5, "2.bias": 0.5}
+    problem = UnlearningProblem(model, forget, retain)
+    assert not stabkit.run(problem, GradDiff(steps=2, batch_size=8, **found)).diverged
+
+
+def test_a_scheduler_leaves_the_step_size_as_it_was_given(case):
+    model = case[0]
+    for schedule in (
+        lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.1),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: step / 10),  # the first step's is 0
+    ):
+        optimizer = torch.optim.SGD(groups(model, (0.3, 0.1)))
+        schedule(optimizer)
+        found = optimizer_settings(optimizer, model)
+        assert found["lr"] == 0.3
+        assert found["layer_lr"] == {"2.weight": pytest.approx(1 / 3), "2.bias": pytest.approx(1 / 3)}
+
+
+def test_tensors_become_numbers(case):
+    model = case[0]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=torch.tensor(0.01),
+        betas=(torch.tensor(0.8), torch.tensor(0.9)),
+        weight_decay=torch.tensor(0.5),
+        capturable=True,
+    )
+    found = optimizer_settings(optimizer, model)
+    assert GradDiff(**found).betas == pytest.approx((0.8, 0.9))
+    assert (found["lr"], found["weight_decay"]) == (pytest.approx(0.01), 0.5)
+
+
+def test_an_object_goes_before_an_algorithms_own_settings(case):
+    model = case[0]
+    own = GradDiff(lr=0.5, momentum=0.9, layer_lr={"0": 0.1}, weight_decay=0.1, steps=7)
+    found = resolve_algorithm(own, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert found == GradDiff(lr=0.1, steps=7)
+    found = resolve_algorithm(own, model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.1))
+    assert found == GradDiff(lr=0.1, steps=7, optimizer="adamw", weight_decay=0.01)
+
+
 def test_frozen_parameters_in_a_group_do_not_count(case):
     model = copy.deepcopy(case[0])
     model[0].requires_grad_(False)
@@ -183,6 +229,12 @@ def stepped(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def one_cycle(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    return optimizer
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -194,6 +246,7 @@ def stepped(model: nn.Module) -> torch.optim.Optimizer:
         ),
         (lambda m: torch.optim.AdamW(m.parameters(), amsgrad=True), "must have amsgrad=False; got True"),
         (lambda m: torch.optim.Adam(m.parameters(), weight_decay=0.1), "got Adam with weight_decay=0.1"),
+        (one_cycle, "must not be on a one-cycle schedule"),
         (
             lambda m: torch.optim.SGD([*m.parameters(), nn.Parameter(torch.zeros(2))], lr=0.1),
             "got 1 of 5 parameters that are not the model's",
@@ -221,5 +274,19 @@ def test_other_optimizers_are_refused(case):
     model, forget, retain = case
     with pytest.raises(TypeError, match=r"`optimizer` of `predict` must be .*; got torch\.optim\.rmsprop\.RMSprop"):
         stabkit.predict(model, forget, retain, optimizer=torch.optim.RMSprop(model.parameters()))
-    with pytest.raises(ValueError, match="`optimizer` of `GradDiff`"), warnings.catch_warnings():
+    with pytest.raises(ValueError, match="`optimizer` of `GradDiff`"):
         stabkit.predict(model, forget, retain, optimizer="lion")
+    with pytest.raises(TypeError, match=r"got a SGD object\. .*optimizer_settings\(optimizer, model\)"):
+        GradDiff(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_clipping_and_groups_of_their_own_step_size_do_not_go_together(case):
+    model = case[0]
+    clipped = {"max_gradient_norm": 0.1}
+    with pytest.raises(ValueError, match="must have one step size for all parameters with max_gradient_norm"):
+        optimizer_settings(torch.optim.SGD(groups(model, (0.1, 0.05))), model, given=clipped)
+    assert optimizer_settings(torch.optim.SGD(model.parameters(), lr=0.1), model, given=clipped)["lr"] == 0.1
+    adamw = optimizer_settings(
+        torch.optim.AdamW(groups(model, (0.1, 0.05))), model, given=clipped
+    )  # its factors come last
+    assert adamw["layer_lr"] == {"2.weight": 0.5, "2.bias": 0.5}

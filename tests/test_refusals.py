@@ -436,3 +436,15 @@ def test_a_decoder_that_would_read_the_inputs_is_told_so():
     with pytest.raises(ValueError, match=r"the decoder of Decodes reads; got input_ids\. Labels go to the loss: add"):
         UnlearningProblem(model, *sets(bare))
     UnlearningProblem(model, *sets(whole))
+
+    class Wrapped(nn.Module):
+        """Gives the decoder what it reads."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = Decodes()
+
+        def forward(self, source, target):
+            return self.inner(source, decoder_input_ids=target)
+
+    UnlearningProblem(Wrapped(), *(((ids[k], labels[k]), labels[k]) for k in (slice(8), slice(8, 24))))

@@ -232,6 +232,9 @@ def test_the_global_random_state_survives_a_shuffling_loader():
     assert states() == before
 
 
+PAD = 59  # by which models may know where a text ends
+
+
 def texts(lengths):
     """Rows of tokens, and their collation padded to the longest of a batch."""
     g = torch.Generator().manual_seed(0)
@@ -239,7 +242,7 @@ def texts(lengths):
 
     def collate(some, size=None):
         size = size or max(map(len, some))
-        ids, mask, labels = (torch.full((len(some), size), fill) for fill in (0, 0, -100))
+        ids, mask, labels = (torch.full((len(some), size), fill) for fill in (PAD, 0, -100))
         for k, row in enumerate(some):
             ids[k, : len(row)], mask[k, : len(row)], labels[k, : len(row)] = row, 1, row
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -259,13 +262,26 @@ def test_texts_padded_batch_by_batch_are_padded_to_one_length():
         assert all(torch.equal(inputs[key], whole[key]) for key in ("input_ids", "attention_mask"))
 
 
+def test_labels_of_texts_are_padded_where_they_are_labels_of_tokens():
+    """Five labels a text are no tokens, though a batch of texts of five tokens has as many."""
+    rows, collate = texts([5, 4, 9, 7])
+    batches = [collate(rows[:2]), collate(rows[2:])]
+    several = torch.arange(10).reshape(2, 5).float()
+    inputs, targets = read([{**batch, "labels": several} for batch in batches]).batch(torch.arange(4))
+    assert inputs["input_ids"].shape == (4, 9)
+    assert torch.equal(targets, several.repeat(2, 1))
+
+
 def test_texts_without_a_mask_or_padded_at_the_left_are_not_padded_unasked():
     rows, collate = texts([3, 5, 4, 6])
     batches = [collate(rows[:2]), collate(rows[2:])]
     bare = [{key: value for key, value in batch.items() if key != "attention_mask"} for batch in batches]
     left = [{key: value.flip(1) for key, value in batch.items()} for batch in batches]
-    for data in (bare, left):
-        with pytest.raises(ValueError, match=r"samples of one shape; got \[\(5,\), \(6,\)\].*padded at the right"):
+    full = [{"input_ids": ids, "attention_mask": ids > -1, "labels": ids} for ids in (rows[1][None], rows[3][None])]
+    for data in (bare, left, full):
+        with pytest.raises(
+            ValueError, match=r"samples of one shape; got \[\(5,\), \(6,\)\].*shows with what, at the right"
+        ):
             read(data)
 
 

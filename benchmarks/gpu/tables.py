@@ -213,7 +213,7 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         f"or else one linearisation, predict for each mix, with {seeds} seeds of each. Ratios are of predicted over\n"
         "observed critical step sizes, where the grid brackets one; the interval is where it is to be at nine in ten, by\n"
         "the prediction or, of staged rollouts, by the present calibration. Staged rollouts are of one seed, where a\n"
-        "thorough `predict` takes several. The other real run has other batches. P(diverge) is as a report has it,\n"
+        "thorough `predict` takes several. The other real run has other batches. P(diverge) is as such a report has it,\n"
         "made of the rollouts' and of the boundary's that were recorded before the runs. That it takes in the boundary was\n"
         "decided after them, on other runs (`benchmarks/verify.md`); the second log loss is by the rollouts alone.",
         _table(

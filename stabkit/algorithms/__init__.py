@@ -53,7 +53,8 @@ def resolve_algorithm(
         algorithm: A registered name, or an algorithm object.
         owner: The function that was called, for messages.
         model: The network whose parameters `optimizer` holds, where that is an object of torch.optim.
-        **settings: Settings by name; those that are None are left as they are.
+        **settings: Settings by name; those that are None are left as they are. An optimizer's go before the algorithm
+            object's, and the other settings before either.
 
     Returns:
         The algorithm.
@@ -63,10 +64,10 @@ def resolve_algorithm(
         ValueError: If a setting is out of its domain, or `optimizer_settings` refuses the optimizer.
     """
     optimizer = settings.get("optimizer")
-    if isinstance(optimizer, torch.optim.Optimizer) and model is not None:
-        others = {key: value for key, value in settings.items() if key != "optimizer"}
-        settings = optimizer_settings(optimizer, model, given=others, owner=owner)
     given = {key: value for key, value in settings.items() if value is not None}
+    if isinstance(optimizer, torch.optim.Optimizer) and model is not None:
+        del given["optimizer"]
+        given |= optimizer_settings(optimizer, model, given=given, owner=owner)  # its None of groups counts, too
     if isinstance(algorithm, Algorithm):
         return algorithm.replace(**given)
     if not isinstance(algorithm, str):

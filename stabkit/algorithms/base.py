@@ -219,6 +219,12 @@ class Algorithm(abc.ABC):
     def _checked_optimizer(self) -> dict[str, object]:
         """What AdamW is set to, in plain values."""
         owner = type(self).__name__
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            kind = type(self.optimizer).__name__
+            raise TypeError(
+                f"`optimizer` of `{owner}` must be 'sgd' or 'adamw'; got a {kind} object. `predict` takes that, and "
+                f"{owner}(**stabkit.algorithms.optimizer_settings(optimizer, model)) its settings."
+            )
         check_choice(self.optimizer, name="optimizer", owner=owner, choices=OPTIMIZERS)
         if self.adaptive and self.nesterov:
             raise ValueError(
@@ -302,7 +308,7 @@ class Algorithm(abc.ABC):
             return Diagonal(plain.diagonal * factors.to(plain.diagonal))
         raise ValueError(
             f"`layer_lr` of `{type(self).__name__}` must be None, as its P is not diagonal; got "
-            f"{dict(self.layer_lr or {})!r:.80}. Lower `lr`."
+            f"{dict(self.layer_lr or {})!r:.80}. Give all layers one `lr`."
         )
 
     def layer_factors(self, problem: UnlearningProblem) -> Tensor | None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stabkit.network import unwrapped
+from stabkit.network import plain_parameters
 
 SHARED = {"sgd": ("momentum", "nesterov", "weight_decay"), "adamw": ("betas", "eps", "weight_decay")}
+MOMENTUM = {"sgd": {}, "adamw": {"momentum": 0.0, "nesterov": False}}  # AdamW's own is among its betas
 # What is predicted for none of its settings but these.
 ONLY: dict[str, Any] = {"dampening": 0, "maximize": False, "amsgrad": False}
 
@@ -26,23 +26,24 @@ def optimizer_settings(
     """Settings of an algorithm whose steps are an optimizer's.
 
     Args:
-        optimizer: A new torch.optim.SGD, AdamW, or Adam without decay, of the model's parameters. It is only read.
+        optimizer: A new torch.optim.SGD, AdamW, or Adam without decay, of the model's parameters. It is only read; of a
+            learning-rate scheduler on it, whose factors `lr_schedule` takes, nothing is.
         model: The network.
         given: Settings by name that are to hold whatever the optimizer says; those that are None are not given.
         owner: The function that was called, for messages.
 
     Returns:
-        optimizer, lr (the largest of its groups), layer_lr (None, or the factors of parameters in groups of smaller ones, 0
-        for trainable ones in no group), and momentum, nesterov and weight_decay, or betas, eps and weight_decay; what is
-        given in place of each. `GradDiff(mix=0.3, **optimizer_settings(optimizer, model))` takes them. Learning-rate
-        schedulers are objects of their own: `lr_schedule` has theirs.
+        optimizer, lr (the largest of its groups, before any scheduler), layer_lr (None, or the factors of parameters in
+        groups of smaller ones, 0 for trainable ones in no group), momentum, nesterov and weight_decay, and of AdamW betas
+        and eps; what is given in place of each. `GradDiff(mix=0.3, **optimizer_settings(optimizer, model))` takes them.
 
     Raises:
         TypeError: If the optimizer is of another class.
         ValueError: If it has taken steps, holds parameters of another network, has an option that no prediction covers, or
-            its groups differ in anything but the step size.
+            its groups differ in anything but the step size, or in that where SGD's gradients are clipped.
     """
     kind = _kind(optimizer, owner)
+    told = {name: value for name, value in (given or {}).items() if value is not None}
     if optimizer.state:
         raise ValueError(
             f"`optimizer` of `{owner}` must be new, as the run begins without moments; got one with those of "
@@ -52,16 +53,33 @@ def optimizer_settings(
         got = next((group[option] for group in optimizer.param_groups if group.get(option, only) != only), only)
         if got != only:
             raise ValueError(f"`optimizer` of `{owner}` must have {option}={only}; got {got}. No run here has it.")
-    settings: dict[str, object] = {"optimizer": kind, **_rates(optimizer, model, owner)}
+    if any("max_lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"`optimizer` of `{owner}` must not be on a one-cycle schedule, which changes its momentum too; got one with "
+            "OneCycleLR or CyclicLR. Make it anew, and give the step size's factors as `lr_schedule`."
+        )
+    settings: dict[str, object] = {"optimizer": kind, **MOMENTUM[kind], **_rates(optimizer, model, owner)}
+    if settings["layer_lr"] is not None and kind == "sgd" and "max_gradient_norm" in told:
+        raise ValueError(
+            f"`optimizer` of `{owner}` must have one step size for all parameters with max_gradient_norm; got several. Here "
+            "the gradient is clipped with the groups' factors in it, and by torch.nn.utils.clip_grad_norm_ without them."
+        )
     for name in SHARED[kind]:
-        values = [group[name] for group in optimizer.param_groups]
+        values = [_plain(group[name]) for group in optimizer.param_groups]
         settings[name] = values[0]
-        if any(value != values[0] for value in values) and (given or {}).get(name) is None:
+        if any(value != values[0] for value in values) and name not in told:
             raise ValueError(
                 f"`optimizer` of `{owner}` must have one {name} for all parameters; got {values[0]!r} and "
                 f"{next(value for value in values if value != values[0])!r}. Say which is to be predicted with by {name}=..."
             )
-    return settings | {name: value for name, value in (given or {}).items() if value is not None}
+    return settings | told
+
+
+def _plain(value: Any) -> Any:
+    """A setting without tensors."""
+    if isinstance(value, tuple | list):
+        return tuple(_plain(part) for part in value)
+    return float(value) if isinstance(value, Tensor) else value
 
 
 def _kind(optimizer: object, owner: str) -> str:
@@ -87,12 +105,12 @@ def _kind(optimizer: object, owner: str) -> str:
 
 def _rates(optimizer: torch.optim.Optimizer, model: nn.Module, owner: str) -> dict[str, object]:
     """lr and layer_lr."""
-    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    names = {
-        id(p): name.replace("_orig_mod.", "") for name, p in unwrapped(model).named_parameters() if p.requires_grad
+    rates = {
+        id(p): float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups for p in group["params"]
     }
-    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
-    others = rates.keys() - names.keys() - frozen
+    every = plain_parameters(model)
+    names = {id(p): name for name, p in every.items() if p.requires_grad}
+    others = rates.keys() - {id(p) for p in every.values()}
     if others or not rates.keys() & names.keys():
         what = (
             f"{len(others)} of {len(rates)} parameters that are not the model's" if others else "none that is trainable"
@@ -101,6 +119,6 @@ def _rates(optimizer: torch.optim.Optimizer, model: nn.Module, owner: str) -> di
             f"`optimizer` of `{owner}` must hold parameters of `model`; got {what}. Make it with `model.parameters()`."
         )
     largest = max(rates[key] for key in rates.keys() & names.keys())
-    factors = {name: rates.get(key, 0.0) / largest for key, name in names.items()} if largest > 0 else {}
-    kept = {name: factor for name, factor in factors.items() if not math.isclose(factor, 1.0)}
+    factors = {name: round(rates.get(key, 0.0) / largest, 12) for key, name in names.items()} if largest > 0 else {}
+    kept = {name: factor for name, factor in factors.items() if factor != 1}
     return {"lr": largest, "layer_lr": kept or None}

@@ -65,13 +65,15 @@ def fit_calibration(
             f"{', '.join(wrong) or 'none'}. What is calibrated on cannot evaluate."
         )
     logs = np.log([ratio for result in results for of in REAL for ratio in boundary_ratios(result, kind, of=of)])
-    below, above = (
-        (_conformal(logs, (1 + COVERAGE) / 2), _conformal(-logs, (1 + COVERAGE) / 2)) if sided else (None, None)
+    count = sum(
+        getattr(b, kind) is not None and (b.observed or b.again) is not None for r in results for b in r.boundaries
     )
+    each = (1 + COVERAGE) / 2
+    below, above = (_conformal(logs, each, count), _conformal(-logs, each, count)) if sided else (None, None)
     fitted = Calibration(
         kind=name or kind,
         slope=SLOPE,
-        step_factor=below if sided else _conformal(np.abs(logs), COVERAGE),
+        step_factor=below if sided else _conformal(np.abs(logs), COVERAGE, count),
         step_factor_above=above,
         runs=sum(len(result.records) for result in results),
         cells=tuple(dict.fromkeys(result.cell.key for result in results)),
@@ -88,9 +90,10 @@ def fit_calibration(
     )
 
 
-def _conformal(logs: np.ndarray, share: float) -> float | None:
+def _conformal(logs: np.ndarray, share: float, boundaries: int) -> float | None:
     """The factor, at least 1, below which a share of ratios lies, by split conformal prediction; None of too few."""
-    rank = math.ceil(share * (logs.size + 1))
+    # Several runs of a boundary are alike: what counts are the boundaries (Dunn, Wasserman & Ramdas 2022).
+    rank = math.ceil(share * (boundaries + 1) * logs.size / boundaries) if boundaries else 1
     return max(1.0, float(np.exp(np.sort(logs)[rank - 1]))) if rank <= logs.size else None
 
 

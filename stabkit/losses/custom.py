@@ -217,14 +217,14 @@ def _minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
     def value(at: np.ndarray) -> float:
         try:
-            result = float(function(torch.as_tensor(at)))
+            result = float(function(torch.as_tensor(at, device=x.device)))
         except (RuntimeError, ValueError):  # as PyTorch's own losses raise outside their domain, which is never entered
             return math.inf
         return math.inf if math.isnan(result) else result
 
     @torch.enable_grad()
     def slope(at: np.ndarray, *, graph: bool = False) -> tuple[Tensor, Tensor]:
-        leaf = torch.tensor(at, requires_grad=True)
+        leaf = torch.tensor(at, device=x.device, requires_grad=True)
         (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=graph)
         return leaf, gradient
 
@@ -233,14 +233,14 @@ def _minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
         leaf, gradient = slope(at, graph=True)
         if not gradient.requires_grad:  # of a loss without curvature
             return np.zeros_like(along)
-        found = torch.autograd.grad(gradient @ torch.as_tensor(along), leaf, allow_unused=True)[0]
-        return np.zeros_like(along) if found is None else found.numpy()
+        direction = torch.as_tensor(along, device=x.device)
+        found = torch.autograd.grad(gradient @ direction, leaf, allow_unused=True)[0]
+        return np.zeros_like(along) if found is None else _finite(found)
 
     def finite_slope(at: np.ndarray) -> np.ndarray:
-        found = slope(at)[1].detach().numpy()
-        return found if np.isfinite(found).all() else np.zeros_like(found)  # which ends the search
+        return _finite(slope(at)[1])
 
-    start = x.numpy()
+    start = x.cpu().numpy()
     result = minimize(
         value,
         start,
@@ -251,6 +251,12 @@ def _minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
     )
     steeper = np.linalg.norm(result.jac) > UNBOUNDED * (1 + np.linalg.norm(finite_slope(start)))
     return -math.inf if steeper and not result.success else float(result.fun)  # it falls the faster the further it goes
+
+
+def _finite(found: Tensor) -> np.ndarray:
+    """A derivative; none where it does not exist, which ends the search there or makes its step one of plain descent."""
+    plain = found.detach().cpu().numpy()
+    return plain if np.isfinite(plain).all() else np.zeros_like(plain)
 
 
 def _one_each(losses: Tensor, outputs: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -175,7 +176,8 @@ def _check_finite(samples: Samples) -> None:
 def _check_decoder(module: nn.Module, samples: Samples) -> None:
     """An encoder and decoder of Hugging Face's reads its labels, which go to the loss here; BART then decodes its inputs."""
     inputs, targets = samples.batch(torch.zeros(1, dtype=torch.int64))
-    decodes = any(hasattr(part, "prepare_decoder_input_ids_from_labels") for part in module.modules())
+    decodes = hasattr(module, "prepare_decoder_input_ids_from_labels")
+    decodes = decodes and "decoder_input_ids" in inspect.signature(module.forward).parameters
     given = isinstance(inputs, dict) and not inputs.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"})
     if decodes and targets.dim() > 1 and not given:
         raise ValueError(
