@@ -47,7 +47,7 @@ def small_problem(n_forget=4, n_retain=9):
 @pytest.mark.parametrize(
     ("setting", "value", "error", "message"),
     [
-        ("lr", 0, ValueError, r"`lr` of `{}` must be a finite number in \(0, inf\); got 0\. The sign"),
+        ("lr", 0, ValueError, r"`lr` of `{}` must be a finite number in \(0, inf\); got 0\. A small"),
         ("lr", -0.1, ValueError, r"got -0\.1"),
         ("lr", float("inf"), ValueError, r"got inf"),
         ("lr", float("nan"), ValueError, r"got nan"),
