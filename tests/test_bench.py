@@ -201,8 +201,11 @@ def test_what_was_calibrated_on_is_never_pooled():
         "median_ratio": pytest.approx(1.0),
         "within_1.5": 1.0,
         "within_2": 1.0,
+        "over_2": 0.0,
         "in_interval": 1.0,
     }
+    assert summary["roles"]["evaluation"]["one_by_error"]["near"]["boundaries"] == 2
+    assert summary["roles"]["evaluation"]["one_by_error"]["far"]["boundaries"] == 0
     # 3 for boundaries at 1 and, by other batches, 2; the factor of staged rollouts lies between 1.5 and 3
     assert summary["roles"]["evaluation"]["boundary"]["staged"]["in_interval"] == 0.0
     wide = verification.summarise([result(one, boundaries=[(0.5, 1.0, 1.45, 1.7)])])["roles"]["evaluation"]["boundary"]

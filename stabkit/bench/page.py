@@ -11,6 +11,7 @@ from stabkit._serialise import write_atomically
 from stabkit.bench.misses import NEAR, draw_worst
 from stabkit.bench.records import HALVINGS, ROLLOUT_SEEDS, SPAN
 from stabkit.bench.scores import KINDS
+from stabkit.calibration import FAR_ERROR
 from stabkit.modes import MODES
 
 PREDICTORS = (
@@ -24,6 +25,10 @@ PREDICTORS = (
 FIGURES = ("balanced_accuracy", "auc", "brier", "log_loss", "step_ratio")
 MOST = 4  # cells that are named beside the misses
 COLOURS = {"one": "#0072b2", "staged": "#d55e00"}
+BELOW = {
+    "near": f"one linearisation, error up to {FAR_ERROR:g} at half of it",
+    "far": "one linearisation, beyond",
+}
 NAMES = {"one": "one linearisation", "staged": "staged", "again": "real runs with other batches"}
 
 
@@ -114,18 +119,27 @@ def _section(role: str, found: dict[str, Any], figure: str, worst: str) -> list[
                 "median predicted / observed",
                 "within 1.5",
                 "within 2",
+                "over 2 times too large",
                 "real ones in the interval at nine in ten",
             ),
             [
                 (
-                    NAMES[kind],
+                    name,
                     b["boundaries"],
                     _number(b["median_ratio"]),
                     _number(b["within_1.5"]),
                     _number(b["within_2"]),
+                    _number(b["over_2"]),
                     _number(b["in_interval"]),
                 )
-                for kind, b in boundary.items()
+                for name, b in (
+                    *((NAMES[kind], b) for kind, b in boundary.items()),
+                    *(
+                        (BELOW[place], b)
+                        for place, b in found["one_by_error"].items()
+                        if found["one_by_error"]["far"]["boundaries"]
+                    ),
+                )
             ],
         ),
         f"![reliability and boundary ratios]({figure})",

@@ -142,6 +142,11 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
             "boundary": {
                 kind: _boundary(everything[kind]) | {"in_interval": _in_interval(mine, kind)} for kind in BOUNDARIES
             },
+            "one_by_error": {
+                place: _boundary([x for r in part for x in boundary_ratios(r, "one")])
+                | {"in_interval": _in_interval(part, "one")}
+                for place, part in zip(("near", "far"), by_error(mine), strict=True)
+            },
             "ratios": everything,
             "reliability": {kind: _reliability(mine, kind) for kind in KINDS},
             "cost": {
@@ -177,6 +182,7 @@ def _boundary(ratios: Sequence[float]) -> dict[str, float | int | None]:
         "median_ratio": float(np.median(ratios)) if len(ratios) else None,
         "within_1.5": float((away <= np.log(1.5)).mean()) if len(ratios) else None,
         "within_2": float((away <= np.log(2)).mean()) if len(ratios) else None,
+        "over_2": float((np.array(ratios) > 2).mean()) if len(ratios) else None,
     }
 
 
