@@ -163,8 +163,8 @@ def margin_check(past: float, interval: tuple[float, float], verdict: str, *, st
     """Whether a run's step size keeps away from where the critical one may lie.
 
     One linearisation knows the boundary roughly, and many times as many of its verdicts near it are wrong as of the others
-    (benchmarks/confidence.py). Staged rollouts find it closer, but near it runs are chaotic: a
-    rollout that is right until late may hold where a run with the same batches breaks.
+    (benchmarks/confidence.py). Staged rollouts find it closer, but near it runs are chaotic: a rollout that is right until
+    late may hold where a run with the same batches breaks.
 
     Args:
         past: Probability that the run's step size is past the critical one, by `stabkit.calibration.beyond`.

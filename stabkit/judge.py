@@ -119,9 +119,8 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     interval = (lr_detail.scanned[1], math.inf)
     if lr_detail.found:
         interval = used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
-    past = float(
-        lr_detail.found or algorithm.lr > interval[0]
-    )  # of a scan that found no boundary, or nothing that holds
+    # Where the scan found nothing that holds, or nothing that breaks.
+    past = float(lr_detail.found or algorithm.lr > interval[0])
     if lr_detail.bracketed:
         past = beyond(algorithm.lr, lr_detail.value, interval)
         probability = combined(probability, algorithm.lr, lr_detail.value, interval)

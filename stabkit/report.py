@@ -360,7 +360,7 @@ class Report(Shown, Stored):
 
     @property
     def confidence(self) -> str:
-        """Either "high", if every check passed, or "low"."""
+        """Of the verdict: "high", if every check passed, or "low"; of the critical step size the interval tells."""
         return "high" if all(check.passed for check in self.checks) else "low"
 
     def _held(self, name: str) -> Any:

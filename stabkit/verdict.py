@@ -81,4 +81,4 @@ def advice(
 
 def _two_digits(bound: float) -> str:
     """An upper bound for reading, rounded down."""
-    return f"{float(Context(prec=2, rounding=ROUND_DOWN).create_decimal(repr(bound))):.2g}"
+    return f"{float(Context(prec=2, rounding=ROUND_DOWN).create_decimal(repr(float(bound)))):.2g}"

@@ -286,6 +286,11 @@ def test_clipping_and_groups_of_their_own_step_size_do_not_go_together(case):
     with pytest.raises(ValueError, match="must have one step size for all parameters with max_gradient_norm"):
         optimizer_settings(torch.optim.SGD(groups(model, (0.1, 0.05))), model, given=clipped)
     assert optimizer_settings(torch.optim.SGD(model.parameters(), lr=0.1), model, given=clipped)["lr"] == 0.1
+    own = GradDiff(max_gradient_norm=0.1)
+    with pytest.raises(ValueError, match="must have one step size for all parameters with max_gradient_norm"):
+        resolve_algorithm(own, model=model, optimizer=torch.optim.SGD(groups(model, (0.1, 0.05))))
+    plain = resolve_algorithm(own, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert plain.max_gradient_norm == 0.1
     adamw = optimizer_settings(
         torch.optim.AdamW(groups(model, (0.1, 0.05))), model, given=clipped
     )  # its factors come last

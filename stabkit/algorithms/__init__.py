@@ -63,21 +63,21 @@ def resolve_algorithm(
         TypeError: If `algorithm` is neither, or a setting does not exist.
         ValueError: If a setting is out of its domain, or `optimizer_settings` refuses the optimizer.
     """
-    optimizer = settings.get("optimizer")
     given = {key: value for key, value in settings.items() if value is not None}
-    if isinstance(optimizer, torch.optim.Optimizer) and model is not None:
-        del given["optimizer"]
-        given |= optimizer_settings(optimizer, model, given=given, owner=owner)  # its None of groups counts, too
-    if isinstance(algorithm, Algorithm):
-        return algorithm.replace(**given)
-    if not isinstance(algorithm, str):
+    if not isinstance(algorithm, str | Algorithm):
         what = f"the class {algorithm.__name__}" if isinstance(algorithm, type) else f"{algorithm!r:.60}"
         raise TypeError(
             f"`algorithm` of `{owner}` must be a name or an Algorithm object; got {what}. For instance 'graddiff', or "
             "GradDiff(lr=0.01)."
         )
-    check_choice(algorithm, name="algorithm", owner=owner, choices=ALGORITHMS)
-    return ALGORITHMS[algorithm]().replace(**given)
+    if isinstance(algorithm, str):
+        algorithm = ALGORITHMS[check_choice(algorithm, name="algorithm", owner=owner, choices=ALGORITHMS)]()
+    optimizer = settings.get("optimizer")
+    if isinstance(optimizer, torch.optim.Optimizer) and model is not None:
+        del given["optimizer"]
+        given = {"max_gradient_norm": algorithm.max_gradient_norm} | given  # which groups may not go with
+        given |= optimizer_settings(optimizer, model, given=given, owner=owner)  # its None of groups counts, too
+    return algorithm.replace(**given)
 
 
 __all__ = [

@@ -147,7 +147,7 @@ class CustomLoss(Loss):
             targets: Targets of the whole set.
 
         Returns:
-            The smallest mean loss reached.
+            The smallest mean loss reached. Cost: up to 500 steps of up to O Hessian products of the loss over the whole set.
 
         Raises:
             RuntimeError: If the loss fails on a constant output.
