@@ -29,7 +29,7 @@ from stabkit._serialise import dumps, write_atomically
 from stabkit.bench.cells import CELLS, Cell, prepared
 from stabkit.bench.records import ROLLOUT_SEEDS, algorithm_of
 from stabkit.bench.verification import read_cell
-from stabkit.calibration import beyond, calibration, combined, kind_at
+from stabkit.calibration import beyond, calibration, kind_at
 from stabkit.cause import linearisation_errors, start_errors
 from stabkit.checks import MAX_ERROR_OF_A_CROSSING, MAX_ERROR_OF_A_STABLE_RUN, margin_check
 from stabkit.curvature import linearise, sample_coordinates
@@ -117,8 +117,7 @@ def margins(cells: list[Cell], kind: str) -> dict[str, dict[str, Any]]:
                 continue
             chosen = "adamw" if adamw and kind == "one" else kind_at(kind, boundary.error_below)
             interval = calibration(chosen).interval(edge, edge, edge)
-            p = combined(getattr(record, kind).probability, record.lr, edge, interval)
-            said = verdict_of(p)
+            said = verdict_of(getattr(record, kind).probability)  # a report's, as `read_cell` gives it
             clear = margin_check(beyond(record.lr, edge, interval), interval, said, staged=kind == "staged").passed
             if said != "marginal":
                 one = {"called_diverging": said == "diverges", "diverged": record.diverged}
