@@ -168,6 +168,7 @@ class Measurement:
         if type(algorithm) is not type(self.algorithm):
             plain = type(algorithm).preconditioner is type(self.algorithm).preconditioner is Algorithm.preconditioner
             plain = plain and algorithm.layer_lr == self.algorithm.layer_lr and not begins
+            plain = plain and algorithm.layer_weight_decay == self.algorithm.layer_weight_decay
             plain = plain and algorithm.adaptive == self.algorithm.adaptive
             return measure(self.problem, algorithm, self.settings, reuse=self if plain else None)
         changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
@@ -344,6 +345,7 @@ def linearised(
             scaling,
             run_p=preconditioner,
             paces=algorithm.layer_factors(problem.whole),
+            decays=algorithm.decay_factors(problem.whole),
             count=coordinate_count(settings, outputs),
             retain_samples=retain,
             forget_samples=forget,
@@ -359,6 +361,8 @@ def linearised(
         forget_samples=settings.forget_samples,
         sketch_samples=settings.sketch_samples,
         landmarks=landmarks(problem, algorithm, preconditioner),
+        paces=algorithm.layer_factors(problem.whole),
+        decays=algorithm.decay_factors(problem.whole),
         batch_sizes=batch_sizes,
         seed=settings.seed,
     )
@@ -403,7 +407,7 @@ def coordinate_samples(problem: UnlearningProblem, settings: MeasureSettings, ou
 
 
 def landmarks(problem: UnlearningProblem, algorithm: Algorithm, preconditioner: Preconditioner) -> list[Tensor]:
-    """Where a run's parameters go whatever the gradients: along θ* by weight decay, along its signs by an L1 penalty.
+    """Where a run goes whatever the gradients: along what decays of θ*, and along its signs by an L1 penalty.
 
     Args:
         problem: The unlearning problem.
@@ -413,7 +417,8 @@ def landmarks(problem: UnlearningProblem, algorithm: Algorithm, preconditioner: 
     Returns:
         Vectors of shape (d,).
     """
-    found = [problem.vector()] if algorithm.weight_decay else []
+    theta, factors = problem.vector(), algorithm.decay_factors(problem.whole)
+    found = [theta if factors is None else theta * factors] if algorithm.weight_decay else []
     if isinstance(preconditioner, PlainSteps) and preconditioner.signs is not None:
         found.append(preconditioner.signs)
     return found

@@ -28,6 +28,7 @@ MECHANISMS = {
     "none": "nothing grows by more than a factor e within the run",
 }
 TOP_LAYERS = 5
+NAMED_LAYERS = 3  # of those that share a setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,11 +329,23 @@ def _trust(report: Report) -> Section:
     return Section(title=f"Confidence: {report.confidence}", rows=tuple(rows))
 
 
+def _setting(value: object) -> str:
+    """A setting for reading, layers by their factor."""
+    if not isinstance(value, dict):
+        return number(value) if isinstance(value, float) else str(value)
+    by_factor: dict[float, list[str]] = {}
+    for name, factor in value.items():
+        by_factor.setdefault(factor, []).append(name)
+    parts = []
+    for factor, names in sorted(by_factor.items()):
+        more = f" and {len(names) - NAMED_LAYERS} more" if len(names) > NAMED_LAYERS else ""
+        parts.append(f"{number(factor)} of {', '.join(names[:NAMED_LAYERS])}{more}")
+    return "; ".join(parts)
+
+
 def _about(report: Report) -> Section:
     run, rollout = report.run, report.rollout
-    settings = ", ".join(
-        f"{key}={number(value) if isinstance(value, float) else value}" for key, value in run.settings.items()
-    )
+    settings = ", ".join(f"{key}={_setting(value)}" for key, value in run.settings.items())
     return Section(
         title="The run",
         rows=(

@@ -211,12 +211,13 @@ class Steps:
         self._plan = algorithm.plan()
         self._rule = algorithm.stop_rule()
         self._mask = preconditioner.forget_mask if isinstance(preconditioner, PlainSteps) else None
-        self._paces = self._decaying = None
-        if algorithm.adaptive:  # SGD has both in P
-            self._paces = algorithm.layer_factors(problem)
-            if algorithm.weight_decay:
-                theta = problem.vector()
-                self._decaying = (preconditioner.apply(torch.ones_like(theta)) > 0).to(theta)
+        self._paces, decays = algorithm.layer_factors(problem), algorithm.decay_factors(problem)
+        self._decay: Tensor | float = algorithm.weight_decay
+        if algorithm.weight_decay and decays is not None:
+            self._decay = algorithm.weight_decay * decays
+        if algorithm.weight_decay and algorithm.adaptive:  # SGD's goes through P
+            theta = problem.vector()
+            self._decay = self._decay * (preconditioner.apply(torch.ones_like(theta)) > 0).to(theta)
 
     def draw(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """The step's indices in both sets; nothing is drawn from a set that has no part in the step."""
@@ -238,17 +239,19 @@ class Steps:
         weights = (1 - algorithm.mix) * plan.retain, algorithm.mix * plan.forget
         gradient, leakage, losses = self._gradient(theta, retain, forget, weights, state, measured=measured)
         direction = self._preconditioner.apply(gradient)
-        norm = direction.norm() if plan.max_norm is not None or measured else None
+        norm = self._norm(direction) if plan.max_norm is not None or measured else None
         if plan.max_norm is not None and norm is not None:
             direction = direction * (plan.max_norm / (norm + CLIP_EPSILON)).clamp_max(1.0)
-        decay = 0.0 if algorithm.adaptive else algorithm.weight_decay
-        if decay or plan.pull:
+        decays = algorithm.weight_decay > 0
+        if plan.pull or (decays and not algorithm.adaptive):
+            decay = 0.0 if algorithm.adaptive else self._decay
             direction = direction + self._preconditioner.apply(decay * theta + plan.pull * theta.sign())
         ahead, moments = updated(algorithm, state.moments, direction, state.taken + 1)
-        if self._decaying is not None:
-            ahead = ahead + algorithm.weight_decay * self._decaying * theta
+        if algorithm.adaptive:
+            ahead = ahead + self._decay * theta if decays else ahead
+            ahead = ahead if self._paces is None else ahead * self._paces
         lr = algorithm.lr * plan.lr
-        change = -lr * (ahead if self._paces is None else ahead * self._paces)
+        change = -lr * ahead
         drift = change.norm() / theta.norm()
         state.theta, state.moments, state.taken = theta + change, moments, state.taken + 1
         if self._rule.active and bool(self._rule.decide(drift, leakage)):
@@ -266,6 +269,12 @@ class Steps:
             retain_loss=losses.get(False),
             forget_loss=losses.get(True),
         )
+
+    def _norm(self, direction: Tensor) -> Tensor:
+        """‖Pĝ‖ without the layers' step sizes, which SGD has in P."""
+        if self._paces is None or self._algorithm.adaptive:
+            return direction.norm()
+        return (direction / self._paces).masked_fill(self._paces == 0, 0.0).norm()
 
     def _gradient(
         self,

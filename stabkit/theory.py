@@ -40,8 +40,8 @@ def _decay(measurement: Measurement) -> dict[str, Any]:
     network = measurement.network
     return {
         "weight_decay": measurement.algorithm.weight_decay,
-        "metric": network.metric.cpu(),
-        "anchor": network.anchor.cpu(),
+        "metric": network.decay_metric.cpu(),
+        "anchor": network.decay_anchor.cpu(),
     }
 
 
@@ -57,11 +57,15 @@ def _step_limit(measurement: Measurement) -> float:
 
 
 def _edges(measurement: Measurement) -> tuple[float, float]:
-    """λ_min and λ_max of D with weight decay, whose γP is added to first order at either eigenvector."""
+    """λ_min and λ_max of D with weight decay, whose part is added to first order at either eigenvector."""
     pairs, algorithm = measurement.spectrum.pairs, measurement.algorithm
     decay = 0.0 if algorithm.adaptive else algorithm.weight_decay
-    vectors = pairs.vectors[:, [0, -1]]
-    pulls = decay * (vectors * measurement.preconditioner.apply(vectors)).sum(0) if decay else torch.zeros(2)
+    if not decay:
+        return pairs.smallest, pairs.largest
+    vectors = measurement.preconditioner.sqrt(pairs.vectors[:, [0, -1]])
+    factors = algorithm.decay_factors(measurement.problem.whole)
+    kept = vectors if factors is None else vectors * factors.to(vectors).unsqueeze(1)
+    pulls = decay * (vectors * kept).sum(0)
     return pairs.smallest + float(pulls[0]), pairs.largest + float(pulls[1])
 
 

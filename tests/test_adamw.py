@@ -74,6 +74,7 @@ def everything(problem, algorithm, *, count=10**6, **options):
         Diagonal((p * run_p.apply(torch.ones_like(p))).to(problem.dtype)),
         run_p=run_p,
         paces=algorithm.layer_factors(problem),
+        decays=algorithm.decay_factors(problem),
         count=count,
         retain_samples=None,
         forget_samples=None,
@@ -93,9 +94,9 @@ def by_torch(problem, algorithm, seed, outputs_of, *, signs=None):
     p = algorithm.step_preconditioner(problem)
     plain = p if isinstance(p, PlainSteps) else PlainSteps()
     theta = nn.Parameter(problem.vector().clone())
-    rule = torch.optim.AdamW(
-        [theta], lr=1.0, betas=algorithm.betas, eps=algorithm.eps, weight_decay=algorithm.weight_decay
-    )
+    factors = algorithm.decay_factors(problem)
+    decay = algorithm.weight_decay if factors is None else 0.0
+    rule = torch.optim.AdamW([theta], lr=1.0, betas=algorithm.betas, eps=algorithm.eps, weight_decay=decay)
     course = [theta.detach().clone()]
     for step, plan in enumerate(algorithm.plan(), 1):
         total = torch.zeros_like(theta)
@@ -126,6 +127,8 @@ def by_torch(problem, algorithm, seed, outputs_of, *, signs=None):
         if plan.pull:
             theta.grad += plan.pull * (theta.detach().sign() if signs is None else signs)
         rule.param_groups[0]["lr"] = algorithm.lr * plan.lr
+        if factors is not None:  # as groups of their own
+            theta.data.mul_(1 - algorithm.lr * plan.lr * algorithm.weight_decay * factors)
         rule.step()
         held = p.apply(torch.ones_like(total)) == 0
         theta.data[held] = course[0][held]  # nor does it decay
@@ -172,6 +175,28 @@ def test_layers_have_step_sizes_of_their_own():
     found = run(problem, algorithm.replace(layer_lr={first: 0.1}), stop_on_divergence=False)
     expected = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
     torch.testing.assert_close(final_vector(problem, found), expected, rtol=1e-9, atol=1e-11)
+
+
+def layers_of(problem):
+    return list(dict.fromkeys(problem.layer_of().values()))
+
+
+@pytest.mark.parametrize(("case", "number"), [(0, 1), (1, 1), (2, 1), (0, 6), (0, 8)])  # GradDiff, AGU and SalUn
+def test_layers_decay_by_factors_of_their_own(case, number):
+    layers = layers_of(problem_of(case))
+    algorithm = ALGORITHMS[number].replace(weight_decay=0.6, layer_weight_decay={layers[0]: 0.0, layers[-1]: 0.25})
+    problem = problem_of(case)
+
+    def outputs_of(theta, which, indices):
+        samples = problem.forget if which else problem.retain
+        return problem.outputs(problem.unflatten(theta), samples.batch(indices)[0])
+
+    found = run(problem, algorithm, seed=4, stop_on_divergence=False)
+    expected = by_torch(problem, algorithm, 4, outputs_of)[-1]
+    torch.testing.assert_close(final_vector(problem, found), expected, rtol=1e-9, atol=1e-11)
+    alike = run(problem, algorithm.replace(layer_weight_decay=None), seed=4, stop_on_divergence=False)
+    assert float((final_vector(problem, alike) - expected).norm()) > 1e-3
+    compare(case, algorithm, 4)
 
 
 def test_a_checkpoint_has_both_moments(tmp_path):

@@ -60,6 +60,46 @@ def test_it_is_sgd_from_a_fresh_network():
     assert all(p.grad is None for p in found.model.parameters())
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_layers_have_step_sizes_and_decays_of_their_own(optimizer):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 4, generator=g), torch.randint(0, 3, (20,), generator=g)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        fresh = MLP(4, 3, hidden=(5,))
+    problem = UnlearningProblem(fresh, (x[:6], y[:6]), (x[6:], y[6:]))
+    first, last = (layer for layer in fresh.modules() if isinstance(layer, nn.Linear))
+    names = {id(module): name for name, module in fresh.named_modules()}
+    training = FineTune(
+        lr=0.1,
+        steps=4,
+        batch_size=14,
+        lr_schedule="linear",
+        weight_decay=0.2,
+        optimizer=optimizer,
+        layer_lr={names[id(first)]: 0.5},
+        layer_weight_decay={f"{names[id(last)]}.bias": 0.0},
+    )
+    found = retrain(problem, training, initial=fresh, seed=7)
+    kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    rule = kind([
+        {"params": first.parameters(), "lr": 0.05, "weight_decay": 0.2},
+        {"params": last.weight, "lr": 0.1, "weight_decay": 0.2},
+        {"params": last.bias, "lr": 0.1, "weight_decay": 0.0},
+    ])
+    schedule = torch.optim.lr_scheduler.LinearLR(rule, 1.0, 0.0, total_iters=4)
+    for _ in range(4):
+        rule.zero_grad()
+        F.cross_entropy(fresh(x[6:]), y[6:]).backward()
+        rule.step()
+        schedule.step()
+    torch.testing.assert_close(vector(found.model), vector(fresh))
+    with pytest.raises(
+        ValueError, match="`layer_weight_decay` of `FineTune` must name layers of the model; got 'head'"
+    ):
+        retrain(problem, training.replace(layer_weight_decay={"head": 0.0}))
+
+
 def test_it_forgets_and_learns(digits_mlp, class_deletion, digits_data):
     problem = UnlearningProblem(digits_mlp, *class_deletion)
     training = FineTune(lr=0.2, steps=200, batch_size=64, momentum=0.9)

@@ -33,14 +33,23 @@ def groups(model: nn.Module, rates: tuple[float, float]) -> list[dict[str, objec
     return [{"params": model[0].parameters(), "lr": rates[0]}, {"params": model[2].parameters(), "lr": rates[1]}]
 
 
+def parted(model: nn.Module, rates: tuple[float, float], decays: tuple[float, float]) -> list[dict[str, object]]:
+    """Both with a group of biases, which decay otherwise."""
+    return [
+        {"params": getattr(layer, part), "lr": rate, "weight_decay": decay}
+        for layer, rate in ((model[0], rates[0]), (model[2], rates[1]))
+        for part, decay in (("weight", decays[0]), ("bias", decays[1]))
+    ]
+
+
 def optimizers(model: nn.Module) -> st.SearchStrategy[torch.optim.Optimizer]:
     """SGD, AdamW and Adam with any settings, one group or two."""
     rate = st.floats(1e-3, 0.1)
     rates = st.tuples(rate, rate) | st.tuples(rate, st.just(0.0))
     momentum = st.sampled_from([0.0, 0.5, 0.9])
-    decay = st.sampled_from([0.0, 0.1])
+    decay = st.tuples(*[st.sampled_from([0.0, 0.1, 0.3])] * 2)
     sgd = st.builds(
-        lambda r, m, n, d: torch.optim.SGD(groups(model, r), momentum=m, nesterov=n and m > 0, weight_decay=d),
+        lambda r, m, n, d: torch.optim.SGD(parted(model, r, d), momentum=m, nesterov=n and m > 0),
         rates,
         momentum,
         st.booleans(),
@@ -48,7 +57,7 @@ def optimizers(model: nn.Module) -> st.SearchStrategy[torch.optim.Optimizer]:
     )
     betas = st.tuples(st.sampled_from([0.0, 0.9]), st.sampled_from([0.5, 0.999]))
     adamw = st.builds(
-        lambda r, b, e, d: torch.optim.AdamW(groups(model, r), betas=b, eps=e, weight_decay=d),
+        lambda r, b, e, d: torch.optim.AdamW(parted(model, r, d), betas=b, eps=e),
         rates,
         betas,
         st.sampled_from([1e-8, 1e-3]),
@@ -65,8 +74,15 @@ def test_a_run_by_its_settings_takes_its_steps(case, data):
     model, forget, retain = case
     optimizer = data.draw(optimizers(model))
     mix = data.draw(st.sampled_from([0.0, 0.3]))
+    still = any(group["lr"] == 0 for group in optimizer.param_groups) or len(optimizer.param_groups) == 1
+    clip = data.draw(st.sampled_from([None] if still else [None, 0.05]), "clip")
     algorithm = GradDiff(
-        mix=mix, steps=STEPS, batch_size=8, forget_batch_size=4, **optimizer_settings(optimizer, model)
+        mix=mix,
+        steps=STEPS,
+        batch_size=8,
+        forget_batch_size=4,
+        max_gradient_norm=clip,
+        **optimizer_settings(optimizer, model),
     )
     found = stabkit.run(UnlearningProblem(model, forget, retain), algorithm, stop_on_divergence=False).model
     mine = copy.deepcopy(model)
@@ -79,6 +95,8 @@ def test_a_run_by_its_settings_takes_its_steps(case, data):
         mine.zero_grad()
         loss = (1 - mix) * nn.functional.cross_entropy(mine(retain[0]), retain[1])
         (loss - mix * nn.functional.cross_entropy(mine(forget[0]), forget[1])).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(mine.parameters(), clip)
         again.step()
     for theirs, ours in zip(mine.parameters(), found.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -211,14 +229,16 @@ def decays(model: nn.Module) -> list[dict[str, object]]:
     return [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
 
 
-def test_groups_of_different_decay_need_a_word(case):
+def test_groups_without_decay_are_read(case):
     model = case[0]
-    optimizer = torch.optim.AdamW(decays(model), lr=1e-3)
-    with pytest.raises(
-        ValueError, match=r"one weight_decay for all parameters; got 0.1 and 0.0\. .*weight_decay=\.\.\."
-    ):
-        optimizer_settings(optimizer, model)
-    assert optimizer_settings(optimizer, model, given={"weight_decay": 0.1})["weight_decay"] == 0.1
+    found = optimizer_settings(torch.optim.AdamW(decays(model), lr=1e-3), model)
+    assert (found["weight_decay"], found["layer_lr"]) == (0.1, None)
+    assert found["layer_weight_decay"] == {"0.bias": 0.0, "2.bias": 0.0}
+    given = optimizer_settings(torch.optim.AdamW(decays(model), lr=1e-3), model, given={"weight_decay": 0.2})
+    assert given == {**found, "weight_decay": 0.2}  # as with `lr`, the largest of them
+    none = [{**group, "weight_decay": 0.0} for group in decays(model)]
+    found = optimizer_settings(torch.optim.AdamW(none, lr=1e-3), model)
+    assert (found["weight_decay"], found["layer_weight_decay"]) == (0.0, None)
 
 
 def stepped(model: nn.Module) -> torch.optim.Optimizer:
@@ -280,18 +300,17 @@ def test_other_optimizers_are_refused(case):
         GradDiff(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def test_clipping_and_groups_of_their_own_step_size_do_not_go_together(case):
+def test_clipping_and_parameters_that_stand_still_do_not_go_together(case):
+    """torch.nn.utils.clip_grad_norm_ of all parameters takes in those that the optimizer lets be."""
     model = case[0]
     clipped = {"max_gradient_norm": 0.1}
-    with pytest.raises(ValueError, match="must have one step size for all parameters with max_gradient_norm"):
-        optimizer_settings(torch.optim.SGD(groups(model, (0.1, 0.05))), model, given=clipped)
-    assert optimizer_settings(torch.optim.SGD(model.parameters(), lr=0.1), model, given=clipped)["lr"] == 0.1
+    words = r"must move all trainable parameters with max_gradient_norm; got one that lets 2 be, '2\.weight' among them"
+    with pytest.raises(ValueError, match=words):
+        optimizer_settings(torch.optim.SGD(groups(model, (0.1, 0.0))), model, given=clipped)
     own = GradDiff(max_gradient_norm=0.1)
-    with pytest.raises(ValueError, match="must have one step size for all parameters with max_gradient_norm"):
-        resolve_algorithm(own, model=model, optimizer=torch.optim.SGD(groups(model, (0.1, 0.05))))
-    plain = resolve_algorithm(own, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    assert plain.max_gradient_norm == 0.1
-    adamw = optimizer_settings(
-        torch.optim.AdamW(groups(model, (0.1, 0.05))), model, given=clipped
-    )  # its factors come last
-    assert adamw["layer_lr"] == {"2.weight": 0.5, "2.bias": 0.5}
+    with pytest.raises(ValueError, match=words):
+        resolve_algorithm(own, model=model, optimizer=torch.optim.SGD(model[0].parameters(), lr=0.1))
+    moving = resolve_algorithm(own, model=model, optimizer=torch.optim.SGD(groups(model, (0.1, 0.05))))
+    assert moving.layer_lr == {"2.weight": 0.5, "2.bias": 0.5}
+    adamw = optimizer_settings(torch.optim.AdamW(groups(model, (0.1, 0.0))), model, given=clipped)
+    assert adamw["layer_lr"] == {"2.weight": 0.0, "2.bias": 0.0}  # a factor of all of it changes none of its steps

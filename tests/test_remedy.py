@@ -204,10 +204,11 @@ def test_held_out_data_are_the_target(digits_mlp, random_deletion, digits_data):
 @pytest.mark.parametrize("decay", [0.0, 5e-4])
 def test_a_damped_network_is_linearised_as_the_first_one_was(digits_cnn, class_deletion, monkeypatch, decay):
     algorithm = stabkit.GradDiff(lr=0.05, mix=0.5, steps=20, weight_decay=decay)
-    asked = []
+    asked, paces = [], []
 
     def noted(problem, preconditioner, **settings):
-        asked.append({**settings, "landmarks": len(settings["landmarks"])})
+        paces.append(settings["paces"])
+        asked.append({**settings, "landmarks": len(settings["landmarks"]), "paces": None})
         return linearise(problem, preconditioner, **settings)
 
     monkeypatch.setattr(importlib.import_module("stabkit.measure"), "linearise", noted)
@@ -216,6 +217,8 @@ def test_a_damped_network_is_linearised_as_the_first_one_was(digits_cnn, class_d
     report.recommend()
     assert len(asked) > 1
     assert all(settings == asked[0] for settings in asked)
+    assert paces[0] is None
+    assert all(float(damped.min()) < float(damped.max()) for damped in paces[1:])
     assert asked[0]["sketch_samples"] == MODES["fast"].sketch_samples
     assert asked[0]["landmarks"] == bool(algorithm.weight_decay)
 

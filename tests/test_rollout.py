@@ -204,8 +204,16 @@ def linear_problem(loss, *, seed=0, scale=1.0):
 
 def compare_to_run(problem, algorithm, *, seed=0, check_every=4, dtype=None, preconditioner=None):
     """A real run and its rollout, check by check; both go on past the divergence level until the score's cap."""
-    preconditioner = preconditioner or algorithm.preconditioner(problem)
-    network = linearise(problem, preconditioner, rank=1000, retain_samples=None, forget_samples=None)
+    preconditioner = preconditioner or algorithm.step_preconditioner(problem)
+    network = linearise(
+        problem,
+        preconditioner,
+        rank=1000,
+        retain_samples=None,
+        forget_samples=None,
+        paces=algorithm.layer_factors(problem),
+        decays=algorithm.decay_factors(problem),
+    )
     rolled = rollout(
         network,
         algorithm,
@@ -293,6 +301,27 @@ def test_every_setting_of_a_step_is_rolled_out_as_it_is_run(loss, lr, mix, sampl
     algorithm = GradDiff(lr=lr, mix=mix, steps=18, sampling=sampling, batch_size=5, forget_batch_size=3, **settings)
     algorithm = algorithm.replace(**momentum)
     compare_to_run(problem, algorithm, seed=seed, preconditioner=masked(problem, seed) if mask else None)
+
+
+LAYERS = st.sampled_from((None, {"weight": 0.3}, {"bias": 0.0}, {"weight": 0.0, "bias": 2.5}))
+
+
+@given(
+    lr=st.sampled_from((0.02, 0.2, 1.0)),
+    mix=st.sampled_from((0.0, 0.3, 1.0)),
+    settings=STEP_SETTINGS,
+    momentum=MOMENTA,
+    rates=LAYERS,
+    decays=LAYERS,
+    seed=st.integers(0, 1000),
+)
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_layers_of_their_own_step_size_and_decay_are_rolled_out_as_they_are_run(
+    loss, lr, mix, settings, momentum, rates, decays, seed
+):
+    layers = {"layer_lr": rates, "layer_weight_decay": decays}
+    algorithm = GradDiff(lr=lr, mix=mix, steps=18, batch_size=5, forget_batch_size=3, **settings, **layers)
+    compare_to_run(linear_problem(loss), algorithm.replace(**momentum), seed=seed)
 
 
 @pytest.mark.parametrize("settings", [{"max_gradient_norm": 0.05}, {"lr_schedule": "cosine", "forget_every": 3}])

@@ -104,7 +104,8 @@ class Algorithm(abc.ABC):
             second order in γ.
         max_gradient_norm: Norm that Pĝ, the preconditioned gradient of the losses, is clipped to in every step, as by
             torch.nn.utils.clip_grad_norm_ with P applied to the gradients before; None: never. Of the plain gradient
-            under P ≠ I a rollout knows no norm: what P takes away never enters its coordinates.
+            under P ≠ I a rollout knows no norm: what P takes away never enters its coordinates. `layer_lr` comes after, as
+            groups' step sizes do; SGD's norm is of the layers that it lets move.
         lr_schedule: Factors of the step size: "cosine" or "linear" (from 1 towards 0 over the run), "warmup" (rising over
             its first tenth), K numbers >= 0, or None (all 1). `stabkit.schedules` makes them.
         forget_schedule: Factors of the forget gradient's weight, in the same forms.
@@ -112,6 +113,7 @@ class Algorithm(abc.ABC):
             groups would have them: {"layer4": 0.1} damps what lies in layer4. Where several fit, the longest name counts;
             other layers keep 1. P becomes D^{1/2} P D^{1/2} with these factors in D, for a P that is diagonal; AdamW's steps
             are multiplied by them.
+        layer_weight_decay: Factors >= 0 of γ of single layers, in the same form: {"norm": 0, "fc.bias": 0} lets those alone.
         forget_every: Cycles of so many steps, >= 2: the first of each cycle is a forget step of weight α, the others are
             retain steps of weight 1-α. Both sets in every step when None.
         optimizer: "sgd", which has momentum, Nesterov's and decay as above, or "adamw", whose steps are those of
@@ -146,6 +148,7 @@ class Algorithm(abc.ABC):
     forget_schedule: str | Sequence[float] | None = None
     forget_every: int | None = None
     layer_lr: Mapping[str, float] | None = None
+    layer_weight_decay: Mapping[str, float] | None = None
     optimizer: str = "sgd"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -203,16 +206,8 @@ class Algorithm(abc.ABC):
             remedy = "None takes both sets in every step; mix=1 takes forget steps alone."
             every = check_int(self.forget_every, name="forget_every", owner=owner, low=2, remedy=remedy)
             plain["forget_every"] = every
-        if self.layer_lr is not None:
-            if not isinstance(self.layer_lr, Mapping) or not self.layer_lr:
-                raise TypeError(
-                    f"`layer_lr` of `{owner}` must map beginnings of parameter names to factors; got {self.layer_lr!r:.80}. "
-                    'For instance {"layer4": 0.1}, or None.'
-                )
-            plain["layer_lr"] = {
-                str(name): check_real(factor, name=f"layer_lr[{name!r}]", owner=owner, low=0)
-                for name, factor in self.layer_lr.items()
-            }
+        for key in ("layer_lr", "layer_weight_decay"):
+            plain[key] = _checked_factors(getattr(self, key), key, owner)
         for key, value in plain.items():  # NumPy scalars become Python's, which reports can write
             object.__setattr__(self, key, value)
 
@@ -323,17 +318,36 @@ class Algorithm(abc.ABC):
         Raises:
             ValueError: If a name of `layer_lr` fits no parameter.
         """
-        if self.layer_lr is None:
+        return self._by_parameter(problem, "layer_lr")
+
+    def decay_factors(self, problem: UnlearningProblem) -> Tensor | None:
+        """`layer_weight_decay` parameter by parameter.
+
+        Args:
+            problem: The unlearning problem.
+
+        Returns:
+            Factors of the weight decay, shape (d,); None where there are none.
+
+        Raises:
+            ValueError: If a name of `layer_weight_decay` fits no parameter.
+        """
+        return self._by_parameter(problem, "layer_weight_decay")
+
+    def _by_parameter(self, problem: UnlearningProblem, setting: str) -> Tensor | None:
+        """Factors of layers as a vector."""
+        factors: Mapping[str, float] | None = getattr(self, setting)
+        if factors is None:
             return None
-        for name in self.layer_lr:
+        for name in factors:
             if not any(_within(parameter, name) for parameter in problem.parameters):
                 layers = ", ".join(dict.fromkeys(problem.layer_of().values()))
                 raise ValueError(
-                    f"`layer_lr` of `{type(self).__name__}` must name layers of the model; got {name!r}, which no trainable "
-                    f"parameter begins with. There are {layers:.300}."
+                    f"`{setting}` of `{type(self).__name__}` must name layers of the model; got {name!r}, which no "
+                    f"trainable parameter begins with. There are {layers:.300}."
                 )
         return torch.cat([
-            torch.full((p.numel(),), _factor(parameter, self.layer_lr), dtype=p.dtype, device=p.device)
+            torch.full((p.numel(),), layer_factor(parameter, factors), dtype=p.dtype, device=p.device)
             for parameter, p in problem.parameters.items()
         ])
 
@@ -483,12 +497,34 @@ class Algorithm(abc.ABC):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+def _checked_factors(given: object, setting: str, owner: str) -> dict[str, float] | None:
+    """Factors of layers in plain values."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or not given:
+        raise TypeError(
+            f"`{setting}` of `{owner}` must map beginnings of parameter names to factors; got {given!r:.80}. "
+            'For instance {"layer4": 0.1}, or None.'
+        )
+    return {
+        str(name): check_real(factor, name=f"{setting}[{name!r}]", owner=owner, low=0) for name, factor in given.items()
+    }
+
+
 def _within(parameter: str, name: str) -> bool:
     """Whether a parameter belongs to a layer."""
     return parameter == name or parameter.startswith(f"{name}.")
 
 
-def _factor(parameter: str, factors: Mapping[str, float]) -> float:
-    """The factor of the longest name that fits."""
-    fitting = [name for name in factors if _within(parameter, name)]
-    return factors[max(fitting, key=len)] if fitting else 1.0
+def layer_factor(parameter: str, factors: Mapping[str, float] | None) -> float:
+    """A parameter's factor.
+
+    Args:
+        parameter: Its name.
+        factors: Factors by the beginning of names, as `layer_lr` has them.
+
+    Returns:
+        That of the longest name that fits; 1 where none does.
+    """
+    fitting = [name for name in factors or {} if _within(parameter, name)]
+    return (factors or {})[max(fitting, key=len)] if fitting else 1.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stabkit.network import plain_parameters
 
-SHARED = {"sgd": ("momentum", "nesterov", "weight_decay"), "adamw": ("betas", "eps", "weight_decay")}
+SHARED = {"sgd": ("momentum", "nesterov"), "adamw": ("betas", "eps")}
 MOMENTUM = {"sgd": {}, "adamw": {"momentum": 0.0, "nesterov": False}}  # AdamW's own is among its betas
 # What is predicted for none of its settings but these.
 ONLY: dict[str, Any] = {"dampening": 0, "maximize": False, "amsgrad": False}
@@ -33,14 +33,16 @@ def optimizer_settings(
         owner: The function that was called, for messages.
 
     Returns:
-        optimizer, lr (the largest of its groups, before any scheduler), layer_lr (None, or the factors of parameters in
-        groups of smaller ones, 0 for trainable ones in no group), momentum, nesterov and weight_decay, and of AdamW betas
-        and eps; what is given in place of each. `GradDiff(mix=0.3, **optimizer_settings(optimizer, model))` takes them.
+        optimizer, lr and weight_decay (the largest of its groups, before any scheduler), layer_lr and layer_weight_decay
+        (None, or the factors of parameters in groups of smaller ones; trainable ones in no group have a step size of 0),
+        momentum and nesterov, and of AdamW betas and eps; what is given in place of each.
+        `GradDiff(mix=0.3, **optimizer_settings(optimizer, model))` takes them.
 
     Raises:
         TypeError: If the optimizer is of another class.
         ValueError: If it has taken steps, holds parameters of another network, has an option that no prediction covers, or
-            its groups differ in anything but the step size, or in that where SGD's gradients are clipped.
+            its groups differ in anything but step size and weight decay, or SGD's gradients are clipped with such that it
+            does not move.
     """
     kind = _kind(optimizer, owner)
     told = {name: value for name, value in (given or {}).items() if value is not None}
@@ -58,11 +60,14 @@ def optimizer_settings(
             f"`optimizer` of `{owner}` must not be on a one-cycle schedule, which changes its momentum too; got one with "
             "OneCycleLR or CyclicLR. Make it anew, and give the step size's factors as `lr_schedule`."
         )
-    settings: dict[str, object] = {"optimizer": kind, **MOMENTUM[kind], **_rates(optimizer, model, owner)}
-    if settings["layer_lr"] is not None and kind == "sgd" and "max_gradient_norm" in told:
+    settings: dict[str, object] = {"optimizer": kind, **MOMENTUM[kind], **_groups(optimizer, model, owner)}
+    factors = settings["layer_lr"]
+    still = [name for name, factor in factors.items() if factor == 0] if isinstance(factors, dict) else []
+    if still and kind == "sgd" and "max_gradient_norm" in told:
         raise ValueError(
-            f"`optimizer` of `{owner}` must have one step size for all parameters with max_gradient_norm; got several. Here "
-            "the gradient is clipped with the groups' factors in it, and by torch.nn.utils.clip_grad_norm_ without them."
+            f"`optimizer` of `{owner}` must move all trainable parameters with max_gradient_norm; got one that lets "
+            f"{len(still)} be, {still[0]!r} among them, whose gradients count for torch.nn.utils.clip_grad_norm_ and not "
+            "here. Set requires_grad=False on them."
         )
     for name in SHARED[kind]:
         values = [_plain(group[name]) for group in optimizer.param_groups]
@@ -103,22 +108,31 @@ def _kind(optimizer: object, owner: str) -> str:
     )
 
 
-def _rates(optimizer: torch.optim.Optimizer, model: nn.Module, owner: str) -> dict[str, object]:
-    """lr and layer_lr."""
-    rates = {
-        id(p): float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups for p in group["params"]
-    }
+def _groups(optimizer: torch.optim.Optimizer, model: nn.Module, owner: str) -> dict[str, object]:
+    """lr, weight_decay, and the factors of both by parameter."""
+    held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     every = plain_parameters(model)
     names = {id(p): name for name, p in every.items() if p.requires_grad}
-    others = rates.keys() - {id(p) for p in every.values()}
-    if others or not rates.keys() & names.keys():
+    others = held.keys() - {id(p) for p in every.values()}
+    if others or not held.keys() & names.keys():
         what = (
-            f"{len(others)} of {len(rates)} parameters that are not the model's" if others else "none that is trainable"
+            f"{len(others)} of {len(held)} parameters that are not the model's" if others else "none that is trainable"
         )
         raise ValueError(
             f"`optimizer` of `{owner}` must hold parameters of `model`; got {what}. Make it with `model.parameters()`."
         )
-    largest = max(rates[key] for key in rates.keys() & names.keys())
-    factors = {name: round(rates.get(key, 0.0) / largest, 12) for key, name in names.items()} if largest > 0 else {}
-    kept = {name: factor for name, factor in factors.items() if factor != 1}
-    return {"lr": largest, "layer_lr": kept or None}
+    rates = dict.fromkeys(names.values(), 0.0)
+    decays = {}
+    for key, group in held.items():
+        if key in names:
+            rates[names[key]] = float(group.get("initial_lr", group["lr"]))
+            decays[names[key]] = float(group["weight_decay"])
+    (lr, layer_lr), (decay, layer_decay) = _shared(rates), _shared(decays)
+    return {"lr": lr, "layer_lr": layer_lr, "weight_decay": decay, "layer_weight_decay": layer_decay}
+
+
+def _shared(values: dict[str, float]) -> tuple[float, dict[str, float] | None]:
+    """The largest of them, and what the others are of it."""
+    largest = max(values.values())
+    factors = {name: round(value / largest, 12) for name, value in values.items()} if largest > 0 else {}
+    return largest, {name: factor for name, factor in factors.items() if factor != 1} or None

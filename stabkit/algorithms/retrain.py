@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_seed
+from stabkit.algorithms.base import layer_factor
 from stabkit.algorithms.fine_tune import FineTune
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Inputs
@@ -71,6 +72,7 @@ def retrain(
             "FineTune(lr=0.1, steps=1000, momentum=0.9, weight_decay=5e-4)."
         )
     check_seed(seed, owner="retrain")
+    training.layer_factors(problem), training.decay_factors(problem)  # which refuse unknown names
     sizes, batches = (problem.retain.size, problem.forget.size), training.batch_sizes(problem)
     stream, _ = batch_streams(sizes, batches, training.sampling, seed)
     losses: list[float] = []
@@ -89,25 +91,20 @@ def retrain(
                     f"{type(initial).__name__} whose weights differ ({error}). None initialises one anew."
                 ) from error
         trained = [p for p in model.parameters() if p.requires_grad]
+        groups = _groups(model, training)
+        rates = [float(group["lr"]) for group in groups]
         optimiser: torch.optim.Optimizer
         if training.adaptive:
-            optimiser = torch.optim.AdamW(
-                trained, lr=training.lr, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay
-            )
+            optimiser = torch.optim.AdamW(groups, betas=training.betas, eps=training.eps)
         else:
-            optimiser = torch.optim.SGD(
-                trained,
-                lr=training.lr,
-                momentum=training.momentum,
-                nesterov=training.nesterov,
-                weight_decay=training.weight_decay,
-            )
+            optimiser = torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=training.nesterov)
         model.train()
         gradients = 0
         for plan in progress_bar(training.plan(), "retrain", progress):
             indices = next(stream)
             inputs, targets = problem.retain.batch(indices)
-            optimiser.param_groups[0]["lr"] = training.lr * plan.lr
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * plan.lr
             optimiser.zero_grad()
             if indices.numel():  # an empty Poisson batch has no gradient
                 with torch.enable_grad():
@@ -147,6 +144,17 @@ def _initialise(model: nn.Module) -> None:
     with torch.no_grad():
         for name, value in kept.items():
             own[name].copy_(value)
+
+
+def _groups(model: nn.Module, training: FineTune) -> list[dict[str, Any]]:
+    """Parameters by their layer's step size and weight decay, as torch.optim takes them."""
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rate = training.lr * layer_factor(name, training.layer_lr)
+            decay = training.weight_decay * layer_factor(name, training.layer_weight_decay)
+            found.setdefault((rate, decay), []).append(p)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in found.items()]
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:

@@ -62,11 +62,6 @@ class CoordinateNetwork(LinearisedNetwork):
         """P as the steps of a run apply it, before AdamW."""
         return self.run_p
 
-    @property
-    def gradient_metric(self) -> Tensor:
-        """Of the gradient that AdamW is given, shape (r, r): ‖Pĝ‖² is Σ w_k (lift_k h_k)² on average."""
-        return torch.diag(self.weights * self.lift.square())
-
     @cached_property
     def directions(self) -> Tensor:
         """Leading right singular vectors of Φ diag(√p), shape (r, q), float64: what the linear theory is computed in."""
@@ -169,6 +164,9 @@ class CoordinateNetwork(LinearisedNetwork):
             basis=self.basis[:, :r],
             metric=self.metric[:r, :r],
             anchor=self.anchor[:r] * more,
+            gradient_metric=self.gradient_metric[:r, :r],
+            decay_metric=self.decay_metric[:r, :r],
+            decay_anchor=self.decay_anchor[:r] * more,
             singular_values=self.singular_values[:r] * more,
             places=self.places[:r],
             weights=self.weights[:r] * more**2,
@@ -232,6 +230,7 @@ def sample_coordinates(
     *,
     run_p: Preconditioner,
     paces: Tensor | None = None,
+    decays: Tensor | None = None,
     count: int = 400,
     retain_samples: int | None = 896,
     forget_samples: int | None = 448,
@@ -249,6 +248,7 @@ def sample_coordinates(
         frozen: diag(p), the P of the linear theory, such as frozen Adam's with the algorithm's P in it.
         run_p: The algorithm's P, diagonal.
         paces: Factors of the step size, shape (d,); all 1 when None.
+        decays: Factors of the weight decay, likewise.
         count: Parameters to draw, r; all that move where they are fewer.
         retain_samples: Retain examples to sample; all when None.
         forget_samples: Forget examples to sample; all when None.
@@ -271,7 +271,7 @@ def sample_coordinates(
     theta = problem.vector()
     own = _diagonal(run_p, problem.size, theta)
     sensitivity = _sensitivity(problem, indices, seed).to(theta)
-    pace = torch.ones_like(theta) if paces is None else paces.to(theta)
+    pace, decay = (torch.ones_like(theta) if factors is None else factors.to(theta) for factors in (paces, decays))
     places, weights = _drawn(sensitivity.sqrt() * pace, (own > 0) & (pace > 0), count, seed)
     places = places.to(theta.device)
     w = weights.to(theta)
@@ -305,6 +305,9 @@ def sample_coordinates(
         metric=torch.eye(places.numel(), dtype=torch.float64, device=theta.device),
         anchor=(scale * theta[places]).double(),
         anchor_norm=float(theta.double().norm()),
+        gradient_metric=torch.diag(w * (own[places] / scale).square()),
+        decay_metric=torch.diag(decay[places].double()),
+        decay_anchor=(scale * decay[places] * theta[places]).double(),
         singular_values=sum(
             (part.features.double().square().sum((0, 1)) / part.samples for part in sets), start=torch.zeros(()).to(w)
         ).sqrt(),

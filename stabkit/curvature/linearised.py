@@ -134,6 +134,11 @@ class LinearisedNetwork:
         metric: V^T P V, shape (r, r): ‖θ - θ*‖² = c^T metric c.
         anchor: V^T P^{1/2} θ*, shape (r,): <θ - θ*, θ*> = anchor · c.
         anchor_norm: ‖θ*‖.
+        gradient_metric: What the square of a clipped gradient's norm is by in the coordinates, shape (r, r): `metric`, or
+            what it is without the layers' step sizes where P has them in it.
+        decay_metric: V^T P^{1/2} E P^{1/2} V, shape (r, r), with the layers' factors of the weight decay in E: `metric`
+            without.
+        decay_anchor: V^T P^{1/2} E θ*, shape (r,): `anchor` without.
         singular_values: Of the (weighted) J P^{1/2}, the r kept, descending, but for the last ones of the landmarks'
             directions, which are ‖J P^{1/2} v‖.
         captured: Share of ‖J P^{1/2}‖_F² that the r directions carry, estimated for each set's samples, whether or not the
@@ -155,6 +160,9 @@ class LinearisedNetwork:
     metric: Tensor
     anchor: Tensor
     anchor_norm: float
+    gradient_metric: Tensor
+    decay_metric: Tensor
+    decay_anchor: Tensor
     singular_values: Tensor
     captured: float
     gradient_equivalents: float
@@ -171,11 +179,6 @@ class LinearisedNetwork:
     def run_preconditioner(self) -> Preconditioner:
         """P as the steps of a run apply it."""
         return self.preconditioner
-
-    @property
-    def gradient_metric(self) -> Tensor:
-        """What the square of a clipped gradient's norm is by in the coordinates, shape (r, r)."""
-        return self.metric
 
     def masked(self, mask: Tensor) -> Tensor:
         """What a mask does to a gradient in the coordinates, where P = I.
@@ -246,6 +249,9 @@ class LinearisedNetwork:
             basis=self.basis[:, kept],
             metric=self.metric[kept][:, kept],
             anchor=self.anchor[kept],
+            gradient_metric=self.gradient_metric[kept][:, kept],
+            decay_metric=self.decay_metric[kept][:, kept],
+            decay_anchor=self.decay_anchor[kept],
             singular_values=self.singular_values[kept],
             landmarks=last,
         )

@@ -112,6 +112,8 @@ def linearise(
     batch_sizes: tuple[int, int] | None = None,
     power_iterations: int = 0,
     landmarks: Sequence[Tensor] = (),
+    paces: Tensor | None = None,
+    decays: Tensor | None = None,
     memory: int | str | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -143,6 +145,8 @@ def linearise(
             are not small (Halko et al. 2011, §4.5); `ritz_residuals` measures how near.
         landmarks: Vectors u of shape (d,) whose P^{1/2} u the coordinates have to span besides the r directions: θ* where
             weights decay, so that what the decay does outside of the r directions is not lost.
+        paces: Factors of the step size, shape (d,), that P has in it and clipped gradients have not; none when None.
+        decays: Factors of the weight decay, shape (d,); all 1 when None.
         memory: Bytes, or text such as "4GB", that basis, sketch, features and passes may take together; the activations of
             a pass come on top. When None, whatever the device has.
         seed: Seed of the sample and of the sketch.
@@ -295,6 +299,14 @@ def linearise(
         for i, samples in enumerate(both)
     ]
     passes = 1 if coupled == (None, None) else 2  # forward, of every sample
+    metric, anchor = root.T @ root, root.T @ theta
+    clipped, pull, home = metric, metric, anchor
+    if paces is not None:
+        alone = (root / paces.unsqueeze(1)).masked_fill(paces.unsqueeze(1) == 0, 0.0)
+        clipped = alone.T @ alone
+    if decays is not None:
+        kept = root * decays.to(root).unsqueeze(1)
+        pull, home = kept.T @ root, kept.T @ theta
     return LinearisedNetwork(
         retain=sets[0],
         forget=sets[1],
@@ -303,9 +315,12 @@ def linearise(
         loss=problem.loss,
         divergence_level=problem.divergence_level,
         check_every=problem.check_every,
-        metric=(root.T @ root).double(),
-        anchor=(root.T @ theta).double(),
+        metric=metric.double(),
+        anchor=anchor.double(),
         anchor_norm=float(theta.double().norm()),
+        gradient_metric=clipped.double(),
+        decay_metric=pull.double(),
+        decay_anchor=home.double(),
         singular_values=energies.sqrt(),
         landmarks=rotation.shape[1] - leading,
         captured=captured,

@@ -49,9 +49,10 @@ class PerParameter:
             like: A tensor of the working dtype and device.
         """
         self._algorithm = algorithm
-        self._lift, self._reach, self._home, self._pace = (
-            part.to(like) for part in (network.lift, network.weights.sqrt(), network.anchor, network.pace)
+        self._lift, self._reach, self._pace = (
+            part.to(like) for part in (network.lift, network.weights.sqrt(), network.pace)
         )
+        self._decays, self._home = network.decay_metric.diagonal().to(like), network.decay_anchor.to(like)
 
     def ahead(self, c: Tensor, moments: Moments, direction: Tensor, step: int) -> tuple[Tensor, Moments]:
         """What the step size multiplies.
@@ -66,7 +67,8 @@ class PerParameter:
             Minus what c changes by at a step size of 1, of that shape, and the moments after the step.
         """
         moved, moments = updated(self._algorithm, moments, direction * self._lift, step)
-        return self._pace * (self._reach * moved + self._algorithm.weight_decay * (c + self._home)), moments
+        decay = self._algorithm.weight_decay * (self._decays * c + self._home)
+        return self._pace * (self._reach * moved + decay), moments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,8 +96,7 @@ class Field:
         retain: RolledSet,
         forget: RolledSet,
         seeds: Sequence[int],
-        metric: Tensor,
-        anchor: Tensor,
+        like: Tensor,
         mask: Tensor | None,
         signs: Tensor | None,
     ) -> None:
@@ -107,15 +108,16 @@ class Field:
             retain: The retain set.
             forget: The forget set.
             seeds: Seeds of the runs.
-            metric: `network.metric` in the working dtype.
-            anchor: `network.anchor` likewise.
+            like: A tensor of the working dtype and device.
             mask: As `mask_and_signs` has it.
             signs: Likewise.
         """
         self._loss, self._algorithm, self._seeds = network.loss, algorithm, tuple(seeds)
         self._retain, self._forget = retain, forget
-        self._metric, self._anchor, self._mask, self._signs = metric, anchor, mask, signs
-        self._gradient_metric = network.gradient_metric.to(metric)
+        self._mask, self._signs = mask, signs
+        self._gradient_metric, self._decay_metric, self._decay_anchor = (
+            part.to(like) for part in (network.gradient_metric, network.decay_metric, network.decay_anchor)
+        )
         self._masks_inside = mask is None or network.masks_inside
         self._decay = 0.0 if algorithm.adaptive else algorithm.weight_decay  # AdamW's is no part of the gradient
 
@@ -139,8 +141,8 @@ class Field:
         masked = forget if self._mask is None else forget @ self._mask
         direction = retain + masked
         if plan.max_norm is not None:
-            # P ĝ = P^{1/2} V h with h these coordinates, so its square is hᵀ metric h. A mask M takes the forget part out
-            # of the span of V, where P = I: ‖V h_R + M V h_F‖².
+            # P ĝ = P^{1/2} V h with h these coordinates, so its square is hᵀ metric h, but for layers' step sizes. A mask M
+            # takes the forget part out of the span of V, where P = I: ‖V h_R + M V h_F‖².
             if self._masks_inside:
                 square = ((direction @ self._gradient_metric) * direction).sum(-1)
             else:
@@ -148,7 +150,7 @@ class Field:
             norm = square.clamp_min(0).sqrt().unsqueeze(-1)
             direction = direction * (plan.max_norm / (norm + CLIP_EPSILON)).clamp_max(1.0)
         if self._decay:
-            direction = direction + self._decay * (c @ self._metric + self._anchor)
+            direction = direction + self._decay * (c @ self._decay_metric + self._decay_anchor)
         if plan.pull and self._signs is not None:
             direction = direction + plan.pull * self._signs
         return direction, divergence

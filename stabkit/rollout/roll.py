@@ -172,7 +172,7 @@ def _roll_seeds(
         for i in (0, 1)
     )
     metric, anchor = network.metric.to(dtype), network.anchor.to(dtype)
-    field = Field(network, algorithm, retain, forget, seeds, metric, anchor, *marks)
+    field = Field(network, algorithm, retain, forget, seeds, like, *marks)
     per_parameter = PerParameter(network, algorithm, like) if isinstance(network, CoordinateNetwork) else None
     plans = algorithm.plan()
     rule = algorithm.stop_rule()

@@ -24,9 +24,10 @@ class LinearDynamics:
         batch_sizes: B_R and B_F; the expected ones under Poisson sampling.
         sampling: "without_replacement" (B distinct samples, drawn afresh each step), "with_replacement" or "poisson".
         weight_decay: γ >= 0: adds γ (metric·δ + anchor) to the mean gradient.
-        metric: P in the coordinates, shape (r, r), as weight decay acts in them; the identity when None.
-        anchor: P^{1/2} θ* in the coordinates, shape (r,), so that weight decay pulls to the origin of parameter space; zero
-            when None: it pulls to where the run was linearised.
+        metric: P in the coordinates, with layers' factors of the decay, shape (r, r), as weight decay acts in them; the
+            identity when None.
+        anchor: P^{1/2} θ* in the coordinates, with those factors, shape (r,), so that weight decay pulls to the origin of
+            parameter space; zero when None: it pulls to where the run was linearised.
 
     Raises:
         TypeError: If an argument has the wrong type.
