@@ -169,6 +169,7 @@ SIZES = {"rank": 12, "retain_samples": 40, "forget_samples": 20, "spectrum_sampl
 def outcomes(model, forget, retain, device) -> dict[str, Any]:
     """What the library says and does on a device, and where the host has waited for it."""
     import stabkit
+    from stabkit.rollout import roll
 
     found: dict[str, Any] = {}
     problem = stabkit.UnlearningProblem(model, forget, retain, device=device)
@@ -178,9 +179,16 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
         stabkit.FineTune(steps=STEPS, batch_size=16, optimizer="adamw", weight_decay=0.01, max_gradient_norm=5.0),
     ):
         report = stabkit.predict(model, forget, retain, algorithm=algorithm.replace(lr=0.02), device=device, **SIZES)
+        little, roll.HOST_WORK = (
+            roll.HOST_WORK,
+            0,
+        )  # rollouts on the device, which are so small that they are on the CPU
         waits.clear()
         frontier = report.frontier(lr=[1e-6, 1.0], mix=[0.5])
-        rolling = dict(waits)
+        rolling, roll.HOST_WORK = dict(waits), little
+        waits.clear()
+        near = report.frontier(lr=[1e-6, 1.0], mix=[0.5])
+        moving = dict(waits)
         chosen = algorithm.replace(lr=1e-3)
         preconditioner = chosen.step_preconditioner(problem)
         waits.clear()
@@ -190,11 +198,15 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
             "critical_lr": report.critical_lr,
             "largest": report.thresholds.largest,
             "frontier": frontier.probability.tolist(),
+            "near": near.probability.tolist(),
             "loss": run.trajectory[-1].retain_loss,
-            "waits": {"run": dict(waits), "frontier": rolling},
+            "waits": {"run": dict(waits), "frontier": rolling, "near": moving},
         }
-    staged = stabkit.predict(model, forget, retain, lr=0.2, mode="thorough", device=device, **SIZES)
-    found["thorough"] = {"score": list(staged.rollout.score), "real_steps": staged.rollout.real_steps}
+    for name, work in (("thorough", roll.HOST_WORK), ("thorough_there", 0)):
+        roll.HOST_WORK, little = work, roll.HOST_WORK
+        staged = stabkit.predict(model, forget, retain, lr=0.2, mode="thorough", device=device, **SIZES)
+        found[name] = {"score": list(staged.rollout.score), "real_steps": staged.rollout.real_steps}
+        roll.HOST_WORK = little
     audited = stabkit.audit(problem, {"run": run.model}, attacks=["entropy/logistic"], replicates=5)
     found["accuracy"] = audited["run"].retain.accuracy.value
     return found

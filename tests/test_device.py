@@ -37,10 +37,12 @@ def test_results_are_those_of_the_cpu(found):
         for key in ("probability", "critical_lr", "largest", "loss"):
             assert there[name][key] == pytest.approx(host[name][key], rel=1e-4), (name, key)
         probabilities = torch.tensor(host[name]["frontier"])
-        torch.testing.assert_close(torch.tensor(there[name]["frontier"]), probabilities, rtol=0, atol=1e-4)
+        for where in ("frontier", "near"):
+            torch.testing.assert_close(torch.tensor(there[name][where]), probabilities, rtol=0, atol=1e-4)
         assert float(probabilities.max() - probabilities.min()) > 0.1  # there is a boundary to agree on
-    assert there["thorough"]["score"] == pytest.approx(host["thorough"]["score"], rel=1e-3)
-    assert there["thorough"]["real_steps"] == host["thorough"]["real_steps"] > 0
+    for name in ("thorough", "thorough_there"):
+        assert there[name]["score"] == pytest.approx(host[name]["score"], rel=1e-3)
+        assert there[name]["real_steps"] == host[name]["real_steps"] > 0
 
 
 @pytest.mark.parametrize("where", ["run", "frontier"])
@@ -51,3 +53,13 @@ def test_the_host_waits_at_looks_and_not_at_steps(found, where):
         assert found["cpu"][name]["waits"][where] == {}
         waits = found["device"][name]["waits"][where]
         assert 0 < sum(waits.values()) <= most, waits
+
+
+def test_small_rollouts_are_done_on_the_host(found):
+    """Which is told of the network once, and waits at no look."""
+    for name in ("graddiff", "sfr_on", "finetune"):
+        waits = found["device"][name]["waits"]
+        assert sum(waits["near"].values()) < sum(waits["frontier"].values())
+        assert {where for where in waits["near"] if where.startswith("rollout/")} <= {
+            "rollout/direction.py:mask_and_signs"
+        }

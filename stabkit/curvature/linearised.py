@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -76,6 +77,16 @@ class LinearisedSet:
             original=of(self.original),
             eval_outputs=of(self.eval_outputs),
         )
+
+    def on_host(self) -> LinearisedSet:
+        """The set on the CPU.
+
+        Returns:
+            The set.
+        """
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: value.cpu() for name, value in held.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def factors(self, loss: Loss) -> SampleFactors:
         """Per-sample Gauss-Newton factors and gradients in the compressed coordinates.
@@ -224,6 +235,13 @@ class LinearisedNetwork:
         """
         return (self.basis.T @ vector).double().cpu()
 
+    @cached_property
+    def on_host(self) -> LinearisedNetwork:
+        """The network with all but its basis on the CPU."""
+        held = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "basis"}
+        moved: dict[str, Any] = {name: value.cpu() for name, value in held.items() if isinstance(value, Tensor)}
+        return replace(self, retain=self.retain.on_host(), forget=self.forget.on_host(), **moved)
+
     def thinned(self, *, rank: int | None = None, samples: float = 1.0) -> LinearisedNetwork:
         """The leading directions and a random part of the samples, from which to see how much either matters.
 
@@ -296,7 +314,7 @@ class LinearisedNetwork:
         Returns:
             Vector of shape (d,).
         """
-        return self.preconditioner.sqrt(self.basis @ coordinates.to(self.basis.dtype))
+        return self.preconditioner.sqrt(self.basis @ coordinates.to(self.basis))
 
     def movement(self, coordinates: Tensor) -> Tensor:
         """A vector that has in any group of parameters the energy of θ - θ*.

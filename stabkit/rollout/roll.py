@@ -27,6 +27,7 @@ from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm
 from stabkit.curvature.coordinates import CoordinateNetwork
 from stabkit.curvature.linearised import LinearisedNetwork
+from stabkit.losses.custom import CustomLoss
 from stabkit.rollout.direction import Field, PerParameter, Share, mask_and_signs
 from stabkit.rollout.result import SCORE_CAP, Rollout, loss_scale
 from stabkit.rollout.sets import RolledSet
@@ -36,6 +37,7 @@ from stabkit.updates import Moments, updated
 
 DRAWN_AT_ONCE = 64  # steps whose batches are drawn together
 DRAWN_INDICES = 2**18  # of those batches, together
+HOST_WORK = 2**23  # multiplications of a step that a CPU has done before an accelerator has been told of them
 STEP_BYTES = 16 * 2**20  # of a step's outputs and features: more than that leaves a CPU's caches
 
 
@@ -69,7 +71,7 @@ def rollout(
         check_every: Steps between two looks at the losses, as in `run`; the network's when None.
         dtype: Floating dtype of the iteration; the features' own when None.
         on_step: Called at the start and after every step with the step, the coordinates and the moments of the settings
-            that still run, (G', r) each.
+            that still run, (G', r) each, on the CPU where little work a step has the rollout be there.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -107,7 +109,10 @@ def rollout(
         check_int(size, name="batch_sizes", owner="rollout", low=1, high=part.population, remedy="Use smaller batches.")
     checks = check_steps(algorithm.steps, check_every)
     like = network.retain.features.new_empty(0, dtype=dtype)
+    if like.device.type != "cpu" and _is_light(network, algorithm, etas.numel() * len(seeds), batch_sizes, len(checks)):
+        like = torch.empty(0, dtype=like.dtype)
     marks = mask_and_signs(network, like)
+    network = network if like.device == network.retain.features.device else network.on_host
     # Seeds go side by side too, but for batches of different lengths and for `on_step`, which is told of one run at a time.
     at_once = 1
     if algorithm.sampling != "poisson" and on_step is None:
@@ -133,6 +138,16 @@ def rollout(
     joined: dict[str, Any] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
     kind = "adamw" if algorithm.adaptive else "one"
     return Rollout(lr=etas.cpu(), mix=alphas.cpu(), steps=torch.tensor(checks), kind=kind, **joined)
+
+
+def _is_light(
+    network: LinearisedNetwork, algorithm: Algorithm, runs: int, batch_sizes: tuple[int, int], looks: int
+) -> bool:
+    """Whether a step is done sooner on the CPU; never of code of the user's, which may hold tensors of the accelerator."""
+    if isinstance(network.loss, CustomLoss) or not type(algorithm).__module__.startswith("stabkit."):
+        return False
+    seen = (network.retain.samples + network.forget.samples) * looks / algorithm.steps
+    return runs * (sum(batch_sizes) + seen) * network.retain.features.shape[1] * network.rank <= HOST_WORK
 
 
 def _roll_seeds(
