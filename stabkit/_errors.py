@@ -43,6 +43,10 @@ class UnlabelledWarning(StabkitWarning):
     """Some samples have no label at all, and count as a loss of 0."""
 
 
+class ScheduleWarning(StabkitWarning):
+    """An optimizer is on a scheduler that the prediction was not told of."""
+
+
 class BudgetWarning(StabkitWarning):
     """Even the fastest mode is estimated to cost more than the budget; it is taken all the same."""
 

@@ -76,6 +76,6 @@ def _gradient_moments(problem: UnlearningProblem, samples: Samples, indices: Ten
     first = torch.zeros(problem.size, dtype=torch.float64, device=problem.device)
     second = torch.zeros_like(first)
     for block in gradient_blocks(problem, samples, indices):
-        first += problem.flatten({name: g.double().sum(0) for name, g in block.items()})
+        first += problem.flatten({name: g.sum(0, dtype=torch.float64) for name, g in block.items()})
         second += summed_squares(problem, block)
     return first / indices.numel(), second / indices.numel()

@@ -1,12 +1,13 @@
 """A guard for any training loop: it watches the losses go by and says, some steps ahead, that the run is about to diverge.
 
 guard = stabkit.Monitor(report)                      # or Monitor(level=math.log(10))
+lrs = [group["lr"] for group in optimiser.param_groups]
 for step in range(steps):
     ...                                              # both batch losses, backward
     alert = guard.update(retain_loss, forget_loss, gradient_norm)
     if alert.stop:
         break
-    for group in optimiser.param_groups:
+    for group, lr in zip(optimiser.param_groups, lrs):
         group["lr"] = lr * alert.lr_factor
     optimiser.step()
 
@@ -88,12 +89,13 @@ class Monitor:
     A loop of one's own asks before each step, and takes the factor of the original step size, not of the last one:
 
         monitor = stabkit.Monitor(report, action="shrink")
+        lrs = [group["lr"] for group in optimizer.param_groups]
         for step in range(steps):
             ...  # losses of this step's batches, and their gradients
             alert = monitor.update(retain_loss, forget_loss, gradient_norm)
             if alert.stop:
                 break
-            for group in optimizer.param_groups:
+            for group, lr in zip(optimizer.param_groups, lrs):  # the original ones, times a schedule's factor
                 group["lr"] = lr * alert.lr_factor
             optimizer.step()
 

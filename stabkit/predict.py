@@ -71,7 +71,7 @@ def predict(
         retain: What to retain, in any of the same forms.
         algorithm: A name, such as "graddiff", "agu", "sragu", "salun", "scrub" or "sfr_on" (all are in
             `stabkit.algorithms.ALGORITHMS`), or an algorithm object, which has settings of its own.
-        lr: Step size η > 0.
+        lr: Step size η > 0; where layers have factors of their own, as an optimizer's groups give them, that of factor 1.
         mix: α in [0, 1]: 0 descends on the retain set alone, 1 ascends on the forget set alone.
         batch_size: Retain samples a step.
         forget_batch_size: Forget samples a step; the smaller of `batch_size` and the forget set when None.
@@ -79,9 +79,11 @@ def predict(
         sampling: "without_replacement", "with_replacement" or "poisson".
         momentum: Heavy-ball momentum in [0, 1).
         nesterov: Whether momentum is Nesterov's.
-        weight_decay: γ >= 0, as in torch.optim.SGD, or AdamW.
+        weight_decay: γ >= 0, as in torch.optim.SGD, or AdamW, likewise.
         optimizer: "sgd", "adamw", or a new torch.optim.SGD or AdamW (or Adam without decay) of the model's parameters, whose
-            step size, momentum or betas, decay and groups are the run's where no argument says otherwise. AdamW's rollouts
+            step size, momentum or betas, decay and groups are the run's where no argument says otherwise: `lr` and
+            `weight_decay` are the largest of its groups, and others keep their share. A scheduler on it is not read: its
+            factors are `lr_schedule`. `optimizer_settings` gives an algorithm object for `run` the same. AdamW's rollouts
             follow a sample of the parameters (T15), and the linear theory is that of its second moment held still.
         max_gradient_norm: Largest norm of a step's preconditioned gradient, which is scaled down to it.
         lr_schedule: "cosine", "linear", "warmup", or a factor for each step.

@@ -179,7 +179,7 @@ class _Search:
 
     def _clipping(self) -> Recommendation | None:
         """The largest clipping norm that holds, from the norm of the first steps down; AdamW undoes clipping."""
-        if self._algorithm.adaptive:
+        if self._algorithm.adaptive or 0 in (self._algorithm.layer_lr or {}).values():
             return None
         part = self._network
         gradient = torch.zeros(part.rank, dtype=torch.float64)

@@ -29,6 +29,7 @@ MECHANISMS = {
 }
 TOP_LAYERS = 5
 NAMED_LAYERS = 3  # of those that share a setting
+NAMED_FACTORS = 6  # of a schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,17 @@ def _error_below(report: Report) -> tuple[Row, ...]:
     return (Row(label="error of the linearised outputs", value=number(report.critical_lr_error), note=note),)
 
 
+def _layers_own(report: Report) -> tuple[Row, ...]:
+    """Whose step sizes those of the report are."""
+    factors = report.run.settings.get("layer_lr")
+    if not factors:
+        return ()
+    note = (
+        "of every step size here and in the advice, which are of all other layers: `layer_lr`, or an optimizer's groups"
+    )
+    return (Row(label="layers' factors", value=_setting(factors), note=note),)
+
+
 def _limits(report: Report) -> Section:
     lr, mix, rollout = report.critical_lr_detail, report.critical_mix_detail, report.rollout
     spread = "halving and seeds:" if report.calibration.kind == "staged" else "seeds:"
@@ -152,6 +164,7 @@ def _limits(report: Report) -> Section:
                 value=number(report.critical_lr),
                 note=f"at this mix; {lr_note}{interval if lr.found else ''}",
             ),
+            *_layers_own(report),
             *_error_below(report),
             Row(label="critical mix", value=number(report.critical_mix), note=mix_note),
             Row(
@@ -331,6 +344,8 @@ def _trust(report: Report) -> Section:
 
 def _setting(value: object) -> str:
     """A setting for reading, layers by their factor."""
+    if isinstance(value, list | tuple) and len(value) > NAMED_FACTORS:
+        return f"{len(value)} factors, {number(min(value))} to {number(max(value))}"
     if not isinstance(value, dict):
         return number(value) if isinstance(value, float) else str(value)
     by_factor: dict[float, list[str]] = {}

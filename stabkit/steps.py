@@ -254,9 +254,9 @@ class Steps:
         change = -lr * ahead
         drift = change.norm() / theta.norm()
         state.theta, state.moments, state.taken = theta + change, moments, state.taken + 1
-        if self._rule.active and bool(self._rule.decide(drift, leakage)):
-            moved_little = self._rule.drift_tolerance is not None and bool(drift < self._rule.drift_tolerance)
-            state.stop_reason = "drift" if moved_little else "leakage"
+        if self._rule.active and bool(self._rule.decide(drift, leakage, moves=plan.lr > 0)):
+            still = bool(self._rule.decide(drift, None, moves=plan.lr > 0))
+            state.stop_reason = "drift" if still else "leakage"
         if not measured or norm is None:
             return None
         return StepRecord(

@@ -245,6 +245,7 @@ def test_a_stop_rule_decides_elementwise():
     assert StopRule().decide(drift, leakage).tolist() == [False] * 4
     assert not StopRule().active
     assert StopRule(drift_tolerance=1e-3).decide(drift, None).tolist() == [True, False, False, False]
+    assert StopRule(drift_tolerance=1e-3).decide(drift, None, moves=False).tolist() == [False] * 4
     assert StopRule(leakage_bound=0.5).decide(drift, leakage).tolist() == [False, False, True, False]
     assert StopRule(leakage_bound=0.5).decide(drift, None).tolist() == [False] * 4
     both = StopRule(drift_tolerance=1e-3, leakage_bound=0.5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stabkit
-from stabkit.algorithms import AGU, GradDiff, RemainNewton
+from stabkit.algorithms import AGU, GradDiff, L1Sparse, RemainNewton
 from stabkit.measure import MeasureSettings, measure
 from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
@@ -127,7 +127,12 @@ def test_damping_moves_the_critical_step_as_the_step_itself_does(digits_mlp, ran
         (
             lambda p: RemainNewton(layer_lr={"1": 0.1}, rank=2, curvature_samples=8).step_preconditioner(p),
             ValueError,
-            r"`layer_lr` of `RemainNewton` must be None, as its P is not diagonal; got \{'1': 0\.1\}",
+            r"`layer_lr` of `RemainNewton` must be None, as its P is not diagonal; got \{'1': 0\.1\}.* one step size\.$",
+        ),
+        (
+            lambda p: L1Sparse(layer_lr={"1": 0.1}).step_preconditioner(p),
+            ValueError,
+            r"must be None, as SGD goes by a mask or signs of its own there; got .* one step size, or take AdamW\.$",
         ),
     ],
 )

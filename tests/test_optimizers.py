@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -302,15 +303,62 @@ def test_other_optimizers_are_refused(case):
 
 def test_clipping_and_parameters_that_stand_still_do_not_go_together(case):
     """torch.nn.utils.clip_grad_norm_ of all parameters takes in those that the optimizer lets be."""
-    model = case[0]
-    clipped = {"max_gradient_norm": 0.1}
-    words = r"must move all trainable parameters with max_gradient_norm; got one that lets 2 be, '2\.weight' among them"
+    model, forget, retain = case
+    words = r"`layer_lr` of `GradDiff` must be above 0 with max_gradient_norm=0\.1 and SGD.*; got 0 for '2\.weight'"
+    optimizer = torch.optim.SGD(groups(model, (0.1, 0.0)))
     with pytest.raises(ValueError, match=words):
-        optimizer_settings(torch.optim.SGD(groups(model, (0.1, 0.0))), model, given=clipped)
+        stabkit.predict(model, forget, retain, optimizer=optimizer, max_gradient_norm=0.1)
+    with pytest.raises(ValueError, match=words):
+        GradDiff(max_gradient_norm=0.1, **optimizer_settings(optimizer, model))
     own = GradDiff(max_gradient_norm=0.1)
     with pytest.raises(ValueError, match=words):
         resolve_algorithm(own, model=model, optimizer=torch.optim.SGD(model[0].parameters(), lr=0.1))
     moving = resolve_algorithm(own, model=model, optimizer=torch.optim.SGD(groups(model, (0.1, 0.05))))
     assert moving.layer_lr == {"2.weight": 0.5, "2.bias": 0.5}
-    adamw = optimizer_settings(torch.optim.AdamW(groups(model, (0.1, 0.0))), model, given=clipped)
-    assert adamw["layer_lr"] == {"2.weight": 0.0, "2.bias": 0.0}  # a factor of all of it changes none of its steps
+    adamw = resolve_algorithm(own, model=model, optimizer=torch.optim.AdamW(groups(model, (0.1, 0.0))))
+    assert adamw.layer_lr == {"2.weight": 0.0, "2.bias": 0.0}  # a factor of all of it changes none of its steps
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_advice_without_clipping_where_layers_stand_still(case):
+    model, forget, retain = case
+    optimizer = torch.optim.SGD(groups(model, (5.0, 0.0)))
+    report = stabkit.predict(
+        model, forget, retain, optimizer=optimizer, mix=0.5, steps=20, batch_size=4, mode="fast", seeds=1
+    )
+    items = {item.remedy for item in report.recommend().items}
+    assert "step size" in items
+    assert "clipping" not in items
+
+
+def test_a_scheduler_that_nothing_was_said_of_is_told(case):
+    model, forget, retain = case
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.02)
+    with pytest.warns(stabkit.ScheduleWarning, match=r"`optimizer` of `predict` is on .*as `lr_schedule`") as told:
+        stabkit.predict(model, forget, retain, optimizer=optimizer, steps=4, batch_size=4, mode="fast", seeds=1)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", stabkit.ScheduleWarning)
+        resolve_algorithm("graddiff", model=model, optimizer=optimizer, lr_schedule=[0.02] * 4, steps=4)
+        resolve_algorithm(GradDiff(lr_schedule="cosine"), model=model, optimizer=optimizer)
+        resolve_algorithm("graddiff", model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_what_stands_still_says_nothing_of_the_decay(case):
+    model = case[0]
+    still = {"params": model[2].parameters(), "lr": 0.0, "weight_decay": 5.0}
+    moving = parted(model, (0.1, 0.1), (0.2, 0.0))[:2]
+    found = optimizer_settings(torch.optim.AdamW([*moving, still]), model)
+    assert (found["weight_decay"], found["layer_weight_decay"]) == (0.2, {"0.bias": 0.0})
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_a_report_says_whose_its_step_sizes_are(case):
+    model, forget, retain = case
+    common = {"steps": 10, "batch_size": 4, "mode": "fast", "seeds": 1, "lr_schedule": [k / 10 for k in range(10)]}
+    found = str(stabkit.predict(model, forget, retain, optimizer=torch.optim.SGD(groups(model, (0.1, 0.05))), **common))
+    assert "layers' factors" in found
+    assert "0.5 of 2.weight, 2.bias" in found
+    assert "lr_schedule=10 factors, 0 to 0.9" in found
+    assert "layers' factors" not in str(stabkit.predict(model, forget, retain, lr=0.1, **common))

@@ -319,9 +319,23 @@ LAYERS = st.sampled_from((None, {"weight": 0.3}, {"bias": 0.0}, {"weight": 0.0, 
 def test_layers_of_their_own_step_size_and_decay_are_rolled_out_as_they_are_run(
     loss, lr, mix, settings, momentum, rates, decays, seed
 ):
+    if rates and 0 in rates.values():  # clipping is refused
+        settings = {**settings, "max_gradient_norm": None}
     layers = {"layer_lr": rates, "layer_weight_decay": decays}
     algorithm = GradDiff(lr=lr, mix=mix, steps=18, batch_size=5, forget_batch_size=3, **settings, **layers)
     compare_to_run(linear_problem(loss), algorithm.replace(**momentum), seed=seed)
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"momentum": 0.5}])
+def test_a_pause_of_the_schedule_is_no_drift_that_has_ended(optimizer):
+    """A warm-up that begins at 0 moves nothing in its first step, and the run goes on all the same."""
+    problem = linear_problem("cross_entropy")
+    schedule = [0.0, 0.5, 1.0, 0.0, *[1.0] * 8]
+    algorithm = AGU(lr=0.1, steps=12, batch_size=5, drift_tolerance=1e-8, lr_schedule=schedule, **optimizer)
+    _, real = compare_to_run(problem, algorithm)
+    assert (real.steps, real.stop_reason) == (12, "steps")
+    _, real = compare_to_run(problem, algorithm.replace(drift_tolerance=1e9))
+    assert (real.steps, real.stop_reason) == (2, "drift")  # in the first step that is none
 
 
 @pytest.mark.parametrize("settings", [{"max_gradient_norm": 0.05}, {"lr_schedule": "cosine", "forget_every": 3}])

@@ -1,8 +1,11 @@
 """Unlearning algorithms, one file each: a preconditioner, a mix, a batch scheme, a plan of steps and a stop rule (T1)."""
 
+import warnings
+
 import torch
 from torch import nn
 
+from stabkit._errors import ScheduleWarning, caller_level
 from stabkit._validate import check_choice
 from stabkit.algorithms.agu import AGU
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps
@@ -75,8 +78,15 @@ def resolve_algorithm(
     optimizer = settings.get("optimizer")
     if isinstance(optimizer, torch.optim.Optimizer) and model is not None:
         del given["optimizer"]
-        given = {"max_gradient_norm": algorithm.max_gradient_norm} | given  # which groups may not go with
+        told = "lr_schedule" in given or algorithm.lr_schedule is not None
         given |= optimizer_settings(optimizer, model, given=given, owner=owner)  # its None of groups counts, too
+        if not told and any("initial_lr" in group for group in optimizer.param_groups):
+            warnings.warn(
+                f"`optimizer` of `{owner}` is on a learning-rate scheduler, whose factors no optimizer tells: the step size "
+                "is taken to stay as it begins. Give them as `lr_schedule`, a name or a factor for each step.",
+                ScheduleWarning,
+                stacklevel=caller_level(),
+            )
     return algorithm.replace(**given)
 
 

@@ -105,7 +105,7 @@ class Algorithm(abc.ABC):
         max_gradient_norm: Norm that Pĝ, the preconditioned gradient of the losses, is clipped to in every step, as by
             torch.nn.utils.clip_grad_norm_ with P applied to the gradients before; None: never. Of the plain gradient
             under P ≠ I a rollout knows no norm: what P takes away never enters its coordinates. `layer_lr` comes after, as
-            groups' step sizes do; SGD's norm is of the layers that it lets move.
+            groups' step sizes do; with SGD it holds no layer still then, whose gradients no rollout knows.
         lr_schedule: Factors of the step size: "cosine" or "linear" (from 1 towards 0 over the run), "warmup" (rising over
             its first tenth), K numbers >= 0, or None (all 1). `stabkit.schedules` makes them.
         forget_schedule: Factors of the forget gradient's weight, in the same forms.
@@ -208,6 +208,13 @@ class Algorithm(abc.ABC):
             plain["forget_every"] = every
         for key in ("layer_lr", "layer_weight_decay"):
             plain[key] = _checked_factors(getattr(self, key), key, owner)
+        still = [name for name, factor in (self.layer_lr or {}).items() if factor == 0]
+        if still and self.max_gradient_norm is not None and not self.adaptive:
+            raise ValueError(
+                f"`layer_lr` of `{owner}` must be above 0 with max_gradient_norm={self.max_gradient_norm!r} and SGD, as "
+                f"gradients of layers that stand still count for torch.nn.utils.clip_grad_norm_ too; got 0 for {still[0]!r}."
+                " Freeze them in the model with requires_grad_(False), or clip nothing with max_gradient_norm=None."
+            )
         for key, value in plain.items():  # NumPy scalars become Python's, which reports can write
             object.__setattr__(self, key, value)
 
@@ -301,9 +308,12 @@ class Algorithm(abc.ABC):
             return Diagonal(factors)
         if type(plain) is Diagonal:
             return Diagonal(plain.diagonal * factors.to(plain.diagonal))
+        masked = isinstance(plain, PlainSteps)
         raise ValueError(
-            f"`layer_lr` of `{type(self).__name__}` must be None, as its P is not diagonal; got "
-            f"{dict(self.layer_lr or {})!r:.80}. Give all layers one `lr`."
+            f"`layer_lr` of `{type(self).__name__}` must be None, as "
+            f"{'SGD goes by a mask or signs of its own there' if masked else 'its P is not diagonal'}; got "
+            f"{dict(self.layer_lr or {})!r:.80}. Give all layers, or all groups of an optimizer, one step size"
+            f"{', or take AdamW' if masked else ''}."
         )
 
     def layer_factors(self, problem: UnlearningProblem) -> Tensor | None:

@@ -41,8 +41,7 @@ def optimizer_settings(
     Raises:
         TypeError: If the optimizer is of another class.
         ValueError: If it has taken steps, holds parameters of another network, has an option that no prediction covers, or
-            its groups differ in anything but step size and weight decay, or SGD's gradients are clipped with such that it
-            does not move.
+            its groups differ in anything but step size and weight decay.
     """
     kind = _kind(optimizer, owner)
     told = {name: value for name, value in (given or {}).items() if value is not None}
@@ -61,14 +60,6 @@ def optimizer_settings(
             "OneCycleLR or CyclicLR. Make it anew, and give the step size's factors as `lr_schedule`."
         )
     settings: dict[str, object] = {"optimizer": kind, **MOMENTUM[kind], **_groups(optimizer, model, owner)}
-    factors = settings["layer_lr"]
-    still = [name for name, factor in factors.items() if factor == 0] if isinstance(factors, dict) else []
-    if still and kind == "sgd" and "max_gradient_norm" in told:
-        raise ValueError(
-            f"`optimizer` of `{owner}` must move all trainable parameters with max_gradient_norm; got one that lets "
-            f"{len(still)} be, {still[0]!r} among them, whose gradients count for torch.nn.utils.clip_grad_norm_ and not "
-            "here. Set requires_grad=False on them."
-        )
     for name in SHARED[kind]:
         values = [_plain(group[name]) for group in optimizer.param_groups]
         settings[name] = values[0]
@@ -126,13 +117,14 @@ def _groups(optimizer: torch.optim.Optimizer, model: nn.Module, owner: str) -> d
     for key, group in held.items():
         if key in names:
             rates[names[key]] = float(group.get("initial_lr", group["lr"]))
-            decays[names[key]] = float(group["weight_decay"])
+            if rates[names[key]] > 0:  # a decay is multiplied by the step size
+                decays[names[key]] = float(group["weight_decay"])
     (lr, layer_lr), (decay, layer_decay) = _shared(rates), _shared(decays)
     return {"lr": lr, "layer_lr": layer_lr, "weight_decay": decay, "layer_weight_decay": layer_decay}
 
 
 def _shared(values: dict[str, float]) -> tuple[float, dict[str, float] | None]:
     """The largest of them, and what the others are of it."""
-    largest = max(values.values())
+    largest = max(values.values(), default=0.0)
     factors = {name: round(value / largest, 12) for name, value in values.items()} if largest > 0 else {}
     return largest, {name: factor for name, factor in factors.items() if factor != 1} or None

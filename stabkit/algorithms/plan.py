@@ -21,7 +21,8 @@ class StopRule:
     """When a run ends before its last step. Evaluated by the runner and by the rollout on the same quantities.
 
     Attributes:
-        drift_tolerance: Stop when one step moves the parameters by less than this share of their norm; None: never.
+        drift_tolerance: Stop when one step moves the parameters by less than this share of their norm; None: never. A step
+            whose schedule has a factor of 0 is no step of this kind: it moves nothing wherever the run is.
         leakage_bound: Stop when the mean KL divergence, in nats, from the original model's predictions on the forget
             batch to the current ones passes this; None: never.
     """
@@ -34,18 +35,19 @@ class StopRule:
         """Whether any condition is set."""
         return self.drift_tolerance is not None or self.leakage_bound is not None
 
-    def decide(self, drift: Tensor, leakage: Tensor | None) -> Tensor:
+    def decide(self, drift: Tensor, leakage: Tensor | None, *, moves: bool = True) -> Tensor:
         """Whether to stop, elementwise.
 
         Args:
             drift: Relative parameter change of the last step, any shape.
             leakage: Mean prediction divergence on the forget batch before the step, the same shape; None if unused.
+            moves: Whether the step's factor of the step size is above 0.
 
         Returns:
             Boolean tensor of the same shape.
         """
         stop = torch.zeros_like(drift, dtype=torch.bool)
-        if self.drift_tolerance is not None:
+        if self.drift_tolerance is not None and moves:
             stop |= drift < self.drift_tolerance
         if self.leakage_bound is not None and leakage is not None:
             stop |= leakage > self.leakage_bound

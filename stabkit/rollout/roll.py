@@ -263,7 +263,7 @@ def _roll_seeds(
         if rule.active:
             moved = ((change @ metric) * change).sum(-1).clamp_min(0)
             norm = network.anchor_norm**2 + 2 * c @ anchor + ((c @ metric) * c).sum(-1)
-            ended = rule.decide((moved / norm).sqrt(), leakage).cpu() & running
+            ended = rule.decide((moved / norm).sqrt(), leakage, moves=plans[step - 1].lr > 0).cpu() & running
             for i, column in ended.nonzero().tolist():
                 stopped_step[i, alive[column]] = float(step)
         c = c + change

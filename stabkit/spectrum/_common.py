@@ -11,6 +11,7 @@ from torch import Tensor
 from stabkit.curvature.operators import CurvatureOperator
 
 ROUNDING = 100  # rounding units of the dtype: no relative tolerance is tighter
+ROWS_AT_ONCE = 2**18  # of vectors, that are taken to double precision or turned
 PROGRESS = 0.9  # the worst residual must fall below this share of what it was
 PATIENCE = 6  # within so many restarts, or the solver counts as stalled
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from stabkit._memory import free_memory
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.curvature.operators import CurvatureOperator
 from stabkit.spectrum._common import ROUNDING, product
@@ -20,7 +21,8 @@ from stabkit.spectrum.outcome import SolverOutcome
 
 WHICH = ("both", "largest", "smallest")
 METHODS = ("lanczos", "lobpcg")
-SPARE_BASIS = 20  # vectors kept beyond the least, by default
+SPARE_BASIS, FEWEST_SPARE = 20, 4  # vectors kept beyond the least, by default; fewer where memory is short
+BASIS_SHARE = 0.5  # of what is free
 
 
 def extreme_eigenpairs(
@@ -51,7 +53,8 @@ def extreme_eigenpairs(
         method: "lanczos" or "lobpcg".
         tolerance: Largest residual to accept, as a share of the largest |λ|; no tighter than 100 rounding units.
         block: Vectors that Lanczos multiplies at once.
-        basis: Vectors that Lanczos keeps, at least the wanted pairs + 2·block; 20 more than that when None.
+        basis: Vectors that Lanczos keeps, at least the wanted pairs + 2·block. When None, 20 more than that, and as few as 4
+            more where they would take over half of the memory that is free: then it takes more products.
         max_products: Products after which the best there is is returned; never exceeded.
         seed: Seed of the start vectors.
         progress: Whether to show a progress bar over the blocks.
@@ -79,7 +82,8 @@ def extreme_eigenpairs(
     check_real(tolerance, name="tolerance", owner=OWNER, low=0)
     wanted = 2 * ends if which == "both" else ends
     least = wanted + 2 * block
-    kept = least + SPARE_BASIS if basis is None else check_int(basis, name="basis", owner=OWNER, low=least)
+    spare = _spare(operator, least + 3 * block)
+    kept = least + spare if basis is None else check_int(basis, name="basis", owner=OWNER, low=least)
     d = operator.shape[0]
     small = kept if method == "lanczos" else max(kept, 5 * ends)  # LOBPCG is not made for fewer than 5 rows a vector
     if method == "lobpcg" and checkpoint is not None:
@@ -102,6 +106,13 @@ def extreme_eigenpairs(
         store = OperatorCheckpoint(checkpoint, "krylov", [operator], settings, owner=OWNER)
     krylov = Krylov(operator, which=which, ends=ends, block=block, basis=kept, seed=seed)
     return lanczos(krylov, accepted, max_products, progress, store, checkpoint_every)
+
+
+def _spare(operator: CurvatureOperator, needed: int) -> int:
+    """Vectors to keep beyond those that are needed, as memory has room for them."""
+    width = max(1, operator.shape[0]) * operator.dtype.itemsize
+    room = int(BASIS_SHARE * free_memory(operator.device) / width) - needed
+    return min(SPARE_BASIS, max(FEWEST_SPARE, room))
 
 
 def _dense(operator: CurvatureOperator, which: str, ends: int, tolerance: float) -> Eigenpairs:

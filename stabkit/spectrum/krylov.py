@@ -12,7 +12,7 @@ from torch import Tensor
 from stabkit._progress import progress_bar
 from stabkit.curvature.operators import CurvatureOperator
 from stabkit.curvature.orthonormal import orthonormal, tall_qr
-from stabkit.spectrum._common import Stall, gaussian, product
+from stabkit.spectrum._common import ROWS_AT_ONCE, Stall, gaussian, product
 from stabkit.spectrum.checkpoint import OperatorCheckpoint
 from stabkit.spectrum.eigenpairs import OWNER, Eigenpairs, places, recomputed
 from stabkit.spectrum.outcome import SolverOutcome
@@ -83,7 +83,9 @@ class Krylov:
         # Half the room goes to neighbours, at both ends: dropped large eigenvalues come back and crowd the small out.
         spare = (self.basis - self.new.shape[1] - sides * self.ends) // 4
         keep = sorted({*places(size, spare, "both"), *places(size, self.ends + spare, self.which)})
-        self.vectors[:, : len(keep)] = self.vectors[:, : self.size] @ rotation[:, keep].to(self.vectors)
+        turned = rotation[:, keep].to(self.vectors)
+        for rows in self.vectors.split(ROWS_AT_ONCE):  # no second basis beside it
+            rows[:, : len(keep)] = rows[:, : self.size] @ turned
         self.size = len(keep)
         self.projected = torch.diag(values[keep])
         self.restarts += 1
