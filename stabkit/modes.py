@@ -37,8 +37,8 @@ CHECKING = "checking the problem"  # the stage before all others
 # those of networks of ten million parameters, which are linear for fewer steps (gpu/results.md).
 TYPICAL_SHARE, LARGE_SHARE, PLACES = 0.2, 0.5, 2
 LARGE = 10**6  # parameters, between the two
-# Of an AdamW run and its looks, which are real but for what comes after a crossing; typical of its cells there.
-ADAMW_SHARE = 0.7
+# Of a run all of whose steps and looks are real but for what comes after a crossing; typical of AdamW's cells there.
+REAL_SHARE = 0.7
 # Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
 ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 6e10
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
@@ -233,13 +233,11 @@ def estimate_cost(
         gradients["reading"] = read.reading_gradients
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
     if settings.staged:
-        # With coupled batches the running statistics are followed along the linearised steps.
         share = TYPICAL_SHARE if problem.size < LARGE else LARGE_SHARE
-        each_rollout = (share + (1 / 3 if coupled else 0)) * run
-        each_rollout += 0 if coupled else PATH_STEPS * sum(algorithm.batch_sizes(problem))
+        each_rollout = share * run + PATH_STEPS * sum(algorithm.batch_sizes(problem))
         each_rollout += (PLACES + share * looks) * sum(held) / 3
-        if algorithm.adaptive:
-            each_rollout = ADAMW_SHARE * (run + looks * sum(held) / 3)
+        if algorithm.adaptive or coupled:
+            each_rollout = REAL_SHARE * (run + looks * sum(held) / 3)
         scans = 1 if algorithm.fixed_mix else 2
         gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN) * each_rollout
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient

@@ -99,7 +99,8 @@ def predict(
         mode: "fast": a small linearisation and spectrum. "standard": larger ones. "thorough": beside those, the
             linearised network is left for real steps on a copy wherever its loss is not the real one's any more, which finds
             runs that break, or do not, because features move, and takes some six times a run's gradients beside those of the
-            linearisation, which are many for a short run; of AdamW's all steps are real and it takes some twenty times.
+            linearisation, which are many for a short run; of AdamW's, and with batchnorm="batch", all steps are real and it
+            takes some twenty times.
             "auto": the most thorough of them within `budget`; without one, thorough where network and run are small and
             standard elsewhere.
         budget: For "auto": gradient-equivalents, or seconds as text, such as "30s". None: gradients times parameters of a

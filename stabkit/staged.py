@@ -4,7 +4,8 @@ The run is rolled out on the network linearised at θ*, and the real network eva
 step up to which its loss and its outputs are those of the linearised network, and its outputs depend on no parameters that
 were dormant at θ*, the same run, same batches, goes on with real steps on a copy. A setting on which the linearisation is
 right so costs a few forward passes, and one that leaves it at once costs the run. Of an AdamW run the linearisation knows
-a sample of the parameters alone, so that there is nowhere to hand over: all of its steps are real.
+a sample of the parameters alone, so that there is nowhere to hand over, and where batches are normalised by their own
+statistics it knows other batches than the run's, whose places are elsewhere: all steps of these are real.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from stabkit.curvature import LinearisedNetwork
 from stabkit.curvature.dormant import SAMPLES, awakened
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.rollout import SCORE_CAP, Rollout, loss_scale, players_of, rollout
-from stabkit.steps import Position, check_coupled, statistics_along, steps_from
+from stabkit.steps import Position, check_coupled, steps_from
 from stabkit.updates import Moments
 
 # Chosen on calibration cells of the benchmark: half of either does hardly better there and costs half as much again.
@@ -103,15 +104,14 @@ def staged_rollout(
         max_output_error: Error of the outputs, relative to how far they moved, up to which it is.
         max_path_error: How far, by the same measure, the outputs of a few first steps may be from those of the linearised
             ones: beyond it the run is not where it is predicted to be, however right the outputs there, and all steps are
-            real. Not looked at with batchnorm="batch".
+            real.
         progress: Whether to show a progress bar.
 
     Returns:
         The rollout. Cost of a seed: the first steps (`first_look`), forward passes over the linearised samples at up to
         log2(steps) + 3 places, and then what the rest of the run costs, with such passes at each look; gradients of up to
-        128 samples at each of those places where the network has dormant tensors. With batchnorm="batch" the running
-        statistics are known from B_R + B_F forward passes a linearised step, and as they move the outputs by themselves the
-        loss's error counts alone. Of AdamW all steps are real.
+        128 samples at each of those places where the network has dormant tensors. Of AdamW, and with batchnorm="batch", all
+        steps are real.
 
     Raises:
         ValueError: If an argument is out of its domain, or batches may have no variance to be normalised by.
@@ -124,7 +124,6 @@ def staged_rollout(
     bounds = max_loss_error, max_output_error
     if problem.batchnorm == "batch":
         check_coupled(algorithm, batch_sizes)
-        bounds = max_loss_error, math.inf
     runs = [_Run(problem, network, algorithm, batch_sizes, seed) for seed in seeds]
     parts = [run.roll(bounds, max_path_error) for run in progress_bar(runs, "staged rollout", progress)]
     fields = ("score", "divergence_step", "stopped_step", "retain_loss", "forget_loss", "coordinates")
@@ -179,7 +178,6 @@ class _Run:
         self._theta = problem.vector()
         self._scale = loss_scale(network)
         self.path: dict[int, tuple[Tensor, Moments]] = {}  # coordinates and moments after every step
-        self._statistics: list[Parameters] = []  # after every step, with batchnorm="batch"
         self.gradients = 0.0
 
     def linearised(self) -> Rollout:
@@ -204,14 +202,12 @@ class _Run:
         crossing = float(rolled.divergence_step[0, 0])
         if crossing == 0:  # nothing is left to predict
             return rolled, Handover(step=0, real_steps=0, loss_error=0.0, output_error=0.0)
-        if self._algorithm.adaptive:
+        if self._algorithm.adaptive or self._problem.batchnorm == "batch":
             rolled, real_steps = self._walked(rolled, 0)
             return rolled, Handover(step=0, real_steps=real_steps, loss_error=0.0, output_error=0.0)
         # A crossing is left to real steps: the path to it may be wrong where its end is not.
         ahead = [k for k in self.path if k > 0 and not k >= crossing]
-        if self._problem.batchnorm == "batch":
-            self._statistics = self._followed(ahead)
-        departed = self._path_error(ahead) if self._problem.batchnorm == "frozen" else 0.0
+        departed = self._path_error(ahead)
         if departed > max_path_error:
             last, seen = 0, _Seen(loss_error=0.0, output_error=0.0, losses=(math.nan, math.nan))
         else:
@@ -320,13 +316,13 @@ class _Run:
         worst = float(self._scale.score(rolled.retain_loss[0, 0, :place]).max())
         crossed = math.nan
         at = start = self._start()
-        if not self._algorithm.adaptive:
+        if last:
             coordinates, carried = self.path[last]
             at = start = Position(
                 step=last,
                 theta=self._theta + self._network.displacement(coordinates),
                 moments=Moments(first=self._network.displacement(carried.first)),
-                statistics=self._known(last),
+                statistics={},
             )
         for at in steps_from(
             self._problem,
@@ -369,41 +365,24 @@ class _Run:
             return SCORE_CAP
         return float(self._scale.score(torch.tensor(losses[0], dtype=torch.float64)))
 
-    def _followed(self, ahead: list[int]) -> list[Parameters]:
-        """Running statistics after each of the linearised steps."""
-        finite = [k for k in ahead if bool(torch.isfinite(self.path[k][0]).all())]
-        before = (self._theta + self._network.displacement(self.path[k - 1][0]) for k in finite)
-        self.gradients += len(finite) * sum(self._batch_sizes) / 3
-        return list(
-            statistics_along(self._problem, self._algorithm, before, batch_sizes=self._batch_sizes, seed=self._seed)
-        )
-
-    def _known(self, step: int) -> Parameters:
-        """Running statistics after a linearised step; none where they are frozen."""
-        if self._problem.batchnorm == "frozen":
-            return {}
-        return self._statistics[step - 1] if step else self._problem.statistics
-
     def _seen(self, step: int) -> _Seen:
         """The real network at the parameters predicted for a step."""
         network, coordinates = self._network, self.path[step][0]
         if not bool(torch.isfinite(coordinates).all()):
             return _Seen(loss_error=math.inf, output_error=math.inf, losses=(math.inf, math.inf))
         moved = self._problem.unflatten(self._theta + network.displacement(coordinates))
-        parameters = {**moved, **self._known(step)}
-        outputs, losses = self._evaluated(parameters)
+        outputs, losses = self._evaluated(moved)
         self.gradients += 2 * SAMPLES if network.dormant else 0
         part = network.retain
-        before = part.outputs if part.eval_outputs is None else part.eval_outputs
-        change = (part.features @ coordinates.to(part.features)).double().reshape(before.shape)
-        linear = float(network.loss.per_sample(before.double() + change, part.targets).mean())
+        change = (part.features @ coordinates.to(part.features)).double().reshape(part.outputs.shape)
+        linear = float(network.loss.per_sample(part.outputs.double() + change, part.targets).mean())
         # How far either lies beyond the level does not matter.
         ends = [min(value, self._scale.floor + self._scale.room) for value in (losses[0], linear)]
         return _Seen(
             loss_error=abs(ends[0] - ends[1]) / self._scale.room if math.isfinite(ends[1]) else math.inf,
-            output_error=network.output_error(coordinates, outputs, evaluated=True),
+            output_error=network.output_error(coordinates, outputs),
             losses=losses,
-            awakened=awakened(self._problem, network, parameters),
+            awakened=awakened(self._problem, network, moved),
         )
 
     def _evaluated(self, parameters: Parameters) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps
 from stabkit.algorithms.plan import StepPlan
 from stabkit.graphs import NetworkGraphs
-from stabkit.preconditioner import Identity, Preconditioner
+from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, layout, map_tensors, tensors_of
 from stabkit.sampling import batch_streams
@@ -126,39 +126,6 @@ def steps_from(
             stopped=state.stop_reason != "steps",
             gradient_equivalents=state.gradients,
         )
-
-
-def statistics_along(
-    problem: UnlearningProblem,
-    algorithm: Algorithm,
-    path: Iterable[Tensor],
-    *,
-    batch_sizes: tuple[int, int],
-    seed: int,
-) -> Iterator[Parameters]:
-    """The running statistics that a run from θ* on has where its parameters are known.
-
-    Args:
-        problem: The unlearning problem, batchnorm="batch".
-        algorithm: The algorithm.
-        path: Parameters before each step, θ* first, each of shape (d,).
-        batch_sizes: B_R and B_F.
-        seed: Seed of the batches.
-
-    Yields:
-        Running statistics after each step, by buffer name. Cost of each: B_R + B_F forward passes.
-    """
-    statistics = copies(problem.statistics)
-    steps = Steps(problem, algorithm, Identity(), batch_sizes, seed, "full")
-    for plan, theta in zip(algorithm.plan(), path, strict=False):
-        parameters = problem.unflatten(theta)
-        weights = (1 - algorithm.mix) * plan.retain, algorithm.mix * plan.forget
-        both = zip((problem.retain, problem.forget), steps.draw(plan), weights, strict=True)
-        for samples, indices, weight in both:
-            if weight and indices.numel():
-                with torch.no_grad():
-                    problem.batch_outputs(parameters, samples.batch(indices)[0], statistics=statistics)
-        yield copies(statistics)
 
 
 def check_coupled(algorithm: Algorithm, batches: tuple[int, int]) -> None:

@@ -274,9 +274,7 @@ class LinearisedNetwork:
             landmarks=last,
         )
 
-    def output_error(
-        self, coordinates: Tensor, outputs: Sequence[Tensor], *, evaluated: bool = False, least: float = SMALL_MOVE
-    ) -> float:
+    def output_error(self, coordinates: Tensor, outputs: Sequence[Tensor], *, least: float = SMALL_MOVE) -> float:
         """‖f(θ) - f(θ*) - Φc‖ / ‖Φc‖ over the samples of both sets and the outputs that the loss reads (theory §6).
 
         A movement of less than a small share of ‖f(θ*)‖ counts as one of that size: its error would be that of rounding.
@@ -284,7 +282,6 @@ class LinearisedNetwork:
         Args:
             coordinates: c, shape (r,).
             outputs: The real network's outputs f(θ) for the retain and for the forget samples, shapes (m, ...).
-            evaluated: Whether those are of eval mode although batches are coupled.
             least: That share.
 
         Returns:
@@ -292,7 +289,7 @@ class LinearisedNetwork:
         """
         wrong = moved = size = 0.0
         for part, real in zip((self.retain, self.forget), outputs, strict=True):
-            before = part.eval_outputs if evaluated and part.eval_outputs is not None else part.outputs
+            before = part.outputs
             with arithmetic("float32"):  # the check is not to inherit what it checks for
                 change = (part.features @ coordinates.to(part.features)).double()
             error = real.double().flatten(1) - before.double().flatten(1) - change
