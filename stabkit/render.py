@@ -137,9 +137,7 @@ def _layers_own(report: Report) -> tuple[Row, ...]:
     factors = report.run.settings.get("layer_lr")
     if not factors:
         return ()
-    note = (
-        "of every step size here and in the advice, which are of all other layers: `layer_lr`, or an optimizer's groups"
-    )
+    note = "share that these layers take of any step size named here or in the advice; all others take the whole"
     return (Row(label="layers' factors", value=_setting(factors), note=note),)
 
 
