@@ -91,21 +91,14 @@ def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake:
         threshold=least,
         passed=network.captured >= least,
         meaning="Share of the outputs' sensitivity to the parameters that the compressed directions hold.",
-        remedy="Raise `rank`."
-        if measurement.problem.batchnorm == "batch"
-        else "mode='thorough' takes real steps where a run leaves them; otherwise raise `rank`.",
+        remedy="mode='thorough' takes real steps where a run leaves them; otherwise raise `rank`.",
     )
     return (
         *([] if rough is None else [tf32]),
         *([] if measurement.settings.staged else [linearised]),
         *([] if measurement.settings.staged or not network.dormant else [dormant]),
-        # A staged rollout asks whether the run leaves these directions, but with coupled batches; of sampled parameters
-        # nothing is left out on average.
-        *(
-            []
-            if adaptive or (measurement.settings.staged and measurement.problem.batchnorm == "frozen")
-            else [captured]
-        ),
+        # Staged rollouts ask whether the run leaves these directions; of sampled parameters nothing is left out on average.
+        *([] if adaptive or measurement.settings.staged else [captured]),
         Check(
             name="relative eigen-residual",
             value=residual,

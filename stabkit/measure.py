@@ -31,7 +31,7 @@ from stabkit.precision import arithmetic
 from stabkit.preconditioner import Diagonal, Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost, LayerGate
-from stabkit.spectrum import Eigenpairs, extreme_eigenpairs
+from stabkit.spectrum import Eigenpairs, affordable_basis, extreme_eigenpairs
 
 COHERENCE_SAMPLES = 256  # of each set, and fewer where their factors have more rows in all than the next number
 COHERENCE_ROWS, THEORY_ROWS, FEWEST_SAMPLES = 2**12, 2**14, 16
@@ -443,7 +443,7 @@ def _spectrum(
     mixed = MixedOperator(retain, forget, mix)
     # One vector at a time: of as many products, a Krylov space of one start reaches twice the degree. The tolerance is a
     # share of the largest |λ|: at a looser one the smallest eigenvalue, often a twentieth of that, is not found.
-    pairs = extreme_eigenpairs(mixed, block=1, seed=settings.seed)
+    pairs = extreme_eigenpairs(mixed, block=1, basis=affordable_basis(mixed), seed=settings.seed)
     gradients, error = 0.0, None
     if settings.precision == "tf32":
         v = torch.randn(mixed.shape[0], generator=torch.Generator().manual_seed(settings.seed))

@@ -39,6 +39,7 @@ TYPICAL_SHARE, LARGE_SHARE, PLACES = 0.2, 0.5, 2
 LARGE = 10**6  # parameters, between the two
 # Of a run all of whose steps and looks are real but for what comes after a crossing; typical of AdamW's cells there.
 REAL_SHARE = 0.7
+COUPLED_SHARE = 1.0  # the same in train mode: nearly all of a run on average (benchmarks/batchnorm.py)
 # Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
 ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 6e10
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
@@ -237,7 +238,7 @@ def estimate_cost(
         each_rollout = share * run + PATH_STEPS * sum(algorithm.batch_sizes(problem))
         each_rollout += (PLACES + share * looks) * sum(held) / 3
         if algorithm.adaptive or coupled:
-            each_rollout = REAL_SHARE * (run + looks * sum(held) / 3)
+            each_rollout = (COUPLED_SHARE if coupled else REAL_SHARE) * (run + looks * sum(held) / 3)
         scans = 1 if algorithm.fixed_mix else 2
         gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN) * each_rollout
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient

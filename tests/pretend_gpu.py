@@ -178,11 +178,11 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
         stabkit.SFROn(steps=STEPS, batch_size=16),
         stabkit.FineTune(steps=STEPS, batch_size=16, optimizer="adamw", weight_decay=0.01, max_gradient_norm=5.0),
     ):
+        little = roll.HOST_WORK
+        # Rollouts on the device, which are so small that they would be on the CPU; one prediction has them there.
+        roll.HOST_WORK = little if algorithm.name == "graddiff" else 0
         report = stabkit.predict(model, forget, retain, algorithm=algorithm.replace(lr=0.02), device=device, **SIZES)
-        little, roll.HOST_WORK = (
-            roll.HOST_WORK,
-            0,
-        )  # rollouts on the device, which are so small that they are on the CPU
+        roll.HOST_WORK = 0
         waits.clear()
         frontier = report.frontier(lr=[1e-6, 1.0], mix=[0.5])
         rolling, roll.HOST_WORK = dict(waits), little

@@ -7,9 +7,11 @@ import torch
 
 import stabkit
 from stabkit.algorithms import AGU, GradDiff, L1Sparse, RemainNewton
+from stabkit.curvature import linearise
 from stabkit.measure import MeasureSettings, measure
 from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
+from stabkit.rollout import rollout
 from stabkit.runner import run
 from stabkit.theory import _dynamics, _edges
 
@@ -51,6 +53,22 @@ def test_clipping_is_of_the_gradient_that_step_sizes_multiply(digits_mlp, random
     ):
         factor = 0.25 if name.startswith("3") else 1.0
         torch.testing.assert_close(other - before, factor * (after - before), rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [({"weight_decay": 0.1, "layer_weight_decay": {"3": 0.0}}, "decays"), ({"layer_lr": {"3": 0.5}}, "paces")],
+)
+def test_a_network_that_lacks_layers_factors_is_refused(digits_mlp, random_deletion, settings, factors):
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    algorithm = GradDiff(lr=0.01, steps=3, max_gradient_norm=0.1, **settings)
+    p = algorithm.step_preconditioner(problem)
+    sizes = {"rank": 8, "retain_samples": 16, "forget_samples": 8}
+    rolling = {"lr": [0.01], "mix": [0.5], "batch_sizes": (8, 8)}
+    with pytest.raises(ValueError, match=f"`network` of `rollout` must be made with `{factors}` for an algorithm with"):
+        rollout(linearise(problem, p, **sizes), algorithm, **rolling)
+    given = {"paces": algorithm.layer_factors(problem), "decays": algorithm.decay_factors(problem)}
+    rollout(linearise(problem, p, **sizes, **given).thinned(rank=4), algorithm, **rolling)
 
 
 def test_decay_of_layers_in_the_linear_theory(digits_mlp, random_deletion):

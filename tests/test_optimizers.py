@@ -349,6 +349,8 @@ def test_what_stands_still_says_nothing_of_the_decay(case):
     model = case[0]
     still = {"params": model[2].parameters(), "lr": 0.0, "weight_decay": 5.0}
     moving = parted(model, (0.1, 0.1), (0.2, 0.0))[:2]
+    nothing = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=0.1)
+    assert optimizer_settings(nothing, model, given={"lr": 0.1})["weight_decay"] == 0.1
     found = optimizer_settings(torch.optim.AdamW([*moving, still]), model)
     assert (found["weight_decay"], found["layer_weight_decay"]) == (0.2, {"0.bias": 0.0})
 

@@ -23,6 +23,7 @@ from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
 from stabkit.spectrum import (
     SolverOutcome,
+    affordable_basis,
     eigen,
     extreme_eigenpairs,
     frobenius_norm,
@@ -275,24 +276,18 @@ class DiagonalOperator(CurvatureOperator):
 def test_little_memory_makes_the_basis_smaller_and_the_pairs_no_worse(monkeypatch):
     values = torch.linspace(-1, 3, 400, dtype=torch.float64)
     values[-1] = 5
-    operator, bases = DiagonalOperator(values), []
-    made = eigen.Krylov
-
-    def noted(*arguments, basis, **settings):
-        bases.append(basis)
-        return made(*arguments, basis=basis, **settings)
-
-    monkeypatch.setattr(eigen, "Krylov", noted)
-    plain = extreme_eigenpairs(operator, tolerance=1e-6, max_products=2000)
-    monkeypatch.setattr(eigen, "free_memory", lambda device: 40 * 400 * 8)  # forty vectors
-    short = extreme_eigenpairs(operator, tolerance=1e-6, max_products=2000)
-    monkeypatch.setattr(eigen, "free_memory", lambda device: 0)
-    least = extreme_eigenpairs(operator, tolerance=1e-6, max_products=2000)
-    assert bases == [26, 14, 10]
-    for pairs in (plain, short, least):
+    operator = DiagonalOperator(values)
+    products = []
+    for vectors, basis in ((10**6, 24), (40, 17), (0, 8)):
+        monkeypatch.setattr(eigen, "free_memory", lambda device, vectors=vectors: vectors * 400 * 8)
+        assert affordable_basis(operator) == basis
+        pairs = extreme_eigenpairs(operator, tolerance=1e-6, block=1, basis=basis, max_products=2000)
         assert pairs.converged
         torch.testing.assert_close(pairs.values, values[[0, -1]], rtol=0, atol=1e-9)
-    assert least.products > plain.products
+        products.append(pairs.products)
+    assert products[0] < products[-1]
+    monkeypatch.undo()
+    assert extreme_eigenpairs(operator, block=1, basis=24).products == extreme_eigenpairs(operator, block=1).products
 
 
 def test_noisy_products_are_not_called_converged():

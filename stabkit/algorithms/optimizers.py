@@ -112,12 +112,13 @@ def _groups(optimizer: torch.optim.Optimizer, model: nn.Module, owner: str) -> d
         raise ValueError(
             f"`optimizer` of `{owner}` must hold parameters of `model`; got {what}. Make it with `model.parameters()`."
         )
+    moving = any(group.get("initial_lr", group["lr"]) > 0 for group in held.values())
     rates = dict.fromkeys(names.values(), 0.0)
     decays = {}
     for key, group in held.items():
         if key in names:
             rates[names[key]] = float(group.get("initial_lr", group["lr"]))
-            if rates[names[key]] > 0:  # a decay is multiplied by the step size
+            if rates[names[key]] > 0 or not moving:  # a decay is multiplied by the step size
                 decays[names[key]] = float(group["weight_decay"])
     (lr, layer_lr), (decay, layer_decay) = _shared(rates), _shared(decays)
     return {"lr": lr, "layer_lr": layer_lr, "weight_decay": decay, "layer_weight_decay": layer_decay}

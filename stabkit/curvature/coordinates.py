@@ -19,7 +19,7 @@ from stabkit.curvature.dormant import dormant_tensors
 from stabkit.curvature.factors import SampleFactors
 from stabkit.curvature.gradients import gradient_blocks, summed_squares
 from stabkit.curvature.jacobian import ScaledJacobian
-from stabkit.curvature.linearised import ROWS_AT_ONCE, LinearisedNetwork, LinearisedSet
+from stabkit.curvature.linearised import ROWS_AT_ONCE, LinearisedNetwork, LinearisedSet, given_factors
 from stabkit.curvature.lowrank import chosen_samples, coupled_sizes
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
@@ -319,6 +319,7 @@ def sample_coordinates(
             coupled=coupled != (None, None),
         ),
         dormant=dormant_tensors(problem, sensitivity.sqrt().unsqueeze(1)),
+        layered=given_factors(paces=paces, decays=decays),
         size=problem.size,
         places=places,
         weights=w,

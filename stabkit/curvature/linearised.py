@@ -157,6 +157,7 @@ class LinearisedNetwork:
         gradient_equivalents: Per-sample gradient evaluations spent; a forward pass counts as a third.
         dormant: Names of parameter tensors that hardly move the outputs at θ*.
         landmarks: How many of the directions, the last ones, are there to span the landmarks that `linearise` was given.
+        layered: Which factors of layers it was given, of "paces" and "decays".
     """
 
     # Whether what a mask leaves of a gradient in the coordinates lies in them.
@@ -180,6 +181,7 @@ class LinearisedNetwork:
     check_every: int = CHECK_EVERY
     dormant: tuple[str, ...] = ()
     landmarks: int = 0
+    layered: frozenset[str] = frozenset()
 
     @property
     def rank(self) -> int:
@@ -323,3 +325,15 @@ class LinearisedNetwork:
             The displacement itself, shape (d,).
         """
         return self.displacement(coordinates)
+
+
+def given_factors(**factors: Tensor | None) -> frozenset[str]:
+    """Names of those that there are.
+
+    Args:
+        **factors: Factors of layers by name; None where there are none.
+
+    Returns:
+        The names.
+    """
+    return frozenset(name for name, value in factors.items() if value is not None)

@@ -26,7 +26,7 @@ from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
 from stabkit.curvature.dormant import dormant_tensors
 from stabkit.curvature.jacobian import ScaledJacobian
-from stabkit.curvature.linearised import LinearisedNetwork, LinearisedSet
+from stabkit.curvature.linearised import LinearisedNetwork, LinearisedSet, given_factors
 from stabkit.curvature.sketch import OWN, PROBES, RowSketch
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
@@ -302,11 +302,9 @@ def linearise(
     metric, anchor = root.T @ root, root.T @ theta
     clipped, pull, home = metric, metric, anchor
     if paces is not None:
-        alone = (root / paces.unsqueeze(1)).masked_fill(paces.unsqueeze(1) == 0, 0.0)
-        clipped = alone.T @ alone
+        clipped = _weighted(root, torch.where(paces == 0, 0.0, 1 / paces.square()))
     if decays is not None:
-        kept = root * decays.to(root).unsqueeze(1)
-        pull, home = kept.T @ root, kept.T @ theta
+        pull, home = _weighted(root, decays), root.T @ (decays.to(theta) * theta)
     return LinearisedNetwork(
         retain=sets[0],
         forget=sets[1],
@@ -323,10 +321,19 @@ def linearise(
         decay_anchor=home.double(),
         singular_values=energies.sqrt(),
         landmarks=rotation.shape[1] - leading,
+        layered=given_factors(paces=paces, decays=decays),
         captured=captured,
         gradient_equivalents=gradients + passes * sum(map(len, jacobians)) / 3,
         dormant=dormant,
     )
+
+
+def _weighted(root: Tensor, weights: Tensor) -> Tensor:
+    """Rᵀ diag(w) R of a tall R, some rows at a time."""
+    found = root.new_zeros(root.shape[1], root.shape[1])
+    for rows, w in zip(root.split(ROWS_AT_ONCE), weights.to(root).split(ROWS_AT_ONCE), strict=True):
+        found += rows.T @ (rows * w.unsqueeze(1))
+    return found
 
 
 def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, progress: bool = False) -> Tensor:

@@ -82,7 +82,7 @@ def rollout(
 
     Raises:
         ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, a value is out of its domain, or the
-            network is not one for the algorithm's optimiser.
+            network is not one for the algorithm's optimiser, or without its layers' factors.
     """
     if algorithm.adaptive != isinstance(network, CoordinateNetwork):
         made = "sample_coordinates" if algorithm.adaptive else "linearise"
@@ -90,6 +90,16 @@ def rollout(
             f"`network` of `rollout` must be one of `{made}` for an algorithm with optimizer={algorithm.optimizer!r}; got a "
             f"{type(network).__name__}."
         )
+    for setting, factors, read in (
+        ("layer_weight_decay", "decays", algorithm.weight_decay > 0),
+        ("layer_lr", "paces", algorithm.max_gradient_norm is not None and not algorithm.adaptive),
+    ):
+        if read and getattr(algorithm, setting) is not None and factors not in network.layered:
+            raise ValueError(
+                f"`network` of `rollout` must be made with `{factors}` for an algorithm with {setting}; got one without. "
+                f"Give them to `linearise` or `sample_coordinates`: `{type(algorithm).__name__}` has them as "
+                f"`{'decay' if factors == 'decays' else 'layer'}_factors(problem)`."
+            )
     check_every = network.check_every if check_every is None else check_every
     check_int(check_every, name="check_every", owner="rollout", low=1)
     etas = torch.as_tensor(lr, dtype=torch.float64).reshape(-1)
@@ -144,7 +154,8 @@ def _is_light(
     network: LinearisedNetwork, algorithm: Algorithm, runs: int, batch_sizes: tuple[int, int], looks: int
 ) -> bool:
     """Whether a step is done sooner on the CPU; never of code of the user's, which may hold tensors of the accelerator."""
-    if isinstance(network.loss, CustomLoss) or not type(algorithm).__module__.startswith("stabkit."):
+    own = all(type(part).__module__.startswith("stabkit.") for part in (network.loss, algorithm))
+    if isinstance(network.loss, CustomLoss) or not own:
         return False
     seen = (network.retain.samples + network.forget.samples) * looks / algorithm.steps
     return runs * (sum(batch_sizes) + seen) * network.retain.features.shape[1] * network.rank <= HOST_WORK

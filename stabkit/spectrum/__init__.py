@@ -6,7 +6,7 @@ computation can keep its state in a file (`checkpoint`) and go on from there.
 """
 
 from stabkit.spectrum.density import DensityCurve, SpectralDensity, spectral_density
-from stabkit.spectrum.eigen import Eigenpairs, extreme_eigenpairs
+from stabkit.spectrum.eigen import Eigenpairs, affordable_basis, extreme_eigenpairs
 from stabkit.spectrum.estimate import Estimate
 from stabkit.spectrum.outcome import SolverOutcome
 from stabkit.spectrum.pencil import PencilEigenpairs, generalised_eigenpairs
@@ -19,6 +19,7 @@ __all__ = [
     "PencilEigenpairs",
     "SolverOutcome",
     "SpectralDensity",
+    "affordable_basis",
     "extreme_eigenpairs",
     "frobenius_norm",
     "generalised_eigenpairs",

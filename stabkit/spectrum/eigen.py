@@ -53,8 +53,8 @@ def extreme_eigenpairs(
         method: "lanczos" or "lobpcg".
         tolerance: Largest residual to accept, as a share of the largest |λ|; no tighter than 100 rounding units.
         block: Vectors that Lanczos multiplies at once.
-        basis: Vectors that Lanczos keeps, at least the wanted pairs + 2·block. When None, 20 more than that, and as few as 4
-            more where they would take over half of the memory that is free: then it takes more products.
+        basis: Vectors that Lanczos keeps, at least the wanted pairs + 2·block; 20 more than that when None.
+            `affordable_basis` has fewer where memory is short.
         max_products: Products after which the best there is is returned; never exceeded.
         seed: Seed of the start vectors.
         progress: Whether to show a progress bar over the blocks.
@@ -82,8 +82,7 @@ def extreme_eigenpairs(
     check_real(tolerance, name="tolerance", owner=OWNER, low=0)
     wanted = 2 * ends if which == "both" else ends
     least = wanted + 2 * block
-    spare = _spare(operator, least + 3 * block)
-    kept = least + spare if basis is None else check_int(basis, name="basis", owner=OWNER, low=least)
+    kept = least + SPARE_BASIS if basis is None else check_int(basis, name="basis", owner=OWNER, low=least)
     d = operator.shape[0]
     small = kept if method == "lanczos" else max(kept, 5 * ends)  # LOBPCG is not made for fewer than 5 rows a vector
     if method == "lobpcg" and checkpoint is not None:
@@ -108,11 +107,21 @@ def extreme_eigenpairs(
     return lanczos(krylov, accepted, max_products, progress, store, checkpoint_every)
 
 
-def _spare(operator: CurvatureOperator, needed: int) -> int:
-    """Vectors to keep beyond those that are needed, as memory has room for them."""
-    width = max(1, operator.shape[0]) * operator.dtype.itemsize
-    room = int(BASIS_SHARE * free_memory(operator.device) / width) - needed
-    return min(SPARE_BASIS, max(FEWEST_SPARE, room))
+def affordable_basis(operator: CurvatureOperator, *, wanted: int = 2, block: int = 1) -> int:
+    """Vectors for Lanczos to keep: as by default, and fewer where they would take over half of the memory that is free.
+
+    Args:
+        operator: Symmetric operator of order d.
+        wanted: Pairs to find, at both ends together.
+        block: Vectors that are multiplied at once.
+
+    Returns:
+        The basis. A smaller one takes more products. It depends on the machine: ranks that compute together, and runs that
+        are to be resumed, agree on one themselves.
+    """
+    least = wanted + 2 * block
+    room = int(BASIS_SHARE * free_memory(operator.device) / (max(1, operator.shape[0]) * operator.dtype.itemsize))
+    return least + min(SPARE_BASIS, max(FEWEST_SPARE, room - least - 3 * block))
 
 
 def _dense(operator: CurvatureOperator, which: str, ends: int, tolerance: float) -> Eigenpairs:
