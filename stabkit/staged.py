@@ -62,7 +62,8 @@ class StagedRollout:
 
     Attributes:
         rollout: The whole run, S seeds at one setting, as one linearisation's rollout would be. Its coordinates are those of
-            the handover, and its score and losses go one look past a crossing.
+            the handover, or of the linearised run where all steps are real unasked (AdamW, batchnorm="batch"); its score
+            and losses go one look past a crossing.
         handovers: One for each seed.
         gradient_equivalents: Per-sample gradient evaluations beyond those of the linearisation; a forward pass counts as a
             third.

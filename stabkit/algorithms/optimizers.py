@@ -112,20 +112,17 @@ def _groups(optimizer: torch.optim.Optimizer, model: nn.Module, owner: str) -> d
         raise ValueError(
             f"`optimizer` of `{owner}` must hold parameters of `model`; got {what}. Make it with `model.parameters()`."
         )
-    moving = any(group.get("initial_lr", group["lr"]) > 0 for group in held.values())
+    own = {name: held[key] for key, name in names.items() if key in held}
     rates = dict.fromkeys(names.values(), 0.0)
-    decays = {}
-    for key, group in held.items():
-        if key in names:
-            rates[names[key]] = float(group.get("initial_lr", group["lr"]))
-            if rates[names[key]] > 0 or not moving:  # a decay is multiplied by the step size
-                decays[names[key]] = float(group["weight_decay"])
+    rates |= {name: float(group.get("initial_lr", group["lr"])) for name, group in own.items()}
+    still = {name for name, rate in rates.items() if rate == 0 < max(rates.values())}  # where no decay is felt either
+    decays = {name: float(group["weight_decay"]) for name, group in own.items() if name not in still}
     (lr, layer_lr), (decay, layer_decay) = _shared(rates), _shared(decays)
     return {"lr": lr, "layer_lr": layer_lr, "weight_decay": decay, "layer_weight_decay": layer_decay}
 
 
 def _shared(values: dict[str, float]) -> tuple[float, dict[str, float] | None]:
     """The largest of them, and what the others are of it."""
-    largest = max(values.values(), default=0.0)
+    largest = max(values.values())
     factors = {name: round(value / largest, 12) for name, value in values.items()} if largest > 0 else {}
     return largest, {name: factor for name, factor in factors.items() if factor != 1} or None

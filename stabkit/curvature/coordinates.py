@@ -291,7 +291,6 @@ def sample_coordinates(
                 population=samples.size,
                 original=None if size is None else outputs,
                 coupled=size,
-                eval_outputs=None if size is None else outputs,
             )
         )
     return CoordinateNetwork(

@@ -36,7 +36,6 @@ class LinearisedSet:
             where they are the same.
         coupled: Size of the batches whose own statistics normalise them, so that outputs and features of a sample are those
             it has among the samples beside it; None where they are its own, in eval mode.
-        eval_outputs: f_i in eval mode, where batches are coupled.
     """
 
     outputs: Tensor
@@ -46,7 +45,6 @@ class LinearisedSet:
     population: int
     original: Tensor | None = None
     coupled: int | None = None
-    eval_outputs: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -75,7 +73,6 @@ class LinearisedSet:
             targets=self.targets[kept],
             indices=self.indices[kept.to(self.indices.device)],
             original=of(self.original),
-            eval_outputs=of(self.eval_outputs),
         )
 
     def on_host(self) -> LinearisedSet:

@@ -294,7 +294,6 @@ def linearise(
             population=samples.size,
             original=None if coupled[i] is None else evaluated[i][0],
             coupled=coupled[i],
-            eval_outputs=None if coupled[i] is None else evaluated[i][0],
         )
         for i, samples in enumerate(both)
     ]

@@ -37,7 +37,8 @@ from stabkit.updates import Moments, updated
 
 DRAWN_AT_ONCE = 64  # steps whose batches are drawn together
 DRAWN_INDICES = 2**18  # of those batches, together
-HOST_WORK = 2**23  # multiplications of a step that a CPU has done before an accelerator has been told of them
+# Multiplications of a step that a CPU has done before an accelerator has been told of them; own estimate, not measured.
+HOST_WORK = 2**23
 STEP_BYTES = 16 * 2**20  # of a step's outputs and features: more than that leaves a CPU's caches
 
 

@@ -41,7 +41,7 @@ class RolledSet:
         self.outputs = part.outputs.to(dtype)
         self._original = self.outputs if part.original is None else part.original.to(dtype)
         self.features = part.features.to(dtype)
-        self._offset = None if part.eval_outputs is None else part.eval_outputs.to(dtype) - self.outputs
+        self._offset = None if part.original is None else self._original - self.outputs
         self.targets = part.targets.to(dtype) if part.targets.is_floating_point() else part.targets
         self._streams, self._players = streams, [_players(part, seed) for seed in seeds]
         self._drawn, self._at_once = iter(()), at_once
