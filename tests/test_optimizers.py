@@ -364,3 +364,85 @@ def test_a_report_says_whose_its_step_sizes_are(case):
     assert "0.5 of 2.weight, 2.bias" in found
     assert "lr_schedule=10 factors, 0 to 0.9" in found
     assert "layers' factors" not in str(stabkit.predict(model, forget, retain, lr=0.1, **common))
+
+
+class TwoHeads(nn.Module):
+    """A network one of whose two heads nothing is asked of, with experts of which a sample sees one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(5, 6)
+        self.pooler = nn.Linear(6, 2)
+        self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x))
+        self.pooler(hidden)
+        return torch.where(x[:, :1] > 0, self.experts[0](hidden), self.experts[1](hidden))
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+def test_what_no_loss_depends_on_stays_where_it_is_as_in_torch(case, data):
+    _, forget, retain = case
+    torch.manual_seed(1)
+    model = TwoHeads().double()
+    clip = data.draw(st.sampled_from([None, 0.05]), "clip")
+    kind = data.draw(st.sampled_from([torch.optim.SGD, torch.optim.AdamW]), "kind")
+    parts = [
+        {"params": [*model.body.parameters(), *model.experts.parameters()]},
+        {"params": model.pooler.parameters(), "weight_decay": data.draw(st.sampled_from([0.2, 0.5]), "its decay")},
+    ]
+    optimizer = kind(parts, lr=0.05, weight_decay=0.2)
+    algorithm = GradDiff(
+        mix=0.3,
+        steps=STEPS,
+        batch_size=8,
+        forget_batch_size=4,
+        max_gradient_norm=clip,
+        **optimizer_settings(optimizer, model),
+    )
+    problem = UnlearningProblem(model, forget, retain)
+    assert problem.unreached == ("pooler.weight", "pooler.bias")
+    assert problem.size == sum(p.numel() for p in (*model.body.parameters(), *model.experts.parameters()))
+    found = stabkit.run(problem, algorithm, stop_on_divergence=False).model
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = 0.7 * nn.functional.cross_entropy(model(retain[0]), retain[1])
+        (loss - 0.3 * nn.functional.cross_entropy(model(forget[0]), forget[1])).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(found.pooler.parameters(), model.pooler.parameters(), strict=True))
+    for theirs, ours in zip(model.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+class Routed(nn.Module):
+    """A mixture that computes an expert only for samples sent to it, so that few samples may leave one out."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+
+    def forward(self, x):
+        chosen = (x[:, 0] > 2).long()
+        out = x.new_zeros(len(x), 3)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).nonzero().flatten()
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
+def test_an_expert_that_few_samples_are_sent_to_is_reached():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 5, generator=g).clamp(-1, 1), torch.randint(0, 3, (60,), generator=g)
+    x[37, 0] = 3.0
+    assert UnlearningProblem(Routed(), (x[:10], y[:10]), (x[10:], y[10:])).unreached == ()
+    assert UnlearningProblem(Routed(), (x[30:40], y[30:40]), (x[:30], y[:30])).unreached == ()
+    nobody = UnlearningProblem(Routed(), (x[:10], y[:10]), (x[10:30], y[10:30]))
+    assert nobody.unreached == ("experts.1.weight", "experts.1.bias")
+    assert nobody.checking_gradients == 30 / 3 + 30

@@ -350,7 +350,7 @@ class Algorithm(abc.ABC):
         if factors is None:
             return None
         for name in factors:
-            if not any(_within(parameter, name) for parameter in problem.parameters):
+            if not any(_within(parameter, name) for parameter in (*problem.parameters, *problem.unreached)):
                 layers = ", ".join(dict.fromkeys(problem.layer_of().values()))
                 raise ValueError(
                     f"`{setting}` of `{type(self).__name__}` must name layers of the model; got {name!r}, which no "

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PROBES = 16  # forget samples that are looked for in the retain set
 MOVED_SAMPLES = 4  # through which gradients away from θ* are compared
+REACHING_SAMPLES = 64  # of each set, that decide whether any loss depends on a parameter
 PROBABILITIES = 1e-4  # how far from 1 the sum of outputs may be that are probabilities
 SAME_LOSS = 1e-4  # relative: of a sample alone and among others, from the same outputs
 DECODER = "Labels go to the loss: add 'decoder_input_ids', as prepare_decoder_input_ids_from_labels makes them."
@@ -159,6 +160,33 @@ def check_function(problem: UnlearningProblem, module: nn.Module) -> None:
         outputs=lambda parameters: problem.outputs(parameters, inputs),
         loss=lambda outputs: problem.loss.per_sample(outputs, targets).sum(),
     )
+
+
+def unreached(problem: UnlearningProblem) -> tuple[tuple[str, ...], int]:
+    """Trainable parameters that no loss depends on, as those of a head that is not asked.
+
+    Args:
+        problem: The problem, whose data and function have been checked.
+
+    Returns:
+        Their names, and how many gradients that took: of a few samples where there are none, of up to 64 of each set
+        otherwise, among which an expert of a mixture finds one that is sent to it.
+    """
+    left, spent = list(problem.parameters), 0
+    for samples in (problem.retain, problem.forget):
+        few = min(MOVED_SAMPLES, problem.evaluation_batch)
+        for inputs, targets in samples.batches(few, samples.subset(REACHING_SAMPLES, 0)):
+            leaves = {name: p.detach().requires_grad_(name in left) for name, p in problem.parameters.items()}
+            with torch.enable_grad():
+                loss = problem.loss.per_sample(problem.outputs(leaves, inputs), targets).sum()
+            spent += targets.shape[0]
+            if not loss.requires_grad:
+                continue
+            found = torch.autograd.grad(loss, [leaves[name] for name in left], allow_unused=True)
+            left = [name for name, gradient in zip(left, found, strict=True) if gradient is None]
+            if not left:
+                return (), spent
+    return tuple(left), spent
 
 
 def _check_finite(samples: Samples) -> None:

@@ -31,7 +31,15 @@ from stabkit.network import (
     unwrapped,
     warn_train_mode,
 )
-from stabkit.problem.checks import check_alike, check_function, check_samples, check_sets, check_weights, warn_of_twins
+from stabkit.problem.checks import (
+    check_alike,
+    check_function,
+    check_samples,
+    check_sets,
+    check_weights,
+    unreached,
+    warn_of_twins,
+)
 from stabkit.reading import READS, Reading, labelled_positions, largest_logits, logits_to_read
 from stabkit.samples import Inputs, Samples, map_tensors
 
@@ -53,7 +61,9 @@ class UnlearningProblem:
         retain: The samples to retain, n_r of them.
         test: Held-out samples, or None.
         loss: The per-sample loss.
-        parameters: Trainable parameters θ* by name, detached copies.
+        parameters: Trainable parameters θ* by name, detached copies, but for unreached ones.
+        unreached: Names of trainable parameters that no loss depends on. They have no gradient, so that torch.optim leaves
+            them as they are, without decay; here they are held fixed.
         size: Number d of trainable parameters.
         device: Where the computation runs.
         dtype: Floating dtype of the network's computation.
@@ -188,6 +198,7 @@ class UnlearningProblem:
         self._class_axis = -1
         self._readings: dict[str, UnlearningProblem] = {}
         self.reading_gradients = 0.0
+        self.checking_gradients = 0.0
         self.widest_output = 1
         self._whole: UnlearningProblem | None = None  # what this one reads parts of
         with preserved_rng(), torch.no_grad():
@@ -197,6 +208,7 @@ class UnlearningProblem:
                 self._admit(samples)
             check_alike(self.forget, self.retain)
             check_function(self, self._untouched)
+            self._leave_out_unreached()
             warn_of_twins(self.forget, self.retain)
             self._evaluate()
         self.test = None if test is None else self.read(test, name="test")
@@ -506,7 +518,7 @@ class UnlearningProblem:
             float(self.losses(samples, indices=indices).mean())
             for samples, indices in zip((self.retain, self.forget), evaluated, strict=True)
         )
-        self.checking_gradients = sum(indices.numel() for indices in evaluated) / 3
+        self.checking_gradients += sum(indices.numel() for indices in evaluated) / 3
         if self.retain_loss >= self.divergence_level:
             texts = isinstance(self.loss, CrossEntropy) and not self.loss.shift and outputs.dim() == 3
             hint = " Labels that are the inputs' own tokens are shifted by loss='causal_lm'." if texts else ""
@@ -518,6 +530,13 @@ class UnlearningProblem:
                 UntrainedModelWarning,
                 stacklevel=caller_level(),
             )
+
+    def _leave_out_unreached(self) -> None:
+        """Hold fixed what no optimiser of PyTorch would move."""
+        self.unreached, gradients = unreached(self)
+        self.checking_gradients += gradients
+        self._constants |= {name: self.parameters.pop(name) for name in self.unreached}
+        self.size = sum(p.numel() for p in self.parameters.values())
 
     def layer_of(self) -> dict[str, str]:
         """Which module each trainable parameter belongs to.
