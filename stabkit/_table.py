@@ -1,7 +1,11 @@
 """A small table of text that prints itself and that HTML is made from."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+NAMED_LAYERS = 3  # of those that share a setting
+NAMED_FACTORS = 6  # of a schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +41,42 @@ class Shown:
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text("..." if cycle else str(self))
+
+
+def number(value: float | None) -> str:
+    """A number for reading: three significant digits.
+
+    Args:
+        value: The number; None where there is none.
+
+    Returns:
+        Text.
+    """
+    if value is None:
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.3g}"
+
+
+def setting(value: object) -> str:
+    """A setting for reading: long schedules by their range, layers by their factor.
+
+    Args:
+        value: The setting.
+
+    Returns:
+        Text.
+    """
+    if isinstance(value, list | tuple) and len(value) > NAMED_FACTORS:
+        return f"{len(value)} factors, {number(min(value))} to {number(max(value))}"
+    if not isinstance(value, dict):
+        return number(value) if isinstance(value, float) else str(value)
+    by_factor: dict[float, list[str]] = {}
+    for name, factor in value.items():
+        by_factor.setdefault(factor, []).append(name)
+    parts = []
+    for factor, names in sorted(by_factor.items()):
+        more = f" and {len(names) - NAMED_LAYERS} more" if len(names) > NAMED_LAYERS else ""
+        parts.append(f"{number(factor)} of {', '.join(names[:NAMED_LAYERS])}{more}")
+    return "; ".join(parts)

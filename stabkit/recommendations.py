@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stabkit._serialise import Stored
-from stabkit._table import Shown, Table
+from stabkit._table import Shown, Table, setting
 from stabkit._validate import check_real
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Recommendations(Shown, Stored):
             rows=tuple(
                 (
                     name,
-                    ", ".join(f"{key}={_short(value)}" for key, value in item.changes.items()),
+                    ", ".join(f"{key}={setting(value)}" for key, value in item.changes.items()),
                     f"{item.probability:.2f}",
                     "–" if item.further_probability is None else f"{item.further_probability:.2f}",
                     f"{item.retain_loss:.3g}",
@@ -151,7 +151,3 @@ class Recommendations(Shown, Stored):
         from stabkit.plots import plot_front
 
         return plot_front(self, ax=ax)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

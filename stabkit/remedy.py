@@ -11,6 +11,7 @@ import torch
 
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm
+from stabkit.algorithms.plan import factors_of
 from stabkit.boundary import critical_lr
 from stabkit.calibration import RISK, calibration
 from stabkit.cause import layer_shares
@@ -129,9 +130,9 @@ class _Search:
             *(
                 self._settings(remedy, changes)
                 for remedy, changes in (
-                    ("warm-up", {"lr_schedule": "warmup"}),
-                    ("decay", {"lr_schedule": "cosine"}),
-                    ("forget decay", {"forget_schedule": "cosine"}),
+                    ("warm-up", self._scheduled("lr_schedule", "warmup")),
+                    ("decay", self._scheduled("lr_schedule", "cosine")),
+                    ("forget decay", self._scheduled("forget_schedule", "cosine")),
                     ("no weight decay", {"weight_decay": 0.0}),
                 )
             ),
@@ -139,6 +140,14 @@ class _Search:
             self._clipping(),
             self._damping(),
         ]
+
+    def _scheduled(self, name: str, shape: str) -> dict[str, Any]:
+        """A schedule, times the one that the run has already; that one itself where it is of the same name."""
+        steps, present = self._algorithm.steps, getattr(self._algorithm, name)
+        if present in {None, shape}:
+            return {name: shape}
+        pairs = zip(factors_of(present, steps), factors_of(shape, steps), strict=True)
+        return {name: tuple(there * more for there, more in pairs)}
 
     def _steps(self) -> list[float]:
         """Step sizes from the critical one down."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from stabkit._table import Table
+from stabkit._table import Table, number, setting
 from stabkit.calibration import FAR_ERROR, beyond
 from stabkit.frontier import Frontier, Outcome
 from stabkit.report import Report
@@ -28,8 +28,6 @@ MECHANISMS = {
     "none": "nothing grows by more than a factor e within the run",
 }
 TOP_LAYERS = 5
-NAMED_LAYERS = 3  # of those that share a setting
-NAMED_FACTORS = 6  # of a schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +56,6 @@ class Section:
 
     title: str
     rows: tuple[Row, ...]
-
-
-def number(value: float | None) -> str:
-    """A number for reading: three significant digits.
-
-    Args:
-        value: The number; None where there is none.
-
-    Returns:
-        Text.
-    """
-    if value is None:
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    return f"{value:.3g}"
 
 
 def headline(report: Report) -> str:
@@ -138,7 +120,7 @@ def _layers_own(report: Report) -> tuple[Row, ...]:
     if not factors:
         return ()
     note = "share that these layers take of any step size named here or in the advice; all others take the whole"
-    return (Row(label="layers' factors", value=_setting(factors), note=note),)
+    return (Row(label="layers' factors", value=setting(factors), note=note),)
 
 
 def _limits(report: Report) -> Section:
@@ -340,25 +322,9 @@ def _trust(report: Report) -> Section:
     return Section(title=f"Confidence: {report.confidence}", rows=tuple(rows))
 
 
-def _setting(value: object) -> str:
-    """A setting for reading, layers by their factor."""
-    if isinstance(value, list | tuple) and len(value) > NAMED_FACTORS:
-        return f"{len(value)} factors, {number(min(value))} to {number(max(value))}"
-    if not isinstance(value, dict):
-        return number(value) if isinstance(value, float) else str(value)
-    by_factor: dict[float, list[str]] = {}
-    for name, factor in value.items():
-        by_factor.setdefault(factor, []).append(name)
-    parts = []
-    for factor, names in sorted(by_factor.items()):
-        more = f" and {len(names) - NAMED_LAYERS} more" if len(names) > NAMED_LAYERS else ""
-        parts.append(f"{number(factor)} of {', '.join(names[:NAMED_LAYERS])}{more}")
-    return "; ".join(parts)
-
-
 def _about(report: Report) -> Section:
     run, rollout = report.run, report.rollout
-    settings = ", ".join(f"{key}={_setting(value)}" for key, value in run.settings.items())
+    settings = ", ".join(f"{key}={setting(value)}" for key, value in run.settings.items())
     return Section(
         title="The run",
         rows=(

@@ -74,6 +74,21 @@ def test_decay_that_breaks_a_run_can_be_left_out(optimizer, digits_mlp, class_de
     assert "no weight decay" not in {item.remedy for item in plain.items}
 
 
+def test_schedules_come_on_top_of_the_one_that_the_run_has(report):
+    scheduled = report.at(lr_schedule="linear")
+    found = scheduled.recommend()
+    ways = {item.remedy: item for item in found.items}
+    falling = [1 - k / 40 for k in range(40)]
+    rising = [min((k + 1) / 4, 1.0) for k in range(40)]
+    assert ways["warm-up"].changes["lr_schedule"] == pytest.approx([a * b for a, b in zip(falling, rising, strict=True)])
+    assert ways["forget decay"].changes["forget_schedule"] == "cosine"
+    assert "lr_schedule=40 factors, 0.025 to 0.925" in str(found)
+    again = scheduled.at(**ways["warm-up"].changes)
+    assert again.rollout.probability == pytest.approx(ways["warm-up"].probability, abs=1e-3)
+    repeated = report.at(lr_schedule="warmup").recommend()
+    assert "warm-up" not in {item.remedy for item in repeated.items}
+
+
 def test_the_step_is_the_largest_that_holds(report, found):
     (step,) = (item for item in found.items if item.remedy == "step size")
     spacing = 100 ** (1 / 23)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
 import stabkit
-from stabkit._table import Table
+from stabkit._table import Table, number
 from stabkit.frontier import Outcome
-from stabkit.render import MECHANISMS, headline, number
+from stabkit.render import MECHANISMS, headline
 from stabkit.report import Check, Report, Run, Share
 
 QUICK = {"rank": 20, "retain_samples": 96, "forget_samples": 48, "spectrum_samples": 96, "seeds": 2, "steps": 30}
