@@ -15,6 +15,10 @@ class TrainModeWarning(StabkitWarning):
     """A BatchNorm or Dropout layer was in train mode; the message says how it is treated."""
 
 
+class PrecisionWarning(StabkitWarning):
+    """The model's parameters are of fewer bits than what predictions and runs compute in."""
+
+
 class UntrainedModelWarning(StabkitWarning):
     """The model already does no better than a constant on the retain set."""
 

@@ -449,6 +449,18 @@ def warn_train_mode(model: nn.Module, *, frozen: bool) -> None:
         )
 
 
+def known_to_differ(module: nn.Module) -> bool:
+    """Whether a module is of a kind that `warn_train_mode` tells of by name.
+
+    Args:
+        module: A module.
+
+    Returns:
+        Whether it is a BatchNorm layer, or drops some of its activations in train mode.
+    """
+    return isinstance(module, _BatchNorm) or _drops(module)
+
+
 def _drops(module: nn.Module) -> bool:
     """Whether a module drops some of its activations in train mode, by a layer of its own or inside of it."""
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):

@@ -414,6 +414,77 @@ def test_dropout_in_train_mode_is_switched_off_and_said():
     assert torch.equal(problem.evaluate(problem.retain)[0], problem.evaluate(problem.retain)[0])
 
 
+class Dropping(nn.Module):
+    """Dropout by a function, which no layer tells of."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p, self.first, self.norm, self.second = p, nn.Linear(4, 20), nn.BatchNorm1d(20), nn.Linear(20, 3)
+
+    def forward(self, x):
+        hidden = nn.functional.dropout(torch.relu(self.norm(self.first(x))), self.p, self.training)
+        return self.second(hidden)
+
+
+@untrained
+def test_dropout_that_is_no_layer_is_said_too():
+    model = Dropping(0.5).train()
+    before = snapshot(model)
+    with pytest.warns(TrainModeWarning) as record:
+        UnlearningProblem(model, FORGET, RETAIN)
+    assert_same(snapshot(model), before)
+    assert [str(w.message).split()[0] for w in record if w.category is TrainModeWarning] == ["BatchNorm", "`model`"]
+    assert record[-1].filename == __file__
+    normalising = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten())
+    with pytest.warns(TrainModeWarning, match=r"`model` is in train mode, in which its outputs are off by"):
+        UnlearningProblem(nn.Sequential(normalising, nn.Linear(4, 3)).train(), FORGET, RETAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainModeWarning)
+        UnlearningProblem(Dropping(0.5).eval(), FORGET, RETAIN)
+        UnlearningProblem(Dropping(0.0).train(), FORGET, RETAIN, batchnorm="batch")
+
+
+@untrained
+def test_only_normalisations_in_train_mode_follow_batches():
+    """A backbone whose BatchNorm layers are held in eval mode, below one that is trained, step for step as in torch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+    )
+    model = model.double()
+    model[1].running_mean.fill_(0.3)
+    mine = copy.deepcopy(model).train()
+    mine[1].eval()
+    sets = [(x.double(), y) for x, y in (FORGET, RETAIN)]
+    problem = UnlearningProblem(mine, *sets, batchnorm="batch")
+    assert set(problem.statistics) == {"4.running_mean", "4.running_var", "4.num_batches_tracked"}
+    algorithm = GradDiff(lr=0.1, mix=0.3, steps=3, batch_size=8, forget_batch_size=4)
+    found = run(problem, algorithm, stop_on_divergence=False).model
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        retain, forget = (nn.functional.cross_entropy(mine(x), y) for x, y in (sets[1], sets[0]))
+        (0.7 * retain - 0.3 * forget).backward()
+        optimizer.step()
+    for name, value in mine.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-9, atol=1e-11, msg=name)
+    assert not found[1].training
+    every = UnlearningProblem(model.eval(), *sets, batchnorm="batch")
+    assert len(every.statistics) == 6
+
+
+@untrained
+def test_parameters_in_fewer_bits_are_said():
+    model = MLP(4, 3, hidden=(5,)).bfloat16()
+    with pytest.warns(stabkit.PrecisionWarning, match=r"in torch\.bfloat16, and .* compute in torch\.float32"):
+        problem = UnlearningProblem(model, FORGET, RETAIN)
+    assert problem.dtype == torch.float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", stabkit.PrecisionWarning)
+        UnlearningProblem(model, FORGET, RETAIN, dtype=torch.float32)
+        UnlearningProblem(MLP(4, 3, hidden=(5,)).double(), FORGET, RETAIN)
+
+
 @untrained
 def test_modes_that_change_nothing_give_no_warning():
     with warnings.catch_warnings():

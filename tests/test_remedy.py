@@ -80,7 +80,9 @@ def test_schedules_come_on_top_of_the_one_that_the_run_has(report):
     ways = {item.remedy: item for item in found.items}
     falling = [1 - k / 40 for k in range(40)]
     rising = [min((k + 1) / 4, 1.0) for k in range(40)]
-    assert ways["warm-up"].changes["lr_schedule"] == pytest.approx([a * b for a, b in zip(falling, rising, strict=True)])
+    assert ways["warm-up"].changes["lr_schedule"] == pytest.approx([
+        a * b for a, b in zip(falling, rising, strict=True)
+    ])
     assert ways["forget decay"].changes["forget_schedule"] == "cosine"
     assert "lr_schedule=40 factors, 0.025 to 0.925" in str(found)
     again = scheduled.at(**ways["warm-up"].changes)

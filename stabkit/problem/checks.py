@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from stabkit._errors import OverlapWarning, ProbabilityWarning, caller_level
+from stabkit._errors import OverlapWarning, ProbabilityWarning, TrainModeWarning, caller_level
 from stabkit._memory import is_out_of_memory
 from stabkit.data import EXTRA_PARTS
 from stabkit.losses import CrossEntropy
-from stabkit.network import check_stateless, output_tensor
+from stabkit.network import arguments, check_stateless, differentiable_attention, known_to_differ, output_tensor
 from stabkit.samples import Inputs, Samples, map_tensors, tensors_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 PROBES = 16  # forget samples that are looked for in the retain set
 MOVED_SAMPLES = 4  # through which gradients away from θ* are compared
+MODE_SAMPLES = 16  # whose outputs are compared between train and eval mode
+OTHER_MODE = 1e-3  # of the outputs' size: more than rounding
 REACHING_SAMPLES = 64  # of each set, that decide whether any loss depends on a parameter
 PROBABILITIES = 1e-4  # how far from 1 the sum of outputs may be that are probabilities
 SAME_LOSS = 1e-4  # relative: of a sample alone and among others, from the same outputs
@@ -160,6 +163,39 @@ def check_function(problem: UnlearningProblem, module: nn.Module) -> None:
         outputs=lambda parameters: problem.outputs(parameters, inputs),
         loss=lambda outputs: problem.loss.per_sample(outputs, targets).sum(),
     )
+
+
+def warn_other_mode(problem: UnlearningProblem, module: nn.Module, training: Mapping[str, bool]) -> None:
+    """Say where a model was given in train mode and gives other outputs there, by what no layer's class tells.
+
+    Args:
+        problem: The problem, whose data have been looked at.
+        module: Its copy of the model, which is left as it is.
+        training: Which of its modules the caller has in train mode, by name.
+    """
+    if not any(training.values()):
+        return
+    copied = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    for name, part in copied.named_modules():
+        part.training = training[name] and not known_to_differ(part)
+    few = torch.arange(min(MODE_SAMPLES, problem.evaluation_batch, problem.retain.size))
+    inputs, _ = problem.retain.batch(few)
+    there = problem.outputs(problem.parameters, inputs)
+    positional, named = arguments(map_tensors(torch.clone, inputs))
+    try:
+        with differentiable_attention():
+            found = output_tensor(copied(*positional, **named))
+    except Exception:  # what a model does in train mode alone is not asked here
+        return
+    apart, size = (float(t.double().norm()) for t in (found - there, there))
+    if not apart <= OTHER_MODE * size:
+        warnings.warn(
+            f"`model` is in train mode, in which its outputs are off by {apart / size:.0%} of their size: by dropout or "
+            "stochastic depth that is no Dropout layer, or by another layer that knows both modes. Predictions and runs "
+            "have it in eval mode. Call model.eval() to agree.",
+            TrainModeWarning,
+            stacklevel=caller_level(),
+        )
 
 
 def unreached(problem: UnlearningProblem) -> tuple[tuple[str, ...], int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stabkit._errors import UntrainedModelWarning, caller_level
+from stabkit._errors import PrecisionWarning, UntrainedModelWarning, caller_level
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice, check_int
 from stabkit.data import Data, as_samples
@@ -39,6 +39,7 @@ from stabkit.problem.checks import (
     check_weights,
     unreached,
     warn_of_twins,
+    warn_other_mode,
 )
 from stabkit.reading import READS, Reading, labelled_positions, largest_logits, logits_to_read
 from stabkit.samples import Inputs, Samples, map_tensors
@@ -70,7 +71,7 @@ class UnlearningProblem:
         batchnorm: "frozen": BatchNorm layers use their running statistics, in runs and in predictions alike. "batch": a
             step's passes use the statistics of its batches, which the running ones follow; "frozen" where there is no such
             layer.
-        statistics: Running statistics of the BatchNorm layers at θ*, by buffer name; empty when frozen.
+        statistics: Running statistics at θ* of the BatchNorm layers that follow batches, by buffer name; empty when frozen.
         model_name: Class of the model.
         normalised: Whether layers divide by the size of a sample's own activations, as LayerNorm and GroupNorm do.
         retain_loss: Mean retain loss at θ*, of up to 512 samples.
@@ -109,7 +110,8 @@ class UnlearningProblem:
             loss: "cross_entropy", "causal_lm", "mse", or a callable (outputs, targets) -> losses of shape (m,).
             test: Held-out data, in any of the same forms.
             batchnorm: "frozen": running statistics, which no run changes. "batch": as in a training loop that keeps the
-                BatchNorm layers in train mode, with a pass for the retain batch and one for the forget batch.
+                BatchNorm layers in train mode, with a pass for the retain batch and one for the forget batch. Of a model
+                that has some of them in train mode, the others stay in eval mode; where none is, all are taken to be.
             check_every: Steps from one look at the losses to the next; each of as many first ones, and the last, is looked
                 at too. What spikes between two looks goes unseen.
             device: Where to compute; where the model is when None.
@@ -146,6 +148,14 @@ class UnlearningProblem:
             )
         self.device = checked_device(device) if device is not None else first.device
         self.dtype = dtype or (first.dtype if first.dtype in {torch.float32, torch.float64} else torch.float32)
+        if dtype is None and first.dtype != self.dtype:
+            warnings.warn(
+                f"`model` is in {first.dtype}, and predictions and runs compute in {self.dtype}. A loop that keeps its "
+                "parameters in fewer bits rounds small steps away, and may hold where this breaks. Keep them in float32, as "
+                "under torch.autocast, to agree; dtype=torch.float32 takes this warning away.",
+                PrecisionWarning,
+                stacklevel=caller_level(),
+            )
         warn_train_mode(model, frozen=self.batchnorm == "frozen")
         with preserved_rng():
             self._module = plain_copy(model).to(self.device, self.dtype)
@@ -177,7 +187,9 @@ class UnlearningProblem:
             for name, t in (*self._module.named_parameters(), *self._module.named_buffers())
             if name not in self.parameters
         }
-        self._normalisations = [m for m in self._module.modules() if isinstance(m, _BatchNorm)]
+        layers = {name: module for name, module in self._module.named_modules() if isinstance(module, _BatchNorm)}
+        trained = [module for name, module in layers.items() if self._training[name]]
+        self._normalisations = trained or list(layers.values())  # those that batchnorm="batch" has in train mode
         self.statistics: Parameters = {}
         if self.batchnorm == "batch":
             kept = {id(t) for layer in self._normalisations for t in layer._buffers.values() if t is not None}
@@ -208,6 +220,7 @@ class UnlearningProblem:
                 self._admit(samples)
             check_alike(self.forget, self.retain)
             check_function(self, self._untouched)
+            warn_other_mode(self, self._untouched, self._training)
             self._leave_out_unreached()
             warn_of_twins(self.forget, self.retain)
             self._evaluate()
@@ -231,7 +244,7 @@ class UnlearningProblem:
         return self._read(parameters, inputs)
 
     def batch_outputs(self, parameters: Parameters, inputs: Inputs, *, statistics: Parameters | None = None) -> Tensor:
-        """Outputs with the BatchNorm layers in train mode, so that those of a sample depend on the whole batch.
+        """Outputs with BatchNorm layers in train mode, so that those of a sample depend on the whole batch.
 
         Args:
             parameters: Trainable parameters by name.
