@@ -34,6 +34,7 @@ PATH_STEPS = 4  # real ones at the start of a run, which show whether it goes wh
 ROUNDING = 100  # epsilons of the outputs: they move no less, as far as can be told
 MAX_PATH_ERROR = 0.5  # of the outputs then, relative to how far they moved; own choice: see papers/theory.md
 MAX_AWAKENED = 0.1  # share of the sensitivity that is to parameters which were dormant at θ*
+PAST_CROSSING = 10  # steps further than a crossing, which show how far past the level a run goes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class StagedRollout:
     Attributes:
         rollout: The whole run, S seeds at one setting, as one linearisation's rollout would be. Its coordinates are those of
             the handover, or of the linearised run where all steps are real unasked (AdamW, batchnorm="batch"); its score
-            and losses go one look past a crossing.
+            and losses go ten steps past a crossing, and on to the next look.
         handovers: One for each seed.
         gradient_equivalents: Per-sample gradient evaluations beyond those of the linearisation; a forward pass counts as a
             third.
@@ -339,11 +340,10 @@ class _Run:
             for values, value in zip(losses.values(), found, strict=True):
                 values[..., place:] = value  # what follows stays there if the run ends here
             place += at.step == looks[place]
-            score, before = self._score(found), crossed
+            score = self._score(found)
             worst = max(worst, score)
             crossed = float(at.step) if score >= 0 and math.isnan(crossed) else crossed
-            # One look further than the crossing shows how far past the level the run goes.
-            if worst >= SCORE_CAP or not math.isnan(before):
+            if worst >= SCORE_CAP or at.step >= crossed + PAST_CROSSING:
                 break
         self.gradients += at.gradient_equivalents
         stopped = at.step if at.stopped else self._algorithm.steps

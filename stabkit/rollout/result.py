@@ -25,7 +25,7 @@ class Rollout:
         score: Largest log ratio of the retain loss to the divergence level, capped at `SCORE_CAP`, shape (S, G). From 0 on
             this seed's run crosses. Below, it is stretched where the loss at θ* would score more than -1, to be -1 there.
             `SCORE_CAP` where any loss is not finite, or the level is passed at θ*; a loss that is negative at θ* is counted
-            from there. A staged rollout's is the largest up to one look past the crossing.
+            from there. A staged rollout's is the largest up to the look ten steps past the crossing.
         divergence_step: First checked step past the level, shape (S, G); NaN where it is never passed.
         stopped_step: Last step taken, shape (S, G); earlier than K where a stop rule ended the run.
         steps: The checked steps, shape (T,).
