@@ -28,6 +28,8 @@ REFINED_POINTS = 7
 STAGED_DOUBLINGS = 10  # either way of the guess
 STAGED_MIXES = 9
 STAGED_HALVINGS = 3
+# Below a crossing, where batches are normalised by their own statistics: runs there may break, hold and break again.
+LOOKS_BELOW = (2**0.5, 2.0, 2**1.5)
 
 Setting = tuple[float, float]  # step size and mix
 Found = TypeVar("Found")
@@ -40,7 +42,8 @@ class CriticalValue:
 
     Of one linearisation it is found by a scan and refinement, as nothing says that divergence is monotone in a setting; by
     staged rollouts of one seed, by halving between two settings, and then `low` and `high` are these and no spread of seeds,
-    but in a report, where they are as far apart at least as those of one linearisation's seeds.
+    but in a report, where they are as far apart at least as those of one linearisation's seeds. They may miss a
+    crossing below the one that they find.
 
     Attributes:
         value: Where P(diverge) first passes one half; the upper end of the scan (`found` false) if it never does.
@@ -220,15 +223,26 @@ def staged_critical_lr(
 
     Returns:
         The critical value, to a factor of 1.1, its `low` and `high` the interval it was halved down to; and gradients spent.
-        Cost: some eight staged rollouts: at the guess, by factors of 2 away from it, three halvings.
+        Cost: some eight staged rollouts: at the guess, by factors of 2 away from it, three halvings. With batchnorm="batch"
+        three more below the crossing, where one that breaks begins the search anew.
 
     Raises:
         ValueError: If the guess is not a finite number above 0.
     """
     check_real(guess, name="guess", owner="staged_critical_lr", low=0, low_open=True)
-    places = [guess * 2.0**k for k in range(-STAGED_DOUBLINGS, STAGED_DOUBLINGS + 1)]
     search = _StagedSearch(problem, network, batch_sizes, seed, lambda lr: algorithm.replace(lr=lr))
-    return search.find(places, STAGED_DOUBLINGS, lambda a, b: math.sqrt(a * b)), search.gradients
+
+    def around(lr: float) -> CriticalValue:
+        places = [lr * 2.0**k for k in range(-STAGED_DOUBLINGS, STAGED_DOUBLINGS + 1)]
+        return search.find(places, STAGED_DOUBLINGS, lambda a, b: math.sqrt(a * b))
+
+    found = around(guess)
+    while found.bracketed and problem.batchnorm == "batch":
+        breaking = [lr for lr in (found.value / by for by in LOOKS_BELOW) if search.diverges(lr)]
+        if not breaking:
+            break
+        found = around(breaking[-1])
+    return found, search.gradients
 
 
 def staged_critical_mix(
@@ -263,7 +277,7 @@ def staged_critical_mix(
 
 
 class _StagedSearch:
-    """Where staged rollouts begin to diverge, from a guess outwards."""
+    """Where staged rollouts begin to diverge, from a guess outwards; no setting is rolled out twice."""
 
     def __init__(
         self,
@@ -275,22 +289,32 @@ class _StagedSearch:
     ) -> None:
         self._problem, self._network, self._batch_sizes, self._seed = problem, network, batch_sizes, seed
         self._changed = changed
+        self._known: dict[float, bool] = {}
         self.gradients = 0.0
 
-    def _diverges(self, value: float) -> bool:
-        """Whether P(diverge) is at least one half."""
-        found = staged_rollout(
-            self._problem, self._network, self._changed(value), batch_sizes=self._batch_sizes, seeds=[self._seed]
-        )
-        self.gradients += found.gradient_equivalents
-        return bool(found.rollout.probability[0] >= 0.5)
+    def diverges(self, value: float) -> bool:
+        """Whether P(diverge) is at least one half.
+
+        Args:
+            value: Of the setting that is searched.
+
+        Returns:
+            Whether it is.
+        """
+        if value not in self._known:
+            found = staged_rollout(
+                self._problem, self._network, self._changed(value), batch_sizes=self._batch_sizes, seeds=[self._seed]
+            )
+            self.gradients += found.gradient_equivalents
+            self._known[value] = bool(found.rollout.probability[0] >= 0.5)
+        return self._known[value]
 
     def find(self, places: Sequence[float], start: int, middle: Callable[[float, float], float]) -> CriticalValue:
         """Walk to where neighbours differ, then halve."""
         scanned = places[0], places[-1]
-        place, diverges = start, self._diverges(places[start])
+        place, diverges = start, self.diverges(places[start])
         while 0 <= (following := place - 1 if diverges else place + 1) < len(places):
-            after = self._diverges(places[following])
+            after = self.diverges(places[following])
             if after != diverges:
                 break
             place = following
@@ -300,7 +324,7 @@ class _StagedSearch:
         low, high = sorted((places[place], places[following]))
         for _ in range(STAGED_HALVINGS):
             between = middle(low, high)
-            low, high = (low, between) if self._diverges(between) else (between, high)
+            low, high = (low, between) if self.diverges(between) else (between, high)
         return CriticalValue(value=high, low=low, high=high, found=True, scanned=scanned)
 
 

@@ -21,7 +21,7 @@ from stabkit.boundary import (
     staged_critical_mix,
     surroundings,
 )
-from stabkit.calibration import RISK, beyond, calibration, combined, kind_at
+from stabkit.calibration import RISK, Calibration, beyond, calibration, combined, kind_at
 from stabkit.cause import error_below, find_cause, linearisation_errors, start_errors
 from stabkit.checks import change_checks, margin_check, trust_checks, warn_if_unsure
 from stabkit.curvature.dormant import SAMPLES
@@ -90,7 +90,6 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         assert one_lr is not None
         limits = _limits(measurement, batch_sizes, seeds, one_lr)
         spent, looked_below = limits.staged, limits.error_below is not None
-    lr_detail = limits.lr
     theory_says = thresholds(
         measurement, batch_sizes, mean_square_lr=limits.mean_square_lr, horizon_lr=limits.horizon_lr
     )
@@ -103,6 +102,10 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     )
     verdict_by = _verdict_by(measurement, rolled, mix_detail, seeds, progress=progress)
     mix_detail = verdict_by.mix
+    again = _crossing_below(measurement, limits, verdict_by.rollout, batch_sizes, seeds)
+    limits = again or limits
+    lr_detail = limits.lr
+    spent_again = again.staged.gradient_equivalents if again else 0.0
     if algorithm.adaptive:
         error, awake = start_errors(
             problem,
@@ -116,9 +119,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         error, awake = linearisation_errors(problem, network, rolled, staged=measurement.settings.staged)
     probability = float(verdict_by.rollout.probability[0])
     used = calibration(kind_at(verdict_by.rollout.kind, limits.error_below))
-    interval = (lr_detail.scanned[1], math.inf)
-    if lr_detail.found:
-        interval = used.interval(lr_detail.value, lr_detail.low, lr_detail.high)
+    interval = _interval(used, lr_detail)
     # Where the scan found nothing that holds, or nothing that breaks.
     past = float(lr_detail.found or algorithm.lr > interval[0])
     if lr_detail.bracketed:
@@ -166,7 +167,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
                     replace(
                         spent,
                         seconds=time.perf_counter() - start - theory.seconds,
-                        gradient_equivalents=verdict_by.gradients + spent.gradient_equivalents,
+                        gradient_equivalents=verdict_by.gradients + spent.gradient_equivalents + spent_again,
                     )
                 ]
                 if measurement.settings.staged
@@ -339,6 +340,36 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
         horizon_lr=horizon_lr,
         error_below=error,
     )
+
+
+def _interval(used: Calibration, lr: CriticalValue) -> tuple[float, float]:
+    """Where the critical step size lies at nine in ten."""
+    return used.interval(lr.value, lr.low, lr.high) if lr.found else (lr.scanned[1], math.inf)
+
+
+def _crossing_below(
+    measurement: Measurement,
+    limits: _Limits,
+    rolled: Rollout,
+    batch_sizes: tuple[int, int],
+    seeds: Sequence[int],
+) -> _Limits | None:
+    """Limits with a lower critical step size, where staged rollouts break at a step size that the interval calls safe."""
+    algorithm = measurement.algorithm
+    safe = _interval(calibration(rolled.kind), limits.lr)[0]
+    if rolled.kind != "staged" or algorithm.lr >= safe or not bool(rolled.probability[0] >= 0.5):
+        return None
+    start = time.perf_counter()
+    found, spent = staged_critical_lr(
+        measurement.problem,
+        measurement.network,
+        algorithm,
+        batch_sizes=batch_sizes,
+        seed=seeds[int(rolled.score[:, 0].argmax())],
+        guess=algorithm.lr,
+    )
+    staged = Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent)
+    return replace(limits, lr=found.with_spread_of(limits.lr), staged=staged)
 
 
 def _typical_seed(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import stabkit
 import stabkit.boundary
 from stabkit.algorithms import AGU, FineTune, GradDiff, GradientAscent
 from stabkit.boundary import (
@@ -21,6 +23,7 @@ from stabkit.boundary import (
     CriticalValue,
     critical_lr,
     critical_mix,
+    staged_critical_lr,
     surroundings,
 )
 from stabkit.curvature import linearise
@@ -429,3 +432,89 @@ def test_one_seeds_value_takes_the_spread_of_several_from_another_way():
     for none in (replace(other, found=False), replace(other, value=0.0)):
         assert found.with_spread_of(none) == found
     assert replace(found, found=False).with_spread_of(other) == replace(found, found=False)
+
+
+# ------------------------------------------------------------------ staged searches
+
+
+def staged_scan(monkeypatch, crosses, batchnorm, guess=1.0):
+    """Where a staged search ends whose rollouts break at v where `crosses(v)`, and how many there were."""
+    asked = []
+
+    def fake(problem, network, algorithm, *, batch_sizes, seeds):
+        asked.append(algorithm.lr)
+        rolled = SimpleNamespace(probability=torch.tensor([0.9 if crosses(algorithm.lr) else 0.1]))
+        return SimpleNamespace(rollout=rolled, gradient_equivalents=10.0)
+
+    monkeypatch.setattr(stabkit.boundary, "staged_rollout", fake)
+    problem = SimpleNamespace(batchnorm=batchnorm)
+    found, spent = staged_critical_lr(problem, None, GradDiff(mix=0.3), batch_sizes=(1, 1), seed=0, guess=guess)
+    assert len(asked) == len(set(asked))
+    assert spent == 10 * len(asked)
+    return found, len(asked)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(threshold=st.floats(-2.5, 2.5).map(lambda x: 10**x))
+def test_a_staged_search_halves_to_the_crossing(threshold, monkeypatch):
+    frozen, rollouts = staged_scan(monkeypatch, lambda v: v >= threshold, "frozen")
+    assert frozen.low < threshold <= frozen.value == frozen.high <= frozen.low * 2 ** (1 / 8) * (1 + 1e-9)
+    coupled, more = staged_scan(monkeypatch, lambda v: v >= threshold, "batch")
+    assert coupled == frozen
+    assert more <= rollouts + 3
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(island=st.floats(0.32, 0.34))
+def test_in_train_mode_a_staged_search_looks_below_the_crossing(island, monkeypatch):
+    """Runs that break, hold, and break again at a third of the step size, which walking by halves steps over."""
+
+    def crosses(value):
+        return island <= value < 1.2 * island or value >= 0.98
+
+    found, _ = staged_scan(monkeypatch, crosses, "batch")
+    assert found.low < island <= found.value <= island * 2 ** (1 / 8) * (1 + 1e-9)
+    frozen, _ = staged_scan(monkeypatch, crosses, "frozen")
+    assert frozen.value > 0.9
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+@pytest.mark.parametrize("claimed", [10.0, 1.05])
+def test_a_run_that_breaks_at_a_safe_step_size_has_the_critical_one_searched_again(
+    claimed, digits_mlp, class_deletion, monkeypatch
+):
+    """Where the interval calls the step size safe that broke; what is near enough to be within it stays."""
+    setting = {"mix": 0.5, "steps": 40, "seeds": 2, "rank": 30, "retain_samples": 128, "forget_samples": 64}
+    setting |= {"spectrum_samples": 64, "mode": "thorough"}
+    plain = stabkit.predict(digits_mlp, *class_deletion, lr=0.8, **setting)
+    assert plain.verdict == "diverges"
+    lr = 1.2 * plain.critical_lr
+    wrong = [
+        (
+            CriticalValue(
+                value=claimed * lr, low=claimed * lr, high=claimed * lr, found=True, scanned=(lr / 9, 99 * lr)
+            ),
+            0.0,
+        )
+    ]
+    searched = []
+
+    def search(*arguments, **options):
+        searched.append(options["guess"])
+        return wrong.pop() if wrong else staged_critical_lr(*arguments, **options)
+
+    monkeypatch.setattr("stabkit.judge.staged_critical_lr", search)
+    report = stabkit.predict(digits_mlp, *class_deletion, lr=lr, **setting)
+    assert report.rollout.probability >= 0.5
+    if claimed < 2:
+        assert report.critical_lr == claimed * lr
+        assert len(searched) == 1
+        return
+    assert searched[1:] == [lr]
+    assert report.verdict == "diverges"
+    assert report.critical_lr == pytest.approx(plain.critical_lr, rel=0.3)
+    assert report.critical_lr <= lr
+    further = report.at(lr=report.critical_lr / 3)  # which knows the lower one
+    assert further.critical_lr == report.critical_lr
+    assert further.verdict == "stable"
+    assert len(searched) == 2
