@@ -13,6 +13,7 @@ from stabkit._errors import BudgetWarning, caller_level
 from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import Algorithm
+from stabkit.boundary import LOOKS_BELOW
 from stabkit.curvature import THEORY_DIRECTIONS, coordinates_cost, forward_size, linearisation_cost, rows_pay
 from stabkit.measure import (
     COHERENCE_ROWS,
@@ -240,7 +241,8 @@ def estimate_cost(
         if algorithm.adaptive or coupled:
             each_rollout = (COUPLED_SHARE if coupled else REAL_SHARE) * (run + looks * sum(held) / 3)
         scans = 1 if algorithm.fixed_mix else 2
-        gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN) * each_rollout
+        below = len(LOOKS_BELOW) if coupled else 0
+        gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN + below) * each_rollout
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient
     return CostEstimate(
         mode=settings.mode,

@@ -267,7 +267,7 @@ def one_cycle(model: nn.Module) -> torch.optim.Optimizer:
         ),
         (lambda m: torch.optim.AdamW(m.parameters(), amsgrad=True), "must have amsgrad=False; got True"),
         (lambda m: torch.optim.Adam(m.parameters(), weight_decay=0.1), "got Adam with weight_decay=0.1"),
-        (one_cycle, "must not be on a one-cycle schedule"),
+        (one_cycle, "must not be on a cyclic schedule"),
         (
             lambda m: torch.optim.SGD([*m.parameters(), nn.Parameter(torch.zeros(2))], lr=0.1),
             "got 1 of 5 parameters that are not the model's",

@@ -56,8 +56,9 @@ def optimizer_settings(
             raise ValueError(f"`optimizer` of `{owner}` must have {option}={only}; got {got}. No run here has it.")
     if any("max_lr" in group for group in optimizer.param_groups):
         raise ValueError(
-            f"`optimizer` of `{owner}` must not be on a one-cycle schedule, which changes its momentum too; got one with "
-            "OneCycleLR or CyclicLR. Make it anew, and give the step size's factors as `lr_schedule`."
+            f"`optimizer` of `{owner}` must not be on a cyclic schedule, which begins at a part of its largest step "
+            "size and may change its momentum too; got one with OneCycleLR or CyclicLR. Make it anew with the largest step "
+            "size, and give its factors as `lr_schedule`."
         )
     settings: dict[str, object] = {"optimizer": kind, **MOMENTUM[kind], **_groups(optimizer, model, owner)}
     for name in SHARED[kind]:

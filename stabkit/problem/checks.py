@@ -331,7 +331,7 @@ def _check_differentiable(problem: UnlearningProblem, inputs: Inputs, targets: T
         if not found.requires_grad:
             raise ValueError(
                 f"`{owner}` must be differentiable; got {what} without derivatives in the parameters, for `{name}`. "
-                "Remove torch.no_grad(), detach() and detours through NumPy from it."
+                "Remove torch.no_grad(), detach() and detours through NumPy from it, and unmerge adapters."
             )
 
 
