@@ -55,7 +55,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     try:
         result = run_demo(options.output, seed=options.seed, progress=not options.quiet and sys.stderr.isatty())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"stabkit demo: {error}", file=sys.stderr)
         return 2
     if options.json:
@@ -81,7 +81,7 @@ def _verify_cells(options: argparse.Namespace) -> int:
             quick=options.quick,
             stored=options.stored,
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"stabkit bench verify: {error}", file=sys.stderr)
         return 2
     page = write_page(summary, options.page or Path(options.folder) / "verify.md")
@@ -94,7 +94,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
     try:
         fitted = calibrate(options.folder, options.output)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"stabkit bench calibrate: {error}", file=sys.stderr)
         return 2
     for kind, found in fitted.items():

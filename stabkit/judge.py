@@ -104,7 +104,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     mix_detail = verdict_by.mix
     again = _crossing_below(measurement, limits, verdict_by.rollout, batch_sizes, seeds)
     limits = again or limits
-    lr_detail = limits.lr
+    lr_detail = _with_seeds_at(limits.lr, algorithm.lr, verdict_by.rollout)
     spent_again = again.staged.gradient_equivalents if again else 0.0
     if algorithm.adaptive:
         error, awake = start_errors(
@@ -347,6 +347,18 @@ def _interval(used: Calibration, lr: CriticalValue) -> tuple[float, float]:
     return used.interval(lr.value, lr.low, lr.high) if lr.found else (lr.scanned[1], math.inf)
 
 
+def _with_seeds_at(critical: CriticalValue, lr: float, rolled: Rollout) -> CriticalValue:
+    """The spread with what the seeds of a staged rollout do: one may break below the critical step size, or hold above."""
+    if rolled.kind != "staged" or not critical.found:
+        return critical
+    breaks = rolled.score[:, 0] >= 0
+    if lr < critical.low and bool(breaks.any()):
+        return replace(critical, low=lr)
+    if lr > critical.high and not bool(breaks.all()):
+        return replace(critical, high=lr)
+    return critical
+
+
 def _crossing_below(
     measurement: Measurement,
     limits: _Limits,
@@ -360,12 +372,16 @@ def _crossing_below(
     if rolled.kind != "staged" or algorithm.lr >= safe or not bool(rolled.probability[0] >= 0.5):
         return None
     start = time.perf_counter()
+    ordered = rolled.score[:, 0].argsort(stable=True).tolist()
+    middle = next(
+        i for i in ordered[len(ordered) // 2 :] if float(rolled.score[i, 0]) >= 0
+    )  # of the seeds, one that breaks
     found, spent = staged_critical_lr(
         measurement.problem,
         measurement.network,
         algorithm,
         batch_sizes=batch_sizes,
-        seed=seeds[int(rolled.score[:, 0].argmax())],
+        seed=seeds[middle],
         guess=algorithm.lr,
     )
     staged = Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent)

@@ -38,6 +38,9 @@ SHORTEST_SPAN = 2  # of the losses' spans, which double from here
 WARN_AHEAD = 10
 SHRINK = 0.25
 GRADIENT_POWER = 2.0  # what a gradient does once, the loss does squared
+FAINT = (
+    1e-3  # of a gradient norm: earlier ones below that are of steps that stood still, as SCRUB's first one; own choice
+)
 SMALLEST = 0.01  # of the level: smaller losses count as this, that a factor between two of them is no rise
 TINY = 1e-300
 
@@ -76,10 +79,12 @@ class Monitor:
     looks far (benchmarks/monitor.py).
 
     *Rise*: the mean of a loss over its last w values stands a factor q > 1 above the largest mean over w earlier ones, and
-    q times the mean retain loss over the last w updates reaches the level: what has just happened need only happen once
-    more. It is asked of both losses for w = 2, 4, 8, ... while 2w <= `warn_ahead`, and of the squared gradient norm for
-    w = 1, which alone is quick enough for runs that overshoot within a few steps. Losses below 1 % of the level count as
-    that. It cannot foresee a crossing in the very first step, and batches of few samples raise many false alarms.
+    q times the mean of the last w retain losses reaches the level: what has just happened need only happen once more. It is
+    asked of both losses for w = 2, 4, 8, ... while 2w <= `warn_ahead`, and of the squared gradient norm for w = 1, which
+    alone is quick enough for runs that overshoot within a few steps; not of a norm a thousand times all earlier ones, as
+    after steps that stood still. Losses below 1 % of the level count as that. It cannot foresee a crossing in the very
+    first step, batches of few samples raise many false alarms, and retain losses of some steps ago say nothing of now: a
+    loop with retain steps in some of its iterations does well to look at a retain batch in the others too.
 
     *Course*, with a report that predicts a crossing at step c: each loss is looked up on the running maximum of its
     rolled-out curve (T14), log-linear between the checks. The run has come as far as the later of the two steps found, s,
@@ -148,7 +153,7 @@ class Monitor:
         self._rises = {
             "retain loss": [_Rise(span) for span in spans],
             "forget loss": [_Rise(span) for span in spans],
-            "gradient norm": [_Rise(1, power=GRADIENT_POWER)],
+            "gradient norm": [_Rise(1, power=GRADIENT_POWER, faint=FAINT)],
         }
         self._retain: deque[float] = deque(maxlen=spans[-1])
         self._floor = min(0.0, report.run.retain_loss) if report else math.nan
@@ -297,8 +302,8 @@ class Monitor:
 class _Rise:
     """How far the mean of the last values stands above the largest mean of as many earlier ones."""
 
-    def __init__(self, span: int, *, power: float = 1.0) -> None:
-        self.span, self._power = span, power
+    def __init__(self, span: int, *, power: float = 1.0, faint: float = 0.0) -> None:
+        self.span, self._power, self._faint = span, power, faint
         self._values: deque[float] = deque(maxlen=span)
         self._means: deque[float] = deque(maxlen=span)
         self._record = 0.0
@@ -320,7 +325,8 @@ class _Rise:
             self._record = max(self._record, self._means[0])
         mean = sum(self._values) / self.span
         self._means.append(mean)
-        return self._power * math.log(mean / self._record) if mean > 0 and self._record > 0 else 0.0
+        told = mean > 0 and self._record > self._faint * mean
+        return self._power * math.log(mean / self._record) if told else 0.0
 
 
 class _Course:

@@ -208,25 +208,44 @@ def plot_report(report: Report, *, axes: Sequence[Axes] | None = None) -> tuple[
     return figure, axes
 
 
-def _plot_losses(report: Report, ax: Axes) -> None:
+def _plot_losses(report: Report, ax: Axes, others: Sequence[Sequence[float]] = ()) -> float:
+    """Predicted losses; returns the height at which losses are drawn that are not finite, here and of others."""
     rollout, colour = report.rollout, COLOURS[report.verdict]
-    floor = 1e-12  # a loss of exactly zero has no place on a logarithmic axis
-
-    def clean(values: Sequence[float]) -> np.ndarray:
-        array = np.array(values, dtype=float)
-        return np.where(np.isfinite(array), np.maximum(array, floor), np.nan)
-
-    ax.fill_between(rollout.steps, clean(rollout.retain_low), clean(rollout.retain_high), color=colour, alpha=0.2)
-    ax.plot(rollout.steps, clean(rollout.retain_loss), color=colour, label="retain, predicted")
-    ax.plot(rollout.steps, clean(rollout.forget_loss), color="#4a6fa5", linestyle="--", label="forget, predicted")
+    curves = (rollout.retain_low, rollout.retain_high, rollout.retain_loss, rollout.forget_loss, *others)
+    top = 10 * max([report.run.divergence_level, *(loss for curve in curves for loss in curve if math.isfinite(loss))])
+    low, high, retain, forget = (_upwards(curve, top) for curve in curves[:4])
+    ax.fill_between(rollout.steps, low, high, color=colour, alpha=0.2)
+    ax.plot(rollout.steps, retain, color=colour, label="retain, predicted")
+    ax.plot(rollout.steps, forget, color="#4a6fa5", linestyle="--", label="forget, predicted")
+    for curve, of in ((retain, colour), (forget, "#4a6fa5")):
+        _mark_top(ax, rollout.steps, curve, top, of)
     ax.axhline(report.run.divergence_level, color="black", linewidth=1, linestyle=":", label="divergence level")
     if report.divergence_step is not None:
-        ax.axvline(report.divergence_step, color=colour, linewidth=1, linestyle=":")
+        ax.axvline(report.divergence_step, color=colour, linewidth=1, linestyle=":", label="predicted divergence step")
+    ax.set_xlim(0, rollout.steps[-1])
     ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.set_ylabel("mean loss")
     ax.set_title(f"{report.verdict}: P(diverge) = {report.probability:.2f}")
     ax.legend(frameon=False, fontsize="small")
+    return top
+
+
+def _upwards(losses: Sequence[float], top: float) -> np.ndarray:
+    """Losses for a logarithmic axis: the first one that is not finite at its top, nothing after it."""
+    array = np.array(losses, dtype=float)
+    array[np.isfinite(array)] = np.maximum(array[np.isfinite(array)], 1e-12)  # exactly zero has no place there
+    first = np.flatnonzero(~np.isfinite(array))
+    if first.size:
+        array[first[0]], array[first[0] + 1 :] = top, math.nan
+    return array
+
+
+def _mark_top(ax: Axes, steps: Sequence[int], losses: np.ndarray, top: float, colour: str) -> None:
+    """An arrow where a curve leaves the numbers."""
+    at = np.flatnonzero(losses == top)
+    if at.size:
+        ax.plot([steps[at[0]]], [top], marker="^", color=colour, clip_on=False)
 
 
 def _plot_layers(report: Report, ax: Axes) -> None:
@@ -247,7 +266,7 @@ def _plot_layers(report: Report, ax: Axes) -> None:
 def plot_trajectories(
     predicted: Report, runs: Sequence[tuple[str, Sequence[int], Sequence[float]]], *, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """Real retain losses over the predicted band.
+    """Real retain losses over the predicted band; an arrow at the top where a loss is not finite.
 
     Args:
         predicted: The report about these settings.
@@ -258,10 +277,11 @@ def plot_trajectories(
         Figure and axes.
     """
     figure, ax = figure_of(ax)
-    _plot_losses(predicted, ax)
+    top = _plot_losses(predicted, ax, [losses for _, _, losses in runs])
     for label, steps, losses in runs:
-        finite = [loss if math.isfinite(loss) else math.nan for loss in losses]
-        ax.plot(steps, finite, marker=".", linewidth=0.8, label=label)
+        drawn = _upwards(losses, top)
+        (line,) = ax.plot(steps, drawn, marker=".", linewidth=0.8, label=label)
+        _mark_top(ax, steps, drawn, top, str(line.get_color()))
     ax.legend(frameon=False, fontsize="small")
     return figure, ax
 

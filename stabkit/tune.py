@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from stabkit._errors import TargetWarning, caller_level
+from stabkit._errors import StabkitWarning, TargetWarning, caller_level
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.calibration import RISK
 from stabkit.data import Data
 from stabkit.losses import CrossEntropy, Loss, PerSampleLoss
+from stabkit.metrics.audit import check_held_out
 from stabkit.predict import predict
 from stabkit.problem import UnlearningProblem
 from stabkit.remedy import algorithm_at
@@ -66,7 +67,8 @@ def tune(
 
     Raises:
         TypeError: If an argument is none of `predict`'s, or is to be chosen here.
-        ValueError: If both `test` and `forget_loss` are given, the risk is out of its domain, or no setting holds.
+        ValueError: If both `test` and `forget_loss` are given, `test` holds samples of the other sets, the risk is out of
+            its domain, or no setting holds.
     """
     if test is not None and forget_loss is not None:
         raise ValueError(
@@ -87,12 +89,16 @@ def tune(
     chosen = resolve_algorithm(algorithm, owner="tune")
     mode = "auto" if "budget" in settings else "standard"
     settings = {"mode": mode, "spectrum_samples": SPECTRUM_SAMPLES, **settings}
-    report = predict(model, forget, retain, algorithm=chosen, loss=loss, **settings)
     if target is None and test is not None:
-        problem = UnlearningProblem(
-            model, forget, retain, loss=loss, test=test, device=settings.get("device"), dtype=settings.get("dtype")
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StabkitWarning)  # `predict` says what there is to say
+            problem = UnlearningProblem(
+                model, forget, retain, loss=loss, test=test, device=settings.get("device"), dtype=settings.get("dtype")
+            )
+        assert problem.test is not None
+        check_held_out(problem.test, problem, owner="tune")
         target = _typical_loss(problem)
+    report = predict(model, forget, retain, algorithm=chosen, loss=loss, **settings)
     found = report.recommend(risk=risk)
     wanted = report.run.divergence_level if target is None else target
     point = found.reaching(wanted)

@@ -314,7 +314,6 @@ def test_each_kind_of_layer_is_done_by_its_own_method():
     assert methods["twice"]["inner.weight"] != "autograd" != methods["twice"]["other.weight"]
     assert methods["bare"] == {
         "scale": "autograd",
-        "unused": "unused",
         "first.weight": "autograd",
         "first.bias": "gradients",
         "second.weight": "grams",

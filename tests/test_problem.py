@@ -275,7 +275,8 @@ def test_precision_and_frozen_layers():
     assert problem.evaluate(problem.forget)[0].dtype == torch.float64
     assert set(problem.parameters) == {"1.bias", "3.weight", "3.bias"}
     assert problem.layer_of() == {"1.bias": "1", "3.weight": "3", "3.bias": "3"}
-    half = UnlearningProblem(copy.deepcopy(model).bfloat16(), FORGET, RETAIN)
+    with pytest.warns(stabkit.PrecisionWarning):
+        half = UnlearningProblem(copy.deepcopy(model).bfloat16(), FORGET, RETAIN)
     assert half.dtype == torch.float32
     assert model[1].weight.dtype == torch.float32
 

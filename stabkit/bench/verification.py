@@ -91,12 +91,17 @@ def calibrate(folder: str | Path, path: str | Path) -> dict[str, Calibration]:
 
     Returns:
         The calibration of each kind of rollout.
+
+    Raises:
+        ValueError: If the folder is not there, or holds no calibration cell.
     """
+    if not Path(folder).is_dir():
+        raise ValueError(f"`folder` of `calibrate` must be there; got {str(folder)!r}. `verify_cells` makes it.")
     results = [read_cell(place) for place in sorted(Path(folder).glob("*-s*.json")) if "-quick" not in place.name]
     mine = [result for result in results if result.cell.role == "calibration"]
     adamw = [result for result in results if result.cell.role == "AdamW calibration"]
     near, far = by_error(mine)
-    # Staged rollouts end in real steps, whose ever. Of what there are no cells the shipped one stays.
+    # Staged rollouts end in real steps, whatever the optimiser is. Of what there are no cells the shipped one stays.
     fitted = {
         "one": fit_calibration(near, "one", sided=True),
         "far": fit_calibration(far, "one", name="far", sided=True) if far else calibration("far"),
