@@ -499,8 +499,13 @@ def test_the_command_calibrates(tmp_path, capsys):
     plain = json.loads(written.read_text(encoding="utf-8"))
     assert [plain[kind]["runs"] for kind in ("one", "staged", "adamw")] == [300, 500, 200]
     assert from_plain(Calibration, plain["staged"]) == bench.fit_calibration([found, other], "staged")
+    (tmp_path / "none").mkdir()
     assert main(["bench", "calibrate", "--folder", str(tmp_path / "none"), "--output", str(written)]) == 2
     assert "got none" in capsys.readouterr().err
+    assert main(["bench", "calibrate", "--folder", str(tmp_path / "nowhere"), "--output", str(written)]) == 2
+    assert "`folder` of `calibrate` must be there" in capsys.readouterr().err
+    assert main(["bench", "verify", "--folder", str(written), "--cells", NAME, "--seeds", "0", "--quick"]) == 2
+    assert "stabkit bench verify: [Errno" in capsys.readouterr().err
 
 
 def test_the_shipped_calibration_is_of_its_kind():

@@ -28,6 +28,7 @@ from stabkit.boundary import (
 )
 from stabkit.curvature import linearise
 from stabkit.frontier import Frontier, frontier
+from stabkit.judge import _with_seeds_at
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout
@@ -518,3 +519,23 @@ def test_a_run_that_breaks_at_a_safe_step_size_has_the_critical_one_searched_aga
     assert further.critical_lr == report.critical_lr
     assert further.verdict == "stable"
     assert len(searched) == 2
+
+
+@pytest.mark.parametrize(
+    ("lr", "scores", "low", "high"),
+    [
+        (1.0, (-0.1, 0.1, 0.4), 1.0, 2.2),  # some break below
+        (1.0, (-0.1, -0.2, -0.4), 1.8, 2.2),
+        (1.9, (0.1, 0.2, 0.4), 1.8, 2.2),  # within the spread
+        (5.0, (0.1, 0.1, -0.4), 1.8, 5.0),  # one holds above
+        (5.0, (0.1, 0.1, 0.4), 1.8, 2.2),
+    ],
+)
+def test_the_spread_holds_what_the_seeds_of_the_verdict_do(lr, scores, low, high):
+    critical = CriticalValue(value=2.0, low=1.8, high=2.2, found=True, scanned=(0.1, 100.0))
+    rolled = SimpleNamespace(kind="staged", score=torch.tensor([[score] for score in scores]))
+    found = _with_seeds_at(critical, lr, rolled)
+    assert (found.value, found.low, found.high) == (2.0, low, high)
+    assert _with_seeds_at(critical, lr, SimpleNamespace(kind="one", score=rolled.score)) == critical
+    none = replace(critical, found=False)
+    assert _with_seeds_at(none, lr, rolled) == none

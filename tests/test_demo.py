@@ -68,3 +68,11 @@ def test_wrong_usage_has_its_own_exit_status(arguments, message, capfd):
 def test_a_bad_seed_is_wrong_usage(tmp_path, capsys):
     assert main(["demo", "--seed", "-1", "--output", str(tmp_path)]) == 2
     assert "`seed` of `run_demo` must be a whole number >= 0; got -1" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr("stabkit.demo.train", lambda *a, **k: pytest.fail("the work has begun"))
+    assert main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert "stabkit demo: [Errno" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"

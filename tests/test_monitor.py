@@ -436,3 +436,21 @@ def test_a_run_is_watched_by_a_hook(digits_mlp, class_deletion):
     assert calm.alert.state == "calm"
     with pytest.raises(ValueError, match=r"`action` of `Monitor` must be 'warn' or 'stop' in `run`.*; got 'shrink'"):
         stabkit.run(problem, wild, on_step=Monitor(level=1.0, action="shrink").on_step)
+
+
+def test_a_first_step_that_stands_still_is_no_level_to_rise_from(digits_mlp, class_deletion):
+    """SCRUB's first step has a gradient of rounding alone."""
+    problem = stabkit.UnlearningProblem(digits_mlp, *class_deletion)
+    guard = Monitor(level=problem.divergence_level, action="stop")
+    scrub = stabkit.SCRUB(lr=1e-3, steps=30)
+    norms = []
+    stabkit.run(
+        problem, scrub.replace(steps=2, lr_schedule=None), seed=0, on_step=lambda s: norms.append(s.gradient_norm)
+    )
+    assert 0 < 1e3 * norms[0] < norms[1]
+    plain = stabkit.run(problem, scrub, seed=0)
+    assert not plain.diverged
+    assert stabkit.run(problem, scrub, seed=0, on_step=guard.on_step).steps == plain.steps
+    rising = Monitor(level=LEVEL)
+    states = [rising.update(0.03, 0.03, norm).state for norm in (1e-6, 0.3, 0.3, 30.0)]
+    assert states == ["calm", "calm", "calm", "rising"]

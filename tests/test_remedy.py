@@ -216,6 +216,8 @@ def test_held_out_data_are_the_target(digits_mlp, random_deletion, digits_data):
     assert found == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"`forget_loss` of `tune` must be left out where `test` is given; got 1\.0"):
         stabkit.tune(digits_mlp, forget, retain, test=held_out, forget_loss=1.0)
+    with pytest.raises(ValueError, match=r"`test` of `tune` must hold no sample of `forget`; they share"):
+        stabkit.tune(digits_mlp, forget, retain, test=forget)
 
 
 @pytest.mark.parametrize("decay", [0.0, 5e-4])

@@ -311,15 +311,21 @@ def test_the_report_draws_into_given_axes(report):
     plt.close(figure)
 
 
-def test_values_that_are_not_finite_are_left_out_of_the_drawing(report):
-    rollout = dataclasses.replace(
-        report.rollout,
-        retain_loss=(math.inf,) * len(report.rollout.steps),
-        retain_high=(math.inf,) * len(report.rollout.steps),
-    )
+def test_values_that_are_not_finite_leave_the_drawing_at_its_top(report):
+    count = len(report.rollout.steps)
+    losses = (0.1, 0.2, math.inf, math.nan, *[math.inf] * (count - 4))
+    rollout = dataclasses.replace(report.rollout, retain_loss=losses, retain_high=(math.inf,) * count)
     cause = dataclasses.replace(report.cause, eigenvector_layers=(), displacement_layers=())
-    figure, _ = dataclasses.replace(report, rollout=rollout, cause=cause).plot()
+    figure, axes = dataclasses.replace(report, rollout=rollout, cause=cause).plot()
     figure.canvas.draw()
+    (curve,) = (line for line in axes[0].get_lines() if line.get_label() == "retain, predicted")
+    drawn = curve.get_ydata()
+    assert drawn[:2].tolist() == [0.1, 0.2]
+    assert drawn[2] > report.run.divergence_level
+    assert np.isnan(drawn[3:]).all()
+    (arrow,) = (line for line in axes[0].get_lines() if line.get_marker() == "^")
+    assert (arrow.get_xdata()[0], arrow.get_ydata()[0]) == (report.rollout.steps[2], drawn[2])
+    assert axes[0].get_xlim() == (0, report.rollout.steps[-1])
     plt.close(figure)
 
 
