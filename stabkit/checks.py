@@ -28,6 +28,7 @@ MAX_TF32_ERROR = 1e-2
 MAX_CHANGE = 0.5  # of P(diverge), with half the rank or half the samples
 CAPTURED = "captured output sensitivity"
 MARGIN = "critical step size on the other side"
+MAX_SEEDS_AGAINST = 0.2  # of the staged rollouts' share that end otherwise than the interval says
 
 
 def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake: float) -> tuple[Check, ...]:
@@ -180,6 +181,35 @@ def margin_check(past: float, interval: tuple[float, float], verdict: str, *, st
         meaning="Probability that the critical step size lies on the other side of the run's than the verdict says, by "
         "where it was found and how far such boundaries were from those of real runs.",
         remedy=closer + (keep if verdict == "stable" else "check with verify()."),
+    )
+
+
+def seeds_check(rolled: Rollout, lr: float, interval: tuple[float, float]) -> tuple[Check, ...]:
+    """Whether the staged rollouts of the run itself end as the interval of the critical step size has it.
+
+    That is found with one seed, and where runs of other batches break at other step sizes the others may tell.
+
+    Args:
+        rolled: The rollout that the verdict is read from, one setting.
+        lr: Its step size.
+        interval: Where the critical step size lies, at nine in ten, without what these rollouts say.
+
+    Returns:
+        The check; none of one linearisation, whose critical step size is that of all of its seeds.
+    """
+    if rolled.kind != "staged":
+        return ()
+    breaks = (rolled.score[:, 0] >= 0).double()
+    against = float(breaks.mean()) if lr < interval[0] else float(1 - breaks.mean()) if lr > interval[1] else 0.0
+    return (
+        Check(
+            name="seeds against the critical step size",
+            value=against,
+            threshold=MAX_SEEDS_AGAINST,
+            passed=against <= MAX_SEEDS_AGAINST,
+            meaning="Share of the staged rollouts that break below all step sizes that may be critical, or hold above them.",
+            remedy="Raise `seeds`, and check with verify().",
+        ),
     )
 
 

@@ -23,7 +23,7 @@ from stabkit.boundary import (
 )
 from stabkit.calibration import RISK, Calibration, beyond, calibration, combined, kind_at
 from stabkit.cause import error_below, find_cause, linearisation_errors, start_errors
-from stabkit.checks import change_checks, margin_check, trust_checks, warn_if_unsure
+from stabkit.checks import change_checks, margin_check, seeds_check, trust_checks, warn_if_unsure
 from stabkit.curvature.dormant import SAMPLES
 from stabkit.frontier import Frontier, frontier
 from stabkit.measure import Measurement
@@ -130,6 +130,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         *trust_checks(measurement, rolled, error, awake),
         *(() if verdict_by.real_steps else change_checks(measurement, rolled, seeds)),
         margin_check(past, interval, verdict, staged=measurement.settings.staged),
+        *seeds_check(verdict_by.rollout, algorithm.lr, _interval(used, limits.lr)),
     )
     return Report(
         verdict=verdict,

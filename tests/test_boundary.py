@@ -26,6 +26,7 @@ from stabkit.boundary import (
     staged_critical_lr,
     surroundings,
 )
+from stabkit.checks import seeds_check
 from stabkit.curvature import linearise
 from stabkit.frontier import Frontier, frontier
 from stabkit.judge import _with_seeds_at
@@ -539,3 +540,21 @@ def test_the_spread_holds_what_the_seeds_of_the_verdict_do(lr, scores, low, high
     assert _with_seeds_at(critical, lr, SimpleNamespace(kind="one", score=rolled.score)) == critical
     none = replace(critical, found=False)
     assert _with_seeds_at(none, lr, rolled) == none
+
+
+@pytest.mark.parametrize(
+    ("lr", "scores", "against"),
+    [
+        (1.0, (-0.1, 0.1, -0.4), 1 / 3),
+        (1.0, (-0.1, -0.1, -0.4), 0.0),
+        (2.0, (-0.1, 0.1, 0.4), 0.0),  # where the critical one may lie, seeds may differ
+        (4.0, (-0.1, -0.1, 0.4), 2 / 3),
+        (4.0, (0.1, 0.1, 0.4), 0.0),
+    ],
+)
+def test_seeds_that_end_otherwise_than_the_interval_says_are_no_high_confidence(lr, scores, against):
+    rolled = SimpleNamespace(kind="staged", score=torch.tensor([[score] for score in scores]))
+    (check,) = seeds_check(rolled, lr, (1.5, 3.0))
+    assert check.value == pytest.approx(against)
+    assert check.passed == (against == 0)
+    assert seeds_check(SimpleNamespace(kind="one", score=rolled.score), lr, (1.5, 3.0)) == ()
