@@ -23,6 +23,7 @@ from stabkit.report import Report
 from stabkit.spectrum import SpectralDensity
 from stabkit.stability import StabilityMap
 
+HIGHEST = 1e3  # of the divergence level: losses beyond ten times that are drawn at the top
 COLOURS = {"stable": "#2a7f62", "marginal": "#b7791f", "diverges": "#b3382c"}
 
 
@@ -209,10 +210,12 @@ def plot_report(report: Report, *, axes: Sequence[Axes] | None = None) -> tuple[
 
 
 def _plot_losses(report: Report, ax: Axes, others: Sequence[Sequence[float]] = ()) -> float:
-    """Predicted losses; returns the height at which losses are drawn that are not finite, here and of others."""
+    """Predicted losses; returns the height at which larger losses are drawn, and the first that is not finite."""
     rollout, colour = report.rollout, COLOURS[report.verdict]
     curves = (rollout.retain_low, rollout.retain_high, rollout.retain_loss, rollout.forget_loss, *others)
-    top = 10 * max([report.run.divergence_level, *(loss for curve in curves for loss in curve if math.isfinite(loss))])
+    level = report.run.divergence_level
+    finite = [loss for curve in curves for loss in curve if math.isfinite(loss)]
+    top = 10 * max(level, min(max(finite), HIGHEST * level))
     low, high, retain, forget = (_upwards(curve, top) for curve in curves[:4])
     ax.fill_between(rollout.steps, low, high, color=colour, alpha=0.2)
     ax.plot(rollout.steps, retain, color=colour, label="retain, predicted")
@@ -232,17 +235,18 @@ def _plot_losses(report: Report, ax: Axes, others: Sequence[Sequence[float]] = (
 
 
 def _upwards(losses: Sequence[float], top: float) -> np.ndarray:
-    """Losses for a logarithmic axis: the first one that is not finite at its top, nothing after it."""
+    """Losses for a logarithmic axis that ends at `top`: the first one that is not finite there, nothing after it."""
     array = np.array(losses, dtype=float)
-    array[np.isfinite(array)] = np.maximum(array[np.isfinite(array)], 1e-12)  # exactly zero has no place there
-    first = np.flatnonzero(~np.isfinite(array))
+    numbers = np.isfinite(array)
+    array[numbers] = array[numbers].clip(1e-12, top)  # exactly zero has no place there
+    first = np.flatnonzero(~numbers)
     if first.size:
         array[first[0]], array[first[0] + 1 :] = top, math.nan
     return array
 
 
-def _mark_top(ax: Axes, steps: Sequence[int], losses: np.ndarray, top: float, colour: str) -> None:
-    """An arrow where a curve leaves the numbers."""
+def _mark_top(ax: Axes, steps: Sequence[int], losses: np.ndarray, top: float, colour: Any) -> None:
+    """An arrow where a curve leaves the drawing."""
     at = np.flatnonzero(losses == top)
     if at.size:
         ax.plot([steps[at[0]]], [top], marker="^", color=colour, clip_on=False)
@@ -266,7 +270,7 @@ def _plot_layers(report: Report, ax: Axes) -> None:
 def plot_trajectories(
     predicted: Report, runs: Sequence[tuple[str, Sequence[int], Sequence[float]]], *, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """Real retain losses over the predicted band; an arrow at the top where a loss is not finite.
+    """Real retain losses over the predicted band; an arrow at the top where a loss is beyond it, or not finite.
 
     Args:
         predicted: The report about these settings.
@@ -281,7 +285,7 @@ def plot_trajectories(
     for label, steps, losses in runs:
         drawn = _upwards(losses, top)
         (line,) = ax.plot(steps, drawn, marker=".", linewidth=0.8, label=label)
-        _mark_top(ax, steps, drawn, top, str(line.get_color()))
+        _mark_top(ax, steps, drawn, top, line.get_color())
     ax.legend(frameon=False, fontsize="small")
     return figure, ax
 

@@ -137,6 +137,21 @@ def test_the_plot_draws_every_run(checked):
     plt.close(figure)
 
 
+def test_a_run_that_leaves_the_numbers_is_drawn_to_the_top(report):
+    from matplotlib import pyplot as plt
+
+    from stabkit.plots import plot_trajectories
+
+    with plt.rc_context({"axes.prop_cycle": plt.cycler(color=plt.get_cmap("tab10").colors)}):  # tuples, not names
+        figure, ax = plot_trajectories(report, [("broken", (0, 1, 2, 3), (0.1, 0.2, math.inf, math.nan))])
+    broken = next(line for line in ax.get_lines() if line.get_label() == "broken")
+    (arrow,) = (line for line in ax.get_lines() if line.get_marker() == "^")
+    assert (arrow.get_xdata()[0], arrow.get_ydata()[0]) == (2, broken.get_ydata()[2])
+    assert arrow.get_ydata()[0] > report.run.divergence_level
+    figure.canvas.draw()
+    plt.close(figure)
+
+
 def other_model():
     return MLP(64, 10, hidden=(25,))
 
