@@ -12,7 +12,7 @@ class StabkitWarning(UserWarning):
 
 
 class TrainModeWarning(StabkitWarning):
-    """A BatchNorm or Dropout layer was in train mode; the message says how it is treated."""
+    """The model or a layer of it was in train mode; the message says how it is treated."""
 
 
 class PrecisionWarning(StabkitWarning):

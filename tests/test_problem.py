@@ -415,6 +415,17 @@ def test_dropout_in_train_mode_is_switched_off_and_said():
     assert torch.equal(problem.evaluate(problem.retain)[0], problem.evaluate(problem.retain)[0])
 
 
+class Aside(nn.Module):
+    """Another shape of outputs in train mode, as of auxiliary heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.cat([self.layer(x)] * (1 + self.training), 1)
+
+
 class Dropping(nn.Module):
     """Dropout by a function, which no layer tells of."""
 
@@ -439,8 +450,15 @@ def test_dropout_that_is_no_layer_is_said_too():
     normalising = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten())
     with pytest.warns(TrainModeWarning, match=r"`model` is in train mode, in which its outputs are off by"):
         UnlearningProblem(nn.Sequential(normalising, nn.Linear(4, 3)).train(), FORGET, RETAIN)
+    with pytest.warns(TrainModeWarning, match=r"in which its outputs are others"):
+        UnlearningProblem(Aside().train(), FORGET, RETAIN)
+    silent = Dropping(0.5)
+    for parameter in silent.second.parameters():
+        nn.init.zeros_(parameter)
+    silent.norm.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error", TrainModeWarning)
+        UnlearningProblem(silent, FORGET, RETAIN)  # outputs of 0 in either mode
         UnlearningProblem(Dropping(0.5).eval(), FORGET, RETAIN)
         UnlearningProblem(Dropping(0.0).train(), FORGET, RETAIN, batchnorm="batch")
 

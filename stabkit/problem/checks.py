@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -187,12 +188,14 @@ def warn_other_mode(problem: UnlearningProblem, module: nn.Module, training: Map
             found = output_tensor(copied(*positional, **named))
     except Exception:  # what a model does in train mode alone is not asked here
         return
-    apart, size = (float(t.double().norm()) for t in (found - there, there))
+    size = float(there.double().norm())
+    apart = float((found - there).double().norm()) if found.shape == there.shape else math.nan
     if not apart <= OTHER_MODE * size:
+        by = f"are off by {apart / size:.0%} of their size" if apart < math.inf and size > 0 else "are others"
         warnings.warn(
-            f"`model` is in train mode, in which its outputs are off by {apart / size:.0%} of their size: by dropout or "
-            "stochastic depth that is no Dropout layer, or by another layer that knows both modes. Predictions and runs "
-            "have it in eval mode. Call model.eval() to agree.",
+            f"`model` is in train mode, in which its outputs {by}: by dropout or stochastic depth that is no Dropout layer, "
+            "or by another layer that knows both modes. Predictions and runs have it in eval mode. Call model.eval() to "
+            "agree.",
             TrainModeWarning,
             stacklevel=caller_level(),
         )
