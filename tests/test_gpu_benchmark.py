@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import shards, speed, tables
-from benchmarks.gpu.run import Job, jobs, work
+from benchmarks.gpu.run import Job, jobs, jobs_named, work
 from benchmarks.gpu.scale import FULL, REDUCED, SCALES, SMALL, Scale, Training
 from benchmarks.gpu.store import Store, arithmetic_now, canonical, sha256
 from benchmarks.gpu.tasks import PADDING, Task, augmented, fit
@@ -117,6 +117,20 @@ def test_the_reduced_scale_has_the_same_networks_but_narrower_and_as_long_runs_w
         assert p.shape[0] in {full.get_parameter(name).shape[0] // 8, 10}, name
     assert (REDUCED.run_steps, REDUCED.batch) == (FULL.run_steps, FULL.batch)
     assert REDUCED.published_share == REDUCED.images / 50_000  # the published number of epochs
+
+
+def test_jobs_by_name_come_with_what_they_need():
+    every = [job.key for job in jobs_named(None)]
+    assert every == [job.key for job in jobs()]
+    cell = [job.key for job in jobs_named(["cell-resnet18-random10-graddiff-batch"])]
+    assert cell[-1] == "cell-resnet18-random10-graddiff-batch"
+    assert set(cell[:-1]) == {"train-resnet18", "gold-resnet18-random10"}
+    assert [job.key for job in jobs_named(["train-vit"])] == ["train-vit"]
+    for some in (["cell-lm"], ["published-", "speed-exponents"]):
+        keys = [job.key for job in jobs_named(some)]
+        assert keys == [key for key in every if key in set(keys)]
+        assert all(set(job.needs) <= set(keys) for job in jobs_named(some))
+    assert jobs_named(["nothing"]) == []
 
 
 def test_every_scale_says_what_each_network_needs_and_is_what_a_folder_can_hold():

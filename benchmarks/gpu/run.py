@@ -13,8 +13,8 @@ need. Estimates are of an H200; where the jobs so far took longer, the others ar
 Several workers fill the device, which waits for the next kernel most of the time where batches are small. On NVIDIA's GPUs
 start its multi-process service before (`nvidia-cuda-mps-control -d`): without it processes take turns at the device, and
 what consists of many small operations becomes very slow. What is timed is done alone. Two calls may share a folder and a
-GPU if `--only` gives them different jobs and `--memory` a share of its memory each. Where the data have to be carried to
-the GPU, `shards.py` packs them to 58 %.
+GPU if `--only` gives them jobs of different networks and `--memory` a share of its memory each. Where the data have to be
+carried to the GPU, `shards.py` packs them to 58 %.
 
 Every real run is preceded by predictions of it that are on disk, with time and SHA-256. BatchNorm is frozen, the
 library's default, in runs and predictions alike, but for one cell. Networks are of seed 0, retrained ones of seed
@@ -181,6 +181,22 @@ def _speed(part: str) -> Job:
         make=speed.PARTS[part],
         alone=part != "precision",
     )
+
+
+def jobs_named(only: Sequence[str] | None) -> list[Job]:
+    """Jobs in order of importance.
+
+    Args:
+        only: Beginnings of their names; None for all.
+
+    Returns:
+        Those jobs and whatever they need, which is done again only where something is left to be done with it.
+    """
+    every = jobs()
+    wanted = {job.key for job in every if only is None or job.key.startswith(tuple(only))}
+    for job in reversed(every):  # each comes after what it needs
+        wanted.update(job.needs if job.key in wanted else ())
+    return [job for job in every if job.key in wanted]
 
 
 def work(
@@ -403,7 +419,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where results, predictions and weights lie")
     parser.add_argument("--minutes", type=float, default=9.0, help="how long this call may take")
     parser.add_argument("--scale", choices=list(SCALES), default="full")
-    parser.add_argument("--only", nargs="+", help="beginnings of the names of jobs to do; all when left out")
+    parser.add_argument("--only", nargs="+", help="beginnings of the names of jobs to do, with what they need")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="jobs at once, each in a process of its own")
     parser.add_argument(
@@ -416,7 +432,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the jobs and do nothing")
     parser.add_argument("--page", type=Path, help="write the page of what FOLDER holds there, and do nothing else")
     options = parser.parse_args()
-    wanted = [job for job in jobs() if not options.only or job.key.startswith(tuple(options.only))]
+    wanted = jobs_named(options.only)
     if options.list:
         for job in wanted:
             print(f"{job.key}: {job.minutes:g} min")
