@@ -126,8 +126,12 @@ def _layers_own(report: Report) -> tuple[Row, ...]:
 def _limits(report: Report) -> Section:
     lr, mix, rollout = report.critical_lr_detail, report.critical_mix_detail, report.rollout
     spread = "halving and seeds:" if report.calibration.kind == "staged" else "seeds:"
-    interval = f"; nine in ten: {number(report.critical_lr_interval[0])} to {number(report.critical_lr_interval[1])}"
-    lr_note = f"{spread} {number(lr.low)} to {number(lr.high)}" if lr.found else f"none up to {number(lr.scanned[1])}"
+    interval = f"nine in ten: {number(report.critical_lr_interval[0])} to {number(report.critical_lr_interval[1])}"
+    lr_value, lr_note = number(report.critical_lr), f"{spread} {number(lr.low)} to {number(lr.high)}; {interval}"
+    if not lr.found:
+        lr_note = f"none up to {number(lr.scanned[1])}"
+    elif not lr.bracketed:
+        lr_value, lr_note = "–", f"no step size down to {number(lr.value)} holds"
     mix_note = f"at this step size; {spread} {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
     if mix.scanned[0] == mix.scanned[1]:  # one value is no scan
         mix_note = f"{report.run.algorithm} has a mix of its own, {number(mix.value)}"
@@ -141,8 +145,8 @@ def _limits(report: Report) -> Section:
             Row(label="P(diverge)", value=f"{report.probability:.2f}", note=rolled),
             Row(
                 label="critical step size",
-                value=number(report.critical_lr),
-                note=f"at this mix; {lr_note}{interval if lr.found else ''}",
+                value=lr_value,
+                note=f"at this mix; {lr_note}",
             ),
             *_layers_own(report),
             *_error_below(report),

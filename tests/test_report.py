@@ -292,6 +292,12 @@ def test_names_are_escaped(report):
     assert "alert(1)" in "".join(page.text)
 
 
+def test_a_scan_that_nothing_holds_in_has_no_critical_step_size_to_show(report):
+    detail = dataclasses.replace(report.critical_lr_detail, value=1e-9, low=1e-9, high=1e-9, scanned=(1e-9, 1.0))
+    shown = str(dataclasses.replace(report, critical_lr=1e-9, critical_lr_detail=detail))
+    assert re.search(r"critical step size +–  \(at this mix; no step size down to 1e-09 holds\)", shown)
+
+
 # ------------------------------------------------------------------ figures
 
 
