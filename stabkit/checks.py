@@ -28,7 +28,7 @@ MAX_TF32_ERROR = 1e-2
 MAX_CHANGE = 0.5  # of P(diverge), with half the rank or half the samples
 CAPTURED = "captured output sensitivity"
 MARGIN = "critical step size on the other side"
-MAX_SEEDS_AGAINST = 0.2  # of the staged rollouts' share that end otherwise than the interval says
+MAX_SEEDS_AGAINST = 0.2  # share of the staged rollouts that end otherwise than the interval says; own choice
 
 
 def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake: float) -> tuple[Check, ...]:

@@ -81,10 +81,10 @@ def _verify_cells(options: argparse.Namespace) -> int:
             quick=options.quick,
             stored=options.stored,
         )
+        page = write_page(summary, options.page or Path(options.folder) / "verify.md")
     except (OSError, ValueError) as error:
         print(f"stabkit bench verify: {error}", file=sys.stderr)
         return 2
-    page = write_page(summary, options.page or Path(options.folder) / "verify.md")
     print(dumps(summary) if options.json else page.read_text(encoding="utf-8"))
     return 0
 

@@ -373,16 +373,15 @@ def _crossing_below(
     if rolled.kind != "staged" or algorithm.lr >= safe or not bool(rolled.probability[0] >= 0.5):
         return None
     start = time.perf_counter()
-    ordered = rolled.score[:, 0].argsort(stable=True).tolist()
-    middle = next(
-        i for i in ordered[len(ordered) // 2 :] if float(rolled.score[i, 0]) >= 0
-    )  # of the seeds, one that breaks
+    # The seed in the middle of all where it breaks, or the next one that does.
+    ordered = rolled.score[:, 0].argsort(stable=True).tolist()[len(seeds) // 2 :]
+    breaking = [i for i in ordered if float(rolled.score[i, 0]) >= 0]
     found, spent = staged_critical_lr(
         measurement.problem,
         measurement.network,
         algorithm,
         batch_sizes=batch_sizes,
-        seed=seeds[middle],
+        seed=seeds[(breaking or ordered)[0]],
         guess=algorithm.lr,
     )
     staged = Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent)

@@ -38,9 +38,7 @@ SHORTEST_SPAN = 2  # of the losses' spans, which double from here
 WARN_AHEAD = 10
 SHRINK = 0.25
 GRADIENT_POWER = 2.0  # what a gradient does once, the loss does squared
-FAINT = (
-    1e-3  # of a gradient norm: earlier ones below that are of steps that stood still, as SCRUB's first one; own choice
-)
+FAINT = 1e-3  # of a gradient norm: earlier ones below that are of steps that stood still, as SCRUB's first; own choice
 SMALLEST = 0.01  # of the level: smaller losses count as this, that a factor between two of them is no rise
 TINY = 1e-300
 

@@ -213,9 +213,9 @@ def _plot_losses(report: Report, ax: Axes, others: Sequence[Sequence[float]] = (
     """Predicted losses; returns the height at which larger losses are drawn, and the first that is not finite."""
     rollout, colour = report.rollout, COLOURS[report.verdict]
     curves = (rollout.retain_low, rollout.retain_high, rollout.retain_loss, rollout.forget_loss, *others)
-    level = report.run.divergence_level
-    finite = [loss for curve in curves for loss in curve if math.isfinite(loss)]
-    top = 10 * max(level, min(max(finite), HIGHEST * level))
+    unit = abs(report.run.divergence_level) or 1.0  # of losses that may be negative
+    largest = max((loss for curve in curves for loss in curve if math.isfinite(loss)), default=unit)
+    top = 10 * max(unit, min(largest, HIGHEST * unit))
     low, high, retain, forget = (_upwards(curve, top) for curve in curves[:4])
     ax.fill_between(rollout.steps, low, high, color=colour, alpha=0.2)
     ax.plot(rollout.steps, retain, color=colour, label="retain, predicted")

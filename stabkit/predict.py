@@ -91,7 +91,8 @@ def predict(
             a training loop that divides by something else, as class weights' sum or the labelled tokens of the batch, takes
             steps of another length, to which `lr` must be scaled.
         batchnorm: "frozen": running statistics, in the prediction and in the run it is about. "batch": every batch by its
-            own statistics, as in train mode, the running ones drifting along.
+            own statistics, as in train mode, the running ones drifting along; of a model that has some BatchNorm layers in
+            train mode, the others stay in eval mode.
         check_every: Steps from one look at the losses to the next, in the prediction and in the run it is about; each of as
             many first ones, and the last, is looked at too. A spike between two looks is no divergence; 1 misses none, and
             makes rollouts longer.
@@ -114,7 +115,8 @@ def predict(
         seeds: Rollouts behind the probability.
         seed: Seed of everything random here; the caller's random state is left as it was.
         device: Where to compute; where the model is when None.
-        dtype: Dtype of the network's derivatives; the model's, but at least float32, when None.
+        dtype: Dtype of the network's derivatives; the model's, but at least float32, when None, with a `PrecisionWarning`
+            where that is more than the model's.
         precision: "float32": products of float32 matrices are in float32, whatever PyTorch is set to. "tf32": in TF32, where
             the device has it; two more curvature products say in the report's checks what that does.
         progress: Whether to show progress bars.
@@ -223,7 +225,7 @@ def predict_cost(
         spectrum_samples: As `predict` has it.
         seeds: Rollouts behind the probability.
         device: Where to compute; where the model is when None.
-        dtype: Dtype of the network's derivatives; the model's, but at least float32, when None.
+        dtype: As `predict` has it.
         **settings: Anything else that `predict` takes: steps, batch_size, optimizer, weight_decay and others of the
             algorithm's settings, its own when left out. What does not change the cost, as lr, mix and seed, is let pass.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stabkit._errors import StabkitWarning, TargetWarning, caller_level
+from stabkit._errors import TargetWarning, caller_level
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.calibration import RISK
@@ -90,11 +90,9 @@ def tune(
     mode = "auto" if "budget" in settings else "standard"
     settings = {"mode": mode, "spectrum_samples": SPECTRUM_SAMPLES, **settings}
     if target is None and test is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", StabkitWarning)  # `predict` says what there is to say
-            problem = UnlearningProblem(
-                model, forget, retain, loss=loss, test=test, device=settings.get("device"), dtype=settings.get("dtype")
-            )
+        problem = UnlearningProblem(
+            model, forget, retain, loss=loss, test=test, device=settings.get("device"), dtype=settings.get("dtype")
+        )
         assert problem.test is not None
         check_held_out(problem.test, problem, owner="tune")
         target = _typical_loss(problem)

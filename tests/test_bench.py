@@ -313,6 +313,10 @@ def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch, quick):
     assert other.read_text(encoding="utf-8") == page.rstrip("\n") + "\n"
     assert json.loads(capsys.readouterr().out)["roles"]["calibration"]["pooled"]["settings"] == 8
     assert main(["bench", "verify", "--folder", folder, "--cells", "nothing"]) == 2
+    assert (
+        main(["bench", "verify", "--folder", folder, "--stored", "--page", f"{folder}/{NAME}-quick-s0.json/page.md"])
+        == 2
+    )
     assert "got 'nothing'" in capsys.readouterr().err
 
 

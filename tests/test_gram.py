@@ -312,6 +312,7 @@ def test_each_kind_of_layer_is_done_by_its_own_method():
     assert methods["words"]["words.weight"] == methods["words"]["places.weight"] == "tokens"
     assert methods["twice"]["table.weight"] == "autograd"
     assert methods["twice"]["inner.weight"] != "autograd" != methods["twice"]["other.weight"]
+    assert PROBLEMS["bare"]().unreached == ("unused",)
     assert methods["bare"] == {
         "scale": "autograd",
         "first.weight": "autograd",

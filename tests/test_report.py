@@ -301,6 +301,20 @@ def test_a_scan_that_nothing_holds_in_has_no_critical_step_size_to_show(report):
 # ------------------------------------------------------------------ figures
 
 
+@pytest.mark.parametrize("level", [-2.0, 0.0, 1e-3])
+def test_losses_of_any_sign_are_drawn(report, level):
+    run = dataclasses.replace(report.run, divergence_level=level)
+    nothing = (math.nan,) * len(report.rollout.steps)
+    for curve in (report.rollout.retain_loss, nothing):
+        names = ("retain_loss", "retain_low", "retain_high", "forget_loss")
+        rollout = dataclasses.replace(report.rollout, **dict.fromkeys(names, curve))
+        figure, axes = dataclasses.replace(report, run=run, rollout=rollout).plot()
+        figure.canvas.draw()
+        (line,) = (line for line in axes[0].get_lines() if line.get_label() == "retain, predicted")
+        assert line.get_ydata()[0] > 0
+        plt.close(figure)
+
+
 def test_the_report_draws_into_given_axes(report):
     figure, axes = plt.subplots(1, 2)
     drawn, used = report.plot(axes=axes)

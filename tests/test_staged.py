@@ -12,7 +12,7 @@ from stabkit.algorithms import AGU, SCRUB, FineTune, GradDiff, SalUn, SFROn
 from stabkit.curvature import linearise
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
-from stabkit.rollout import rollout
+from stabkit.rollout import SCORE_CAP, rollout
 from stabkit.runner import run
 from stabkit.staged import first_look, staged_rollout
 
@@ -101,6 +101,26 @@ def test_where_nothing_is_believed_it_is_the_real_run(algorithm):
         seeds=[3],
     )
     assert float((once.retain_loss - found.rollout.retain_loss).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("check_every", [1, 10])
+def test_ten_steps_past_a_crossing_say_how_far_the_run_goes(check_every):
+    """The looks after it may be one step apart, and the run grows a little in each."""
+    problem = small_problem(curved(), check_every=check_every)
+    algorithm = GradDiff(lr=0.2, mix=0.8, steps=80, batch_size=16)
+    real = real_run(problem, algorithm)
+    levels = [(c.step, math.log(c.retain_loss / problem.divergence_level)) for c in real.trajectory]
+    crossing = next(step for step, score in levels if score >= 0)
+    last = next(step for step, _ in levels if step >= crossing + 10)
+    assert last < 80
+    found = staged(problem, algorithm, rank=7, **NOTHING)
+    assert found.rollout.divergence_step.item() == crossing
+    assert found.real_steps == last
+    worst = max(score for step, score in levels if step <= last)
+    assert found.rollout.score.item() == pytest.approx(worst, abs=1e-6)
+    assert worst < SCORE_CAP  # which would have ended it
+    if check_every == 1:  # the next look says much less
+        assert worst > 3 * max(score for step, score in levels if step <= crossing + 1)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])

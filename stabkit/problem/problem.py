@@ -80,7 +80,8 @@ class UnlearningProblem:
             diverged.
         check_every: Steps from one look to the next, in runs and rollouts.
         widest_output: Numbers that the network itself gives for a sample, which a pass holds whatever is read of them.
-        checking_gradients: What the losses at θ* took; a forward pass counts as a third of a gradient.
+        checking_gradients: What the losses at θ* and the unreached parameters took; a forward pass counts as a third of a
+            gradient.
         reading_gradients: What `reading` spent to make this problem; a forward pass counts as a third of a gradient.
     """
 
@@ -99,7 +100,8 @@ class UnlearningProblem:
     ) -> None:
         """Read and check everything. The model is copied; data are read when needed and must stay as they are meanwhile.
 
-        Cost: forward passes over up to 512 samples of each set; the data themselves are read in full.
+        Cost: forward passes over up to 512 samples of each set, and gradients of four samples, or of up to 64 of each set
+        where no loss depends on some parameter; the data themselves are read in full.
 
         Args:
             model: The trained network. It must return a tensor, or an object with `.logits`. What torch.compile,
