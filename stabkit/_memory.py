@@ -40,17 +40,21 @@ def memory_budget(memory: int | str | None, *, owner: str, device: torch.device)
     return int(amount)
 
 
-def pass_bytes(least: int, device: torch.device) -> int:
+def pass_bytes(least: int, device: torch.device, *, wanted: int = 0) -> int:
     """Bytes that one batched pass may hold.
 
     Args:
         least: What is enough on a CPU, where larger blocks only leave the caches.
         device: Where it runs.
+        wanted: What would be better there, if it is no more than an eighth of the memory.
 
     Returns:
-        That, or on an accelerator an eighth of what is free, if it is more: there few large passes are the fast ones.
+        Either, or on an accelerator an eighth of what is free, if it is more: there few large passes are the fast ones.
     """
-    return least if device.type != "cuda" else max(least, int(PASS_SHARE * free_memory(device)))
+    if device.type == "cuda":
+        return max(least, int(PASS_SHARE * free_memory(device)))
+    # Of all memory, not of what is free: results are then the same to the bit from call to call.
+    return max(least, int(min(wanted, PASS_SHARE * host_memory())))
 
 
 def _read(text: str) -> float:
@@ -60,6 +64,18 @@ def _read(text: str) -> float:
         return float("nan")
     number, unit = match.groups()
     return float(number) * UNITS[unit if unit in UNITS else unit + "b"]
+
+
+def host_memory() -> float:
+    """All of the host's memory.
+
+    Returns:
+        Bytes; 2 GB where the system does not tell.
+    """
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return FALLBACK
 
 
 def free_memory(device: torch.device) -> int:

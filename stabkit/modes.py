@@ -14,7 +14,17 @@ from stabkit._table import Shown, Table
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms import Algorithm
 from stabkit.boundary import LOOKS_BELOW
-from stabkit.curvature import THEORY_DIRECTIONS, coordinates_cost, forward_size, linearisation_cost, rows_pay
+from stabkit.curvature import (
+    COPIES,
+    THEORY_DIRECTIONS,
+    basis_fits,
+    columns_at_once,
+    coordinates_cost,
+    forward_size,
+    linearisation_cost,
+    row_budget,
+    rows_pay,
+)
 from stabkit.measure import (
     COHERENCE_ROWS,
     COHERENCE_SAMPLES,
@@ -48,6 +58,7 @@ STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step s
 # that does a fifth of what an H200 does in runs of ResNet-18 (benchmarks/gpu). Own choice.
 SMALL_WORK, SMALL_GPU_WORK = 2e10, 2e12
 TIMED_BATCH = 64
+UNBOUNDED = 10**9  # outputs of a sample, where its rows do not fit into memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,15 +196,20 @@ def estimate_cost(
         for size in (problem.retain.size, problem.forget.size)
     )
     rank, coupled = settings.rank or MOST_DIRECTIONS, problem.batchnorm == "batch"
+    by_rows = outputs * problem.size * problem.dtype.itemsize <= row_budget(problem, outputs)
+    landmarks = int(bool(algorithm.weight_decay))
+    kept_whole = algorithm.adaptive or basis_fits(problem, sum(held) * outputs, settings.rank, landmarks=landmarks)
     linearisation = linearisation_cost(
         held,
         (problem.retain.size, problem.forget.size),
-        outputs,
+        outputs if by_rows else UNBOUNDED,
         settings.rank,
         max_rank=MOST_DIRECTIONS,
         sketch_samples=settings.sketch_samples,
         batch_sizes=algorithm.batch_sizes(problem) if coupled else None,
-        landmarks=bool(algorithm.weight_decay),
+        landmarks=landmarks,
+        hold=kept_whole,
+        products=1,
     )
     if algorithm.adaptive:
         rank = coordinate_count(settings, outputs)
@@ -219,14 +235,16 @@ def estimate_cost(
     rolled = algorithm.steps * 4 * sum(algorithm.batch_sizes(problem))
     looks = len(check_steps(algorithm.steps, problem.check_every))
     rolled += looks * 2 * sum(held)
-    # Beside the passes: rows times the block, or what goes through the network with each vector.
+    # Beside the passes: rows times the block, or what goes through the network with each vector that rows are counted for.
     each_pass = 2 * problem.size * rank
     if not rows_pay(outputs, rank, size=problem.size, operations=passed):
         each_pass = 2 * passed * rank // outputs
+    if not kept_whole or not by_rows or coupled or outputs >= rank:
+        each_pass = 0
     operations = {
         "linearisation": 0
         if algorithm.adaptive
-        else each_pass * linearisation * (outputs < rank and not coupled) + 8 * problem.size * rank**2,
+        else each_pass * linearisation + 8 * problem.size * rank**2 * kept_whole,
         "coherence": 2 * directions * (sum(min(size, compared) for size in held) * curvature_rows) ** 2,
         "rollouts and theory": THEORY_PRODUCTS * 6 * kept * curvature_rows * directions**2
         + ROLLED_SETTINGS * seeds * outputs * rank * rolled,
@@ -244,6 +262,9 @@ def estimate_cost(
         below = len(LOOKS_BELOW) if coupled else 0
         gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN + below) * each_rollout
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient
+    vectors = 0 if algorithm.adaptive else 3 * rank
+    if not kept_whole:
+        vectors = min(vectors, (COPIES + 1) * columns_at_once(problem.size, problem.vector()))
     return CostEstimate(
         mode=settings.mode,
         stages=tuple(
@@ -255,8 +276,7 @@ def estimate_cost(
             for name, count in gradients.items()
         ),
         run=Cost(stage=f"the run, {algorithm.steps} steps", seconds=run * each, gradient_equivalents=run),
-        memory_bytes=problem.dtype.itemsize
-        * ((0 if algorithm.adaptive else problem.size * 3 * rank) + sum(held) * outputs * 2 * rank),
+        memory_bytes=problem.dtype.itemsize * (problem.size * vectors + sum(held) * outputs * 2 * rank),
     )
 
 

@@ -21,7 +21,7 @@ from benchmarks.gpu.store import Store, arithmetic_now, canonical, sha256
 from benchmarks.gpu.tasks import PADDING, Task, augmented, fit
 from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of
 from stabkit.calibration import calibration, combined
-from stabkit.curvature.lowrank import OVERSAMPLING
+from stabkit.curvature.room import OVERSAMPLING
 from stabkit.curvature.sketch import OWN
 from stabkit.datasets import digits
 from stabkit.models import MLP, ResNet

@@ -11,9 +11,9 @@ from torch import nn
 import stabkit._memory
 import stabkit.curvature.jacobian
 import stabkit.curvature.linearised
-import stabkit.curvature.lowrank
-from stabkit.curvature import linearisation_cost, linearise
-from stabkit.curvature.lowrank import OVERSAMPLING
+import stabkit.curvature.room
+from stabkit.curvature import ScaledJacobian, linearisation_cost, linearise
+from stabkit.curvature.room import OVERSAMPLING
 from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
@@ -394,7 +394,7 @@ def test_few_samples_to_draw_from_save_as_much_as_is_said(monkeypatch, counted, 
 @pytest.mark.parametrize(("columns", "most"), [(False, 40), (True, 40), (True, 57)])
 def test_what_a_rank_that_is_found_takes_is_told_for_the_largest(monkeypatch, columns, most):
     problem = many_samples()
-    monkeypatch.setattr(stabkit.curvature.lowrank, "FIRST_RANK", 10)
+    monkeypatch.setattr(stabkit.curvature.room, "FIRST_RANK", 10)
     go_by_rows(monkeypatch, not columns)
     network = linearise(
         problem, Identity(), rank=None, tolerance=0.0, max_rank=most, retain_samples=60, forget_samples=None
@@ -420,8 +420,8 @@ def test_the_rank_grows_until_enough_is_captured(digits_mlp, random_deletion, to
 
 def test_growing_by_columns_costs_what_asking_at_once_does(monkeypatch, counted):
     """Three directions of the first block past the noise and eight probes aside, a column is pulled once and pushed once."""
-    monkeypatch.setattr(stabkit.curvature.lowrank, "FIRST_RANK", 5)
-    monkeypatch.setattr(stabkit.curvature.jacobian, "ROW_BYTES", 0)
+    monkeypatch.setattr(stabkit.curvature.room, "FIRST_RANK", 5)
+    go_by_rows(monkeypatch, False)
     problem = wide_problem()
     counted.update(derivatives=0)
     found = everything(problem, Identity(), rank=None, tolerance=0.02, seed=3)
@@ -433,7 +433,7 @@ def test_growing_by_columns_costs_what_asking_at_once_does(monkeypatch, counted)
 
 @pytest.mark.parametrize("tolerance", [0.2, 0.02, 1e-4])
 def test_a_rank_that_is_found_gives_the_directions_of_that_rank(monkeypatch, tolerance):
-    monkeypatch.setattr(stabkit.curvature.lowrank, "FIRST_RANK", 5)
+    monkeypatch.setattr(stabkit.curvature.room, "FIRST_RANK", 5)
     problem = wide_problem()
     p = torch.rand(problem.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = everything(problem, Diagonal(p), rank=None, tolerance=tolerance, seed=3)
@@ -451,7 +451,7 @@ def test_a_rank_that_is_found_gives_the_directions_of_that_rank(monkeypatch, tol
 @pytest.mark.parametrize("power_iterations", [0, 1])
 def test_growth_to_the_last_row_is_exact(monkeypatch, power_iterations):
     """With more doublings than there are rows, in float32 and float64: everything is captured by orthonormal directions."""
-    monkeypatch.setattr(stabkit.curvature.lowrank, "FIRST_RANK", 5)
+    monkeypatch.setattr(stabkit.curvature.room, "FIRST_RANK", 5)
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-3)):
         problem = wide_problem()
         model = problem.new_model()
@@ -520,6 +520,29 @@ def test_a_pass_is_as_large_as_an_accelerators_memory_allows(monkeypatch, free, 
     monkeypatch.setattr(stabkit._memory, "free_memory", lambda device: free)
     assert stabkit._memory.pass_bytes(1000, torch.device("cuda")) == expected
     assert stabkit._memory.pass_bytes(1000, torch.device("cpu")) == 1000
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(900, 1000), (3000, 3000), (5000, 4096)])
+def test_a_pass_on_a_cpu_may_hold_what_large_networks_want(monkeypatch, wanted, expected):
+    monkeypatch.setattr(stabkit._memory, "host_memory", lambda: 8 * 4096)
+    assert stabkit._memory.pass_bytes(1000, torch.device("cpu"), wanted=wanted) == expected
+    assert stabkit._memory.pass_bytes(5000, torch.device("cpu"), wanted=wanted) == 5000
+
+
+def test_rows_of_a_network_whose_own_are_many_still_go_where_memory_allows(monkeypatch):
+    problem = wide_problem()
+    row = 2 * problem.size * 8
+    monkeypatch.setattr(stabkit.curvature.jacobian, "ROW_BYTES", row - 1)
+    known = stabkit.curvature.jacobian.forward_size
+    monkeypatch.setattr(stabkit.curvature.jacobian, "forward_size", lambda *given: (known(*given)[0], 0))
+    for memory, by_rows in ((64 * row, True), (8 * row, True), (7 * row, False)):
+        monkeypatch.setattr(stabkit._memory, "host_memory", lambda memory=memory: memory)
+        jacobian = ScaledJacobian(problem, problem.retain, torch.arange(9), Identity())
+        assert jacobian.by_rows(30) is by_rows
+        block = torch.randn(problem.size, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        torch.testing.assert_close(
+            jacobian @ block, dense_rows(problem, torch.ones(problem.size))[0].view(35, 2, -1)[:9] @ block * 35**0.5
+        )
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1.0, 60 + 10 - 4), (0.5, 50 - 4), (0.02, 0), (None, 60 + 10 - 4)])

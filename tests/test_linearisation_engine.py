@@ -17,7 +17,7 @@ from torch import nn
 import stabkit
 from stabkit.curvature import ScaledJacobian, linearise, ritz_residuals
 from stabkit.curvature import jacobian as jacobian_module
-from stabkit.curvature import lowrank as lowrank_module
+from stabkit.curvature import room as room_module
 from stabkit.models import MLP, SmallCNN
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
@@ -122,7 +122,7 @@ def test_power_iterations_keep_the_gradients():
 
 @pytest.mark.parametrize("tolerance", [0.2, 0.02])
 def test_growth_with_power_iterations_is_near_the_best_too(monkeypatch, tolerance):
-    monkeypatch.setattr(lowrank_module, "FIRST_RANK", 5)
+    monkeypatch.setattr(room_module, "FIRST_RANK", 5)
     problem = wide_problem()
     found = everything(problem, Identity(), rank=None, tolerance=tolerance, power_iterations=1, seed=2)
     assert found.rank > 5
@@ -176,7 +176,7 @@ def test_a_killed_run_resumes_with_the_same_result(tmp_path, monkeypatch, passes
     """Where it grows, where it does not, and where directions are drawn from few of the samples (None)."""
     problem, path = wide_problem(), tmp_path / "state.npz"
     p = random_diagonal(problem)
-    monkeypatch.setattr(lowrank_module, "FIRST_RANK", 5)
+    monkeypatch.setattr(room_module, "FIRST_RANK", 5)
     monkeypatch.setattr(jacobian_module, "PRODUCT_BATCH", 4)
     go_by_rows(monkeypatch, by_rows)
     settings = {**SETTINGS, "rank": None, "tolerance": 0.15} if growing else SETTINGS
@@ -218,7 +218,7 @@ def test_a_resumed_run_repeats_no_more_than_it_says(tmp_path, monkeypatch):
 
 def test_a_found_rank_may_grow_on_with_a_tighter_tolerance(tmp_path, monkeypatch):
     problem, path = wide_problem(), tmp_path / "state"
-    monkeypatch.setattr(lowrank_module, "FIRST_RANK", 5)
+    monkeypatch.setattr(room_module, "FIRST_RANK", 5)
     settings = {"rank": None, "seed": 1}
     first = everything(problem, Identity(), tolerance=0.3, checkpoint=path, **settings)
     second = everything(problem, Identity(), tolerance=0.02, checkpoint=path, **settings)
@@ -331,26 +331,22 @@ def test_a_budget_is_an_error_before_anything_is_computed(monkeypatch):
         match=rf"`memory` of `linearise` must hold the basis and the features of rank 31, .* got {enough}, of which "
         r".* MB are for them\. Lower `rank` to 30, or `retain_samples` and `forget_samples`, or give more memory",
     ):
-        everything(problem, Identity(), rank=31, memory=enough)
+        everything(problem, Identity(), rank=31, memory=enough, hold=True)
     with pytest.raises(ValueError, match=r"features of rank 1, 0\.133 MB; got '10KB'.* Lower `retain_samples` and"):
-        everything(problem, Identity(), rank=1, memory="10KB")
+        everything(problem, Identity(), rank=1, memory="10KB", hold=True)
 
 
-def test_what_no_device_has_is_refused_without_a_budget(monkeypatch):
+def test_what_has_to_be_held_and_does_not_fit_is_refused_without_a_budget(monkeypatch):
     problem = wide_problem()
-    monkeypatch.setattr(lowrank_module, "_device_bytes", lambda device: 2 * 8 * 300 * (30 + 28))
+    monkeypatch.setattr(room_module, "free_memory", lambda device: 2 * 8 * 300 * (30 + 28))
     everything(problem, Identity(), rank=30)
-    with pytest.raises(ValueError, match=r"rank 31, .* got None, .* Lower `rank` to 30"):
-        everything(problem, Identity(), rank=31)
-
-
-def test_the_devices_memory_is_more_than_what_is_free():
-    free = stabkit._memory.free_memory(torch.device("cpu"))
-    assert lowrank_module._device_bytes(torch.device("cpu")) > free
+    for settings in ({"hold": True}, {"power_iterations": 1}):
+        with pytest.raises(ValueError, match=r"rank 31, .* got None, .* Lower `rank` to 30"):
+            everything(problem, Identity(), rank=31, **settings)
 
 
 def test_growth_stops_at_the_budget_and_says_so(monkeypatch):
-    monkeypatch.setattr(lowrank_module, "FIRST_RANK", 5)
+    monkeypatch.setattr(room_module, "FIRST_RANK", 5)
     problem = wide_problem()
     settings = {"rank": None, "tolerance": 0.01}
     free = everything(problem, Identity(), **settings)

@@ -15,16 +15,24 @@ from stabkit.curvature.data_operators import (
 )
 from stabkit.curvature.factors import SampleFactors
 from stabkit.curvature.gram import Gram, curvature_gram
-from stabkit.curvature.jacobian import ScaledJacobian, forward_size, rows_pay
-from stabkit.curvature.lowrank import LinearisedNetwork, LinearisedSet, linearisation_cost, linearise, ritz_residuals
+from stabkit.curvature.jacobian import ScaledJacobian, forward_size, row_budget, rows_pay
+from stabkit.curvature.lowrank import (
+    LinearisedNetwork,
+    LinearisedSet,
+    linearise,
+    ritz_residuals,
+)
+from stabkit.curvature.matrix_free import COPIES, columns_at_once
 from stabkit.curvature.operators import (
     CurvatureOperator,
     MixedOperator,
     PreconditionedOperator,
     RestrictedOperator,
 )
+from stabkit.curvature.room import basis_fits, linearisation_cost
 
 __all__ = [
+    "COPIES",
     "THEORY_DIRECTIONS",
     "CoordinateNetwork",
     "CurvatureOperator",
@@ -40,6 +48,8 @@ __all__ = [
     "RestrictedOperator",
     "SampleFactors",
     "ScaledJacobian",
+    "basis_fits",
+    "columns_at_once",
     "coordinates_cost",
     "curvature_gram",
     "curvature_operator",
@@ -47,6 +57,7 @@ __all__ = [
     "linearisation_cost",
     "linearise",
     "ritz_residuals",
+    "row_budget",
     "rows_pay",
     "sample_coordinates",
 ]

@@ -24,6 +24,7 @@ from stabkit.samples import Inputs, Samples, map_tensors, tensors_of
 T = TypeVar("T")
 
 ROW_BYTES = 256 * 2**20  # of Jacobian rows held at once, at least
+ROWS_OF_LARGE = 4  # samples whose rows are held at once, of a network that has so many parameters that few fit
 BLOCK_BYTES = 512 * 2**20  # of parameter-sized vectors held at once by a batched forward or reverse pass, at least
 PRODUCT_BATCH = 256
 
@@ -197,6 +198,20 @@ def rows_pay(outputs: int, vectors: int, *, size: int, operations: int) -> bool:
     return not operations or outputs * (operations + size * vectors) <= vectors * operations
 
 
+def row_budget(problem: UnlearningProblem, outputs: int) -> int:
+    """How much a pass may hold in rows of J.
+
+    Args:
+        problem: The unlearning problem.
+        outputs: O.
+
+    Returns:
+        Bytes; rows are no way where one sample's O·d numbers are more.
+    """
+    row = outputs * problem.size * problem.dtype.itemsize
+    return pass_bytes(ROW_BYTES, problem.device, wanted=2 * ROWS_OF_LARGE * row)
+
+
 class ScaledJacobian:
     """J P^{1/2} over chosen samples of one set: (m, O, d), known by its products with blocks.
 
@@ -234,15 +249,16 @@ class ScaledJacobian:
         self._indices = indices
         self._preconditioner = preconditioner
         self.counted: Tensor | None = None
-        rows, block = (pass_bytes(least, problem.device) for least in (ROW_BYTES, BLOCK_BYTES))
+        first, _ = samples.batch(indices[:1])
+        self.outputs_per_sample, self._operations = forward_size(problem, first)
+        rows = row_budget(problem, self.outputs_per_sample)
+        block = pass_bytes(BLOCK_BYTES, problem.device)
         self._row_budget = rows if memory is None else min(rows, memory)
         block = block if memory is None else min(block, memory)
         vector = 4 * problem.size * problem.dtype.itemsize  # what a batched pass holds of each
         widest = 4 * problem.widest_output * problem.dtype.itemsize  # and of each sample's outputs, vector by vector
         self.batch_size = max(1, min(PRODUCT_BATCH, block // widest))
         self._at_once = max(1, min(block // vector, block // (self.batch_size * widest)))
-        first, _ = samples.batch(indices[:1])
-        self.outputs_per_sample, self._operations = forward_size(problem, first)
         self._coupled = coupled is not None
         self._ends: list[int] = []
         if coupled is not None:

@@ -186,6 +186,11 @@ class LinearisedNetwork:
         return self.basis.shape[1]
 
     @property
+    def parameters(self) -> int:
+        """Number d of parameters."""
+        return self.basis.shape[0]
+
+    @property
     def run_preconditioner(self) -> Preconditioner:
         """P as the steps of a run apply it."""
         return self.preconditioner
@@ -251,11 +256,7 @@ class LinearisedNetwork:
         Returns:
             The smaller network, which shares this one's memory where it can. `captured` stays that of all directions.
         """
-        r = self.rank if rank is None else min(rank, self.rank)
-        last = min(self.landmarks, r)
-        kept: slice | Tensor = slice(r)
-        if last and r < self.rank:
-            kept = torch.cat([torch.arange(r - last), torch.arange(self.rank - last, self.rank)]).to(self.basis.device)
+        kept = self.kept_columns(rank)
         sets = [
             part.thinned(samples) if part.samples < part.population else part for part in (self.retain, self.forget)
         ]
@@ -270,8 +271,31 @@ class LinearisedNetwork:
             decay_metric=self.decay_metric[kept][:, kept],
             decay_anchor=self.decay_anchor[kept],
             singular_values=self.singular_values[kept],
-            landmarks=last,
+            landmarks=min(self.landmarks, self.rank if rank is None else rank),
         )
+
+    def kept_columns(self, rank: int | None) -> slice | Tensor:
+        """Which directions fewer of them are.
+
+        Args:
+            rank: Directions to keep, of which the landmarks' are the last to go; all when None.
+
+        Returns:
+            Their places.
+        """
+        r = self.rank if rank is None else min(rank, self.rank)
+        last = min(self.landmarks, r)
+        if not last or r == self.rank:
+            return slice(r)
+        return torch.cat([torch.arange(r - last), torch.arange(self.rank - last, self.rank)]).to(self.basis.device)
+
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """V, some columns at a time.
+
+        Yields:
+            Which they are and the columns, (d, b): here all of them.
+        """
+        yield slice(self.rank), self.basis
 
     def output_error(self, coordinates: Tensor, outputs: Sequence[Tensor], *, least: float = SMALL_MOVE) -> float:
         """‖f(θ) - f(θ*) - Φc‖ / ‖Φc‖ over the samples of both sets and the outputs that the loss reads (theory §6).

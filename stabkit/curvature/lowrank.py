@@ -10,8 +10,6 @@ batches of the size that the run has, and a compression serves that batch size.
 
 from __future__ import annotations
 
-import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,76 +25,18 @@ from stabkit._validate import check_int, check_real
 from stabkit.curvature.dormant import dormant_tensors
 from stabkit.curvature.jacobian import ScaledJacobian
 from stabkit.curvature.linearised import LinearisedNetwork, LinearisedSet, given_factors
-from stabkit.curvature.sketch import OWN, PROBES, RowSketch
+from stabkit.curvature.matrix_free import MatrixFreeNetwork, PulledSketch
+from stabkit.curvature.orthonormal import ROWS_AT_ONCE, rotated
+from stabkit.curvature.room import EXTRA, WHOLE, Room, first_rank, holds_basis, samples_drawn_from
+from stabkit.curvature.sketch import PROBES, RowSketch
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
 
-__all__ = ["LinearisedNetwork", "LinearisedSet", "linearisation_cost", "linearise", "ritz_residuals"]
+__all__ = ["LinearisedNetwork", "LinearisedSet", "linearise", "ritz_residuals"]
 
 OWNER = "linearise"
-OVERSAMPLING = 10
-FIRST_RANK = 50  # where the rank is to be found
-EXTRA = 2 + 2 * PROBES  # columns of the first pull that are not Gaussian
-WHOLE = 256  # samples of a set held whole, up to which directions are drawn from all of them
-SKETCH_ROWS = 4  # that directions are drawn from, for each of them, at least
-ROWS_AT_ONCE = 2**16  # rotated in float64
 COUPLED_BATCH = 64
-
-
-def linearisation_cost(
-    samples: Sequence[int],
-    populations: Sequence[int],
-    outputs: int,
-    rank: int | None,
-    *,
-    max_rank: int | None = None,
-    sketch_samples: int | None = None,
-    batch_sizes: Sequence[int] | None = None,
-    landmarks: int = 0,
-) -> float:
-    """What `linearise` takes without power iterations.
-
-    Args:
-        samples: Samples m of each set.
-        populations: Samples n that each set has.
-        outputs: Outputs O of each.
-        rank: Directions to keep; when None, as many as `max_rank` are taken to be found.
-        max_rank: As `linearise` has it, where the rank is None.
-        sketch_samples: As `linearise` has it.
-        batch_sizes: Batch sizes of each set, where the samples of a batch have no outputs of their own, as with
-            batchnorm="batch"; None otherwise.
-        landmarks: How many there are.
-
-    Returns:
-        Per-sample gradients: two walks for each block of directions, by rows or by vectors where those are fewer, the mean
-        gradient, and a forward pass, or two of coupled samples.
-    """
-    most = rank or max_rank or FIRST_RANK
-    blocks = [rank or min(FIRST_RANK, most)]
-    while sum(blocks) < most:
-        blocks.append(min(sum(blocks), most - sum(blocks)))
-    drawn = [_drawn_from(m, n, outputs, rank, sketch_samples) for m, n in zip(samples, populations, strict=True)]
-    if batch_sizes is not None:
-        drawn = [min(m, -(-k // size) * size) for m, k, size in zip(samples, drawn, batch_sizes, strict=True)]
-    passes = 1 if batch_sizes is None else 2  # forward
-    total = sum(samples) - sum(drawn) + sum(samples) * passes / 3
-    for place, block in enumerate(blocks):
-        vectors = block + (0 if place else OVERSAMPLING)
-        pulled, pushed = vectors + (0 if place else OWN), vectors + (0 if place else 2 + landmarks)
-        if batch_sizes is None:
-            pulled, pushed = min(outputs, pulled), min(outputs, pushed)
-        total += sum(drawn) * pulled + sum(samples) * pushed
-    return total
-
-
-def _drawn_from(
-    samples: int, population: int, outputs: int, rank: int | None, asked: int | None, power_iterations: int = 0
-) -> int:
-    """How many of a set's samples directions are drawn from: all of a small set held whole, where each is met often."""
-    if asked is None or rank is None or power_iterations or samples == population <= WHOLE:
-        return samples
-    return min(samples, max(asked, -(-SKETCH_ROWS * (rank + OVERSAMPLING) // outputs)))
 
 
 def linearise(
@@ -115,6 +55,7 @@ def linearise(
     paces: Tensor | None = None,
     decays: Tensor | None = None,
     memory: int | str | None = None,
+    hold: bool | None = None,
     seed: int = 0,
     progress: bool = False,
     checkpoint: str | Path | None = None,
@@ -148,7 +89,11 @@ def linearise(
         paces: Factors of the step size, shape (d,), that P has in it and clipped gradients have not; none when None.
         decays: Factors of the weight decay, shape (d,); all 1 when None.
         memory: Bytes, or text such as "4GB", that basis, sketch, features and passes may take together; the activations of
-            a pass come on top. When None, whatever the device has.
+            a pass come on top. When None, what is free.
+        hold: Whether to hold the basis. One that is not held is made anew from the samples that its directions are drawn
+            from, a few columns at a time, wherever it is asked for: the same network to rounding, of a model of any size.
+            When None, it is held where it fits into memory; and where the rank is found, power iterations are asked for or
+            the state is to be written, which need it.
         seed: Seed of the sample and of the sketch.
         progress: Whether to show a progress bar over the samples.
         checkpoint: File that holds the state: written whole or not at all, resumed from where it exists, left in place at
@@ -162,12 +107,14 @@ def linearise(
         power_iterations) where a sample's O·d derivatives are too many to hold, and little more than half of it where
         directions are drawn from few samples. A rank that is found multiplies new
         directions alone: it costs the latter just once, but the former for each doubling. Coupled samples have no rows of
-        their own, so they cost the latter. Memory: twice (d + m·O)·(r + 28) numbers.
+        their own, so they cost the latter. Memory: twice (d + m·O)·(r + 28) numbers. Of a basis that is not held, about
+        (m + 3·m')·r gradients, of m' samples that directions are drawn from, and twice m'·r where P is not the identity;
+        memory: m·O·(r + 28) numbers, and some ten vectors of d.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument is out of its domain or a landmark of another shape, basis and features do not fit into
-            memory, or the checkpoint is unreadable or of another problem or other settings.
+        ValueError: If an argument is out of its domain or a landmark of another shape, a basis that has to be held does not
+            fit into memory, or the checkpoint is unreadable or of another problem or other settings.
     """
     if rank is not None:
         check_int(rank, name="rank", owner=OWNER, low=1, remedy="None finds one.")
@@ -213,10 +160,12 @@ def linearise(
         for samples, chosen, size in zip(both, indices, coupled, strict=True)
     ]
     rows = sum(len(j) * j.outputs_per_sample for j in jacobians)
-    room = _Room(problem, rows, budget, beside=EXTRA + len(landmarks))
+    room = Room(problem, rows, budget, beside=EXTRA + len(landmarks))
     most = max_rank or problem.size
-    asked = rank or min(FIRST_RANK, most)
-    room.check(asked, memory)
+    asked = rank or first_rank(most)
+    held = holds_basis(room, asked, hold, needed=rank is None or power_iterations > 0 or store is not None)
+    if held:
+        room.check(asked, memory)
     evaluated = [problem.evaluate(samples, indices=chosen)[:2] for samples, chosen in zip(both, indices, strict=True)]
     for jacobian, seen in zip(jacobians, evaluated, strict=True):
         jacobian.counted = problem.loss.counted(*seen)
@@ -230,61 +179,92 @@ def linearise(
     ]
     theta = problem.vector()
     drawn_from = [
-        j.whole_batches(_drawn_from(len(j), samples.size, j.outputs_per_sample, rank, sketch_samples, power_iterations))
+        j.whole_batches(
+            samples_drawn_from(len(j), samples.size, j.outputs_per_sample, rank, sketch_samples, power_iterations)
+        )
         for j, samples in zip(jacobians, both, strict=True)
     ]
     beside = _beside(problem, preconditioner, landmarks)
-    sketch = RowSketch(
-        jacobians,
-        residuals,
-        preconditioner,
-        theta,
-        landmarks=beside,
-        drawn_from=drawn_from,
-        power_iterations=power_iterations,
-        seed=seed,
-    )
-    save = None
-    if store is not None:
-        signs = torch.randn(problem.size, generator=torch.Generator().manual_seed(0)).to(theta)
-        marks = {
-            "weights": theta,
-            "preconditioner": preconditioner.sqrt(signs),
-            "outputs": torch.cat([outputs.flatten() for outputs in passed]),
-            "loss derivatives": torch.cat([residual.flatten() for residual in residuals]),
-        }
-        _resume(store, sketch, marks)
-        save = _saver(store, marks)
-        asked = sketch.rank or asked
-
-    while True:
+    weights = [None if paces is None else torch.where(paces == 0, 0.0, 1 / paces.square()), decays]
+    anchors = [theta, theta if decays is None else decays.to(theta) * theta]
+    sketch: RowSketch | PulledSketch
+    if not held:
+        sketch = PulledSketch(
+            jacobians,
+            residuals,
+            preconditioner,
+            theta,
+            landmarks=beside,
+            drawn_from=drawn_from,
+            weights=[None, *(w for w in weights if w is not None)],
+            anchors=anchors,
+            seed=seed,
+        )
         width = room.width(asked)
-        steps = _one_by_one(sketch.grow(asked, width, save, checkpoint_every))
-        label = f"{OWNER}, rank {asked}"
-        for _ in progress_bar(steps, label, progress, total=sketch.samples_to_walk(width)):
+        steps = _one_by_one(sketch.grow(width))
+        for _ in progress_bar(steps, f"{OWNER}, rank {asked}", progress, total=sketch.columns_to_walk(width)):
             pass
         energies, rotation, captured = _leading(sketch, asked, drawn_from)
-        if rank is not None or captured >= 1 - tolerance or energies.numel() < asked or asked >= most:
-            break  # enough, or there are no more
-        further = min(2 * asked, most)
-        if not room.holds(further):
-            warnings.warn(
-                f"`linearise` stops at rank {asked}, which captures {captured:.1%} of the outputs' sensitivity and not "
-                f"{1 - tolerance:.1%}: there is no memory for rank {further}. Raise `memory` or `tolerance`, or lower "
-                "`retain_samples` and `forget_samples`.",
-                MemoryWarning,
-                stacklevel=2,
-            )
-            break
-        asked = further
+    else:
+        sketch = RowSketch(
+            jacobians,
+            residuals,
+            preconditioner,
+            theta,
+            landmarks=beside,
+            drawn_from=drawn_from,
+            power_iterations=power_iterations,
+            seed=seed,
+        )
+        save = None
+        if store is not None:
+            signs = torch.randn(problem.size, generator=torch.Generator().manual_seed(0)).to(theta)
+            marks = {
+                "weights": theta,
+                "preconditioner": preconditioner.sqrt(signs),
+                "outputs": torch.cat([outputs.flatten() for outputs in passed]),
+                "loss derivatives": torch.cat([residual.flatten() for residual in residuals]),
+            }
+            _resume(store, sketch, marks)
+            save = _saver(store, marks)
+            asked = sketch.rank or asked
+
+        while True:
+            width = room.width(asked)
+            steps = _one_by_one(sketch.grow(asked, width, save, checkpoint_every))
+            label = f"{OWNER}, rank {asked}"
+            for _ in progress_bar(steps, label, progress, total=sketch.samples_to_walk(width)):
+                pass
+            energies, rotation, captured = _leading(sketch, asked, drawn_from)
+            if rank is not None or captured >= 1 - tolerance or energies.numel() < asked or asked >= most:
+                break  # enough, or there are no more
+            further = min(2 * asked, most)
+            if not room.holds(further):
+                warnings.warn(
+                    f"`linearise` stops at rank {asked}, which captures {captured:.1%} of the outputs' sensitivity and not "
+                    f"{1 - tolerance:.1%}: there is no memory for rank {further}. Raise `memory` or `tolerance`, or lower "
+                    "`retain_samples` and `forget_samples`.",
+                    MemoryWarning,
+                    stacklevel=2,
+                )
+                break
+            asked = further
 
     leading = rotation.shape[1]
     if beside.shape[1]:
         energies, rotation = _with_landmarks(sketch, beside, energies, rotation)
-    basis, features = _rotated(sketch.basis, rotation), [_rotated(f, rotation) for f in sketch.features]
+    features = [rotated(f, rotation) for f in sketch.features]
     gradients, dormant = sketch.gradients, dormant_tensors(problem, sketch.probes)
+    if isinstance(sketch, PulledSketch):
+        basis, more = theta.new_empty(0, rotation.shape[1]), {"directions": sketch.basis.turned(rotation)}
+        metrics = [rotation.T @ metric @ rotation for metric in sketch.metrics]
+        along = [rotation.T @ anchor for anchor in sketch.anchors]
+    else:
+        basis, more = rotated(sketch.basis, rotation), {}
+        root = preconditioner.sqrt(basis)
+        metrics = [root.T @ root, *(_weighted(root, w) for w in weights if w is not None)]
+        along = [root.T @ u for u in anchors]
     del sketch  # which is as large as the basis
-    root = preconditioner.sqrt(basis)
     sets = [
         LinearisedSet(
             outputs=passed[i],
@@ -298,13 +278,8 @@ def linearise(
         for i, samples in enumerate(both)
     ]
     passes = 1 if coupled == (None, None) else 2  # forward, of every sample
-    metric, anchor = root.T @ root, root.T @ theta
-    clipped, pull, home = metric, metric, anchor
-    if paces is not None:
-        clipped = _weighted(root, torch.where(paces == 0, 0.0, 1 / paces.square()))
-    if decays is not None:
-        pull, home = _weighted(root, decays), root.T @ (decays.to(theta) * theta)
-    return LinearisedNetwork(
+    kind = MatrixFreeNetwork if more else LinearisedNetwork
+    return kind(
         retain=sets[0],
         forget=sets[1],
         basis=basis,
@@ -312,18 +287,19 @@ def linearise(
         loss=problem.loss,
         divergence_level=problem.divergence_level,
         check_every=problem.check_every,
-        metric=metric.double(),
-        anchor=anchor.double(),
+        metric=metrics[0].double(),
+        anchor=along[0].double(),
         anchor_norm=float(theta.double().norm()),
-        gradient_metric=clipped.double(),
-        decay_metric=pull.double(),
-        decay_anchor=home.double(),
+        gradient_metric=metrics[0 if paces is None else 1].double(),
+        decay_metric=metrics[0 if decays is None else -1].double(),
+        decay_anchor=along[1].double(),
         singular_values=energies.sqrt(),
         landmarks=rotation.shape[1] - leading,
         layered=given_factors(paces=paces, decays=decays),
         captured=captured,
         gradient_equivalents=gradients + passes * sum(map(len, jacobians)) / 3,
         dormant=dormant,
+        **more,
     )
 
 
@@ -348,36 +324,39 @@ def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, pr
 
     Returns:
         Residuals of shape (r,), float64; of landmarks' directions too, which are no singular ones. Cost: min(O, r)·m
-        per-sample gradients; memory: 2·d·r numbers beside the basis.
+        per-sample gradients; memory: twice the columns of the
+        basis that there are at a time.
 
     Raises:
         ValueError: If the linearisation is of another problem.
     """
     pairs = (problem.retain, network.retain), (problem.forget, network.forget)
     ours = (problem.size, problem.retain.size, problem.forget.size)
-    theirs = (network.basis.shape[0], network.retain.population, network.forget.population)
+    theirs = (network.parameters, network.retain.population, network.forget.population)
     if ours != theirs:
         raise ValueError(
             f"`network` of `ritz_residuals` must be a linearisation of `problem`, with (parameters, retain samples, forget "
             f"samples) {ours}; got one of {theirs}. Linearise this problem."
         )
-    image = torch.zeros_like(network.basis)
+    energies, found = network.singular_values.square(), []
 
     def walk() -> Iterator[int]:
-        for samples, held in pairs:
-            jacobian = ScaledJacobian(problem, samples, held.indices, network.preconditioner, coupled=held.coupled)
-            before = 0
-            for done in jacobian.add_transposed(held.features / held.samples, image):
-                yield done - before
-                before = done
+        for place, block in network.columns():
+            image = torch.zeros_like(block)
+            for samples, held in pairs:
+                jacobian = ScaledJacobian(problem, samples, held.indices, network.preconditioner, coupled=held.coupled)
+                before = 0
+                for done in jacobian.add_transposed(held.features[..., place] / held.samples, image):
+                    yield (done - before) * block.shape[1]
+                    before = done
+            residuals = network.preconditioner.sqrt(image) - block * energies[place].to(block)
+            found.append(torch.linalg.vector_norm(residuals, dim=0, dtype=torch.float64).cpu())
 
-    total = sum(held.samples for _, held in pairs)
+    total = network.rank * sum(held.samples for _, held in pairs)
     for _ in progress_bar(_one_by_one(walk()), "ritz_residuals", progress, total=total):
         pass
-    energies = network.singular_values.square()
-    residuals = network.preconditioner.sqrt(image) - network.basis * energies.to(network.basis)
     scale = float(energies[0])
-    return torch.linalg.vector_norm(residuals, dim=0, dtype=torch.float64).cpu() / (scale if scale > 0 else 1.0)
+    return torch.cat(found) / (scale if scale > 0 else 1.0)
 
 
 def coupled_sizes(problem: UnlearningProblem, batch_sizes: tuple[int, int] | None) -> tuple[int | None, int | None]:
@@ -415,51 +394,6 @@ def _beside(problem: UnlearningProblem, preconditioner: Preconditioner, landmark
     return rooted[:, torch.linalg.vector_norm(rooted, dim=0) > 0]
 
 
-class _Room:
-    """How wide a sketch may be."""
-
-    def __init__(self, problem: UnlearningProblem, rows: int, budget: int | None, *, beside: int) -> None:
-        self._beside = beside  # columns that are not Gaussian
-        self._full = min(rows, problem.size)
-        self._column = 2 * (problem.size + rows) * problem.dtype.itemsize  # each is there as it was and as it becomes
-        self._bytes = _device_bytes(problem.device) if budget is None else budget - budget // 4  # a quarter for passes
-
-    def width(self, rank: int) -> int:
-        """Gaussian columns for a rank; no more than there are rows."""
-        return min(rank + OVERSAMPLING, self._full)
-
-    def holds(self, rank: int) -> bool:
-        """Whether the memory suffices for a rank."""
-        return self._column * (self.width(rank) + self._beside) <= self._bytes
-
-    def check(self, rank: int, memory: int | str | None) -> None:
-        """Refuse a rank for which it does not."""
-        if self.holds(rank):
-            return
-        fits = self._bytes // self._column - self._beside - OVERSAMPLING
-        lower = f"`rank` to {fits}, or " if fits >= 1 else ""
-        raise ValueError(
-            f"`memory` of `{OWNER}` must hold the basis and the features of rank {rank}, "
-            f"{_text(self._column * (self.width(rank) + self._beside))}; got {memory!r}, of which {_text(self._bytes)} are "
-            f"for them. Lower {lower}`retain_samples` and `forget_samples`, or give more memory."
-        )
-
-
-def _text(count: float) -> str:
-    """Bytes as people read them."""
-    return f"{count / 2**30:.3g} GB" if count >= 2**30 else f"{count / 2**20:.3g} MB"
-
-
-def _device_bytes(device: torch.device) -> float:
-    """All the memory of a device; infinite where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
-
-
 def _resume(store: Checkpoint, sketch: RowSketch, marks: dict[str, Tensor]) -> None:
     """Take over the file's state if there is one, and if it is of the same problem."""
     state = store.load()
@@ -483,9 +417,10 @@ def _one_by_one(counts: Iterable[int]) -> Iterator[None]:
             yield
 
 
-def _leading(sketch: RowSketch, rank: int, drawn_from: Sequence[int]) -> tuple[Tensor, Tensor, float]:
+def _leading(sketch: RowSketch | PulledSketch, rank: int, drawn_from: Sequence[int]) -> tuple[Tensor, Tensor, float]:
     """Squared singular values of A Q, descending; the rotation of Q to their directions; the share that they capture."""
-    gram = torch.zeros(sketch.basis.shape[1], sketch.basis.shape[1], dtype=torch.float64, device=sketch.basis.device)
+    features = sketch.features[0]
+    gram = torch.zeros(features.shape[2], features.shape[2], dtype=torch.float64, device=features.device)
     for features in sketch.features:
         for part in features.flatten(0, 1).split(ROWS_AT_ONCE):
             gram += part.double().T @ part.double() / len(features)
@@ -494,11 +429,11 @@ def _leading(sketch: RowSketch, rank: int, drawn_from: Sequence[int]) -> tuple[T
         features.shape[0] * features.shape[1] for features in sketch.features
     )  # past as many there is only rounding
     energies = energies.flip(0)[: min(rank, rows)].clamp_min(0)
-    keep = max(1, int((energies > energies[0] * torch.finfo(sketch.basis.dtype).eps ** 2).sum()))
+    keep = max(1, int((energies > energies[0] * torch.finfo(features.dtype).eps ** 2).sum()))
     rotation = rotation.flip(1)[:, :keep]
     # E‖P^{1/2} J^T u‖² over random signs u is the squared norm, and E‖V^T P^{1/2} J^T u‖² the part inside (Hutchinson).
-    inside = (rotation.T @ (sketch.basis.T @ sketch.probes).double()).square().sum(0)
-    whole = torch.linalg.vector_norm(sketch.probes, dim=0, dtype=torch.float64).square()
+    overlaps, whole = sketch.probed
+    inside = (rotation.T @ overlaps).square().sum(0)
     shares = [
         _share(float(part) / PROBES, float(of) / PROBES, features, rotation, drawn)
         for part, of, features, drawn in zip(
@@ -508,14 +443,16 @@ def _leading(sketch: RowSketch, rank: int, drawn_from: Sequence[int]) -> tuple[T
     return energies[:keep], rotation, min(shares)
 
 
-def _with_landmarks(sketch: RowSketch, beside: Tensor, energies: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+def _with_landmarks(
+    sketch: RowSketch | PulledSketch, beside: Tensor, energies: Tensor, rotation: Tensor
+) -> tuple[Tensor, Tensor]:
     """Both with what the landmarks have outside of the leading directions, after those."""
-    columns = (sketch.basis.T @ beside).double()
+    columns = sketch.against(beside)
     columns = columns / torch.linalg.vector_norm(columns, dim=0)
     for _ in range(2):  # once more for what rounding leaves
         columns = columns - rotation @ (rotation.T @ columns)
     added, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
-    added = added[:, sizes > torch.finfo(sketch.basis.dtype).eps ** 0.5]
+    added = added[:, sizes > torch.finfo(beside.dtype).eps ** 0.5]
     moved = [
         sum((part.double() @ added).square().sum(0) for part in features.flatten(0, 1).split(ROWS_AT_ONCE))
         / len(features)
@@ -538,13 +475,3 @@ def _share(inside: float, whole: float, features: Tensor, rotation: Tensor, draw
     each = (held[0] + max(whole - inside, 0.0)) / drawn
     others = len(features) - drawn
     return min((held[0] + min(held[1], each * others)) / (each * len(features)), 1.0)
-
-
-def _rotated(rows: Tensor, rotation: Tensor) -> Tensor:
-    """Rows (..., c) times (c, r) in float64, of which there is never a whole copy."""
-    result = rows.new_empty(*rows.shape[:-1], rotation.shape[1])
-    for part, place in zip(
-        rows.flatten(0, -2).split(ROWS_AT_ONCE), result.flatten(0, -2).split(ROWS_AT_ONCE), strict=True
-    ):
-        place.copy_(part.double() @ rotation)
-    return result

@@ -8,6 +8,7 @@ from torch import Tensor
 # Elements that are factorised at once. On a CPU as many as its caches hold are quicker than all, and more accurate in
 # float32; an accelerator wants larger ones.
 BLOCK, ACCELERATOR_BLOCK = 2**21, 2**26
+ROWS_AT_ONCE = 2**16  # rotated in float64
 TALL = 8  # rows of a block to a column at least, so that the triangles are an eighth of the matrix
 
 
@@ -73,3 +74,21 @@ def _cleaned(x: Tensor, basis: Tensor) -> Tensor:
     """A copy without what it has of the basis."""
     x = torch.addmm(x, basis, basis.T @ x, alpha=-1)
     return x.addmm_(basis, basis.T @ x, alpha=-1)  # twice is enough (Kahan)
+
+
+def rotated(rows: Tensor, rotation: Tensor) -> Tensor:
+    """Rows times a rotation in float64, of which there is never a whole copy.
+
+    Args:
+        rows: Shape (..., c).
+        rotation: Shape (c, r), float64.
+
+    Returns:
+        Shape (..., r), in the rows' dtype.
+    """
+    result = rows.new_empty(*rows.shape[:-1], rotation.shape[1])
+    for part, place in zip(
+        rows.flatten(0, -2).split(ROWS_AT_ONCE), result.flatten(0, -2).split(ROWS_AT_ONCE), strict=True
+    ):
+        place.copy_(part.double() @ rotation)
+    return result

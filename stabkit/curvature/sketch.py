@@ -23,6 +23,40 @@ PROBES = 8  # random signs of each set, which stay out of the basis and so can j
 OWN = PROBES + 1  # columns of the very first pull that belong to one set alone: its signs and its mean gradient
 
 
+def random_signs(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Signs of the probes.
+
+    Args:
+        shape: Samples and outputs, (m', O).
+        generator: Of the signs.
+
+    Returns:
+        Shape (m', O, PROBES), on the CPU.
+    """
+    return 2.0 * torch.randint(0, 2, (*shape, PROBES), generator=generator) - 1.0
+
+
+def gaussian_columns(
+    shapes: Sequence[tuple[int, int]], width: int, generator: torch.Generator, like: Tensor
+) -> list[Tensor]:
+    """Ω, column by column, so that the first ones are the same whatever their number.
+
+    Args:
+        shapes: Samples and outputs of either set, (m', O).
+        width: Columns.
+        generator: Of the entries.
+        like: A tensor with the dtype and on the device to have them in.
+
+    Returns:
+        Of either set, shape (m', O, width), divided by √m'.
+    """
+    columns = [
+        [torch.randn(shape, generator=generator, dtype=torch.float32) / shape[0] ** 0.5 for shape in shapes]
+        for _ in range(width)
+    ]
+    return [torch.stack(column, dim=2).to(like) for column in zip(*columns, strict=True)]
+
+
 class RowSketch:
     """An orthonormal basis Q of what A does to parameters, with J P^{1/2} Q, grown block by block.
 
@@ -218,19 +252,14 @@ class RowSketch:
         self._generator.set_state(self._before)
         shapes = [(n, j.outputs_per_sample) for n, j in zip(self._drawn_from, self._jacobians, strict=True)]
         own = [] if self.drawn else [self._own(*pair) for pair in zip(shapes, self._residuals, strict=True)]
-        # Column by column, so that the first ones are the same whatever their number.
-        columns = [
-            [torch.randn(shape, generator=self._generator, dtype=torch.float32) / shape[0] ** 0.5 for shape in shapes]
-            for _ in range(self._width)
-        ]
-        normal = [torch.stack(column, dim=2).to(self._like) for column in zip(*columns, strict=True)]
+        normal = gaussian_columns(shapes, self._width, self._generator, self._like)
         if not own:
             return normal
         return [torch.cat([own[0], normal[0]], dim=2), torch.cat([normal[1], own[1].flip(2)], dim=2)]
 
     def _own(self, shape: tuple[int, int], residual: Tensor) -> Tensor:
         """Random signs, and the loss derivatives whose pull is the mean gradient: (m, O, OWN)."""
-        signs = 2.0 * torch.randint(0, 2, (*shape, PROBES), generator=self._generator) - 1.0
+        signs = random_signs(shape, self._generator)
         return torch.cat([signs.to(self._like), (residual[: shape[0]] / len(residual)).unsqueeze(2)], dim=2)
 
     def _orthonormal(self, pulled: Tensor) -> Tensor:
@@ -245,6 +274,25 @@ class RowSketch:
             generator=self._generator,
         )
         return added
+
+    # ------------------------------------------------------------------ what the basis has of other vectors
+
+    @property
+    def probed(self) -> tuple[Tensor, Tensor]:
+        """Qᵀ times the probes, shape (c, 2·PROBES), and their squared norms, float64."""
+        norms = torch.linalg.vector_norm(self.probes, dim=0, dtype=torch.float64)
+        return (self.basis.T @ self.probes).double(), norms.square()
+
+    def against(self, vectors: Tensor) -> Tensor:
+        """Qᵀ times columns.
+
+        Args:
+            vectors: Shape (d, l).
+
+        Returns:
+            Shape (c, l), float64.
+        """
+        return (self.basis.T @ vectors).double()
 
     # ------------------------------------------------------------------ on disk
 
