@@ -26,6 +26,7 @@ COVERAGE = 0.9  # of the interval of the critical step size
 # Of the linearised outputs at half the critical step size, where the run is called stable: beyond it their critical step
 # sizes are several times too large as often as not, and have a calibration of their own (benchmarks/verify.md).
 FAR_ERROR = 0.3
+MAX_AWAKENED = 0.1  # share of the sensitivity that is to parameters which were dormant at θ*
 RISK = 0.05  # P(diverge) that a recommended run may have, unless asked otherwise
 ODDS = math.log((1 + COVERAGE) / (1 - COVERAGE))  # log odds at its upper end
 SHIPPED = Path(__file__).with_name("calibration.json")
@@ -147,17 +148,19 @@ def combined(rolled: float, lr: float, critical: float, interval: tuple[float, f
     return (rolled + beyond(lr, critical, interval)) / 2
 
 
-def kind_at(kind: str, error: float | None) -> str:
+def kind_at(kind: str, error: float | None, awake: float = 0.0) -> str:
     """Whose calibration a critical step size has.
 
     Args:
         kind: The rollout's.
         error: Relative error of the linearised outputs at half the critical step size; None where nothing looked.
+        awake: Share of the outputs' sensitivity there that is to parameters which were dormant at θ*.
 
     Returns:
-        "far" in place of "one" where the error is above `FAR_ERROR`.
+        "far" in place of "one" where the error is above `FAR_ERROR`, or the share above `MAX_AWAKENED`.
     """
-    return "far" if kind == "one" and error is not None and error > FAR_ERROR else kind
+    wrong = (error is not None and error > FAR_ERROR) or awake > MAX_AWAKENED
+    return "far" if kind == "one" and wrong else kind
 
 
 @functools.cache

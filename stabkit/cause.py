@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stabkit.algorithms import Algorithm
+from stabkit.calibration import FAR_ERROR, MAX_AWAKENED
 from stabkit.curvature.dormant import awakened
 from stabkit.curvature.factors import SampleFactors
 from stabkit.curvature.jacobian import ScaledJacobian
@@ -93,7 +94,7 @@ def linearisation_errors(
     return _errors_at(problem, network, c, problem.vector() + network.displacement(c), staged=staged)
 
 
-def error_below(
+def errors_below(
     problem: UnlearningProblem,
     network: LinearisedNetwork,
     algorithm: Algorithm,
@@ -101,7 +102,7 @@ def error_below(
     *,
     batch_sizes: tuple[int, int],
     seed: int,
-) -> float:
+) -> tuple[float, float]:
     """How wrong the linearised network is at the end of a run of half the critical step size, by `linearisation_errors`.
 
     Args:
@@ -113,10 +114,49 @@ def error_below(
         seed: Of the rollout.
 
     Returns:
-        The error. Cost: a rollout, and a forward pass over the linearised samples.
+        The error, and the share of the sensitivity there that is to tensors dormant at θ*. Cost: a rollout, a forward pass
+        over the linearised samples, and gradients of up to 128 where there are such tensors.
     """
     rolled = rollout(network, algorithm, lr=[critical / 2], mix=[algorithm.mix], batch_sizes=batch_sizes, seeds=[seed])
-    return linearisation_errors(problem, network, rolled, staged=True)[0]
+    return linearisation_errors(problem, network, rolled)
+
+
+def reach(
+    problem: UnlearningProblem,
+    network: LinearisedNetwork,
+    algorithm: Algorithm,
+    scanned: tuple[float, float],
+    *,
+    batch_sizes: tuple[int, int],
+    seed: int,
+) -> float:
+    """Step size up to which the linearised network is right to the end of a run, where no scanned one breaks.
+
+    Args:
+        problem: The unlearning problem.
+        network: The compressed network.
+        algorithm: Everything but the step size is read from it.
+        scanned: Lower and upper end of the scan.
+        batch_sizes: B_R and B_F.
+        seed: Of the rollouts.
+
+    Returns:
+        The upper end where it is right there, the lower end where it is wrong even there, and otherwise what halving the
+        scan's logarithm finds, to a tenth. Cost: up to eight rollouts, each with a forward pass over what is linearised.
+    """
+
+    def right(lr: float) -> bool:
+        rolled = rollout(network, algorithm, lr=[lr], mix=[algorithm.mix], batch_sizes=batch_sizes, seeds=[seed])
+        error, awake = linearisation_errors(problem, network, rolled)
+        return error <= FAR_ERROR and awake <= MAX_AWAKENED
+
+    low, high = scanned
+    if right(high):
+        return high
+    while high > 1.1 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if right(middle) else (low, middle)
+    return low
 
 
 def start_errors(

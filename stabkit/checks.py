@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Sequence
 
 from stabkit._errors import LowConfidenceWarning, caller_level
-from stabkit.calibration import FAR_ERROR, RISK
+from stabkit.calibration import FAR_ERROR, MAX_AWAKENED, RISK
 from stabkit.curvature import LinearisedNetwork
 from stabkit.measure import Measurement
 from stabkit.report import Check
 from stabkit.rollout import Rollout, rollout
-from stabkit.staged import MAX_AWAKENED, MAX_PATH_ERROR
+from stabkit.staged import MAX_PATH_ERROR
 
 # Of the linearised outputs: of a run that is called stable, which a wrong network may hold where the real one breaks, and of
 # one that crosses, which breaks for many a reason. Chosen on the benchmark's calibration cells: benchmarks/confidence.py.
@@ -24,9 +24,13 @@ MIN_CAPTURED_COUPLED = (
     0.2  # of coupled batches, whose statistics add directions that matter little: benchmarks/batchnorm.py
 )
 MIN_CAPTURED = 0.5
+# Of a set that is not linearised whole: one sample in thirty more or less is no other set. Own choice, far below any mode's.
+MIN_SAMPLES = 30
 MAX_TF32_ERROR = 1e-2
 MAX_CHANGE = 0.5  # of P(diverge), with half the rank or half the samples
 CAPTURED = "captured output sensitivity"
+SAMPLES = "linearised samples"
+LEAST = (CAPTURED, SAMPLES)  # checks of what must not be less
 MARGIN = "critical step size on the other side"
 MAX_SEEDS_AGAINST = 0.2  # share of the staged rollouts that end otherwise than the interval says; own choice
 
@@ -94,8 +98,18 @@ def trust_checks(measurement: Measurement, rolled: Rollout, error: float, awake:
         meaning="Share of the outputs' sensitivity to the parameters that the compressed directions hold.",
         remedy="mode='thorough' takes real steps where a run leaves them; otherwise raise `rank`.",
     )
+    few = [part.samples for part in (network.retain, network.forget) if part.samples < part.population]
+    sampled = Check(
+        name=SAMPLES,
+        value=float(min(few, default=MIN_SAMPLES)),
+        threshold=float(MIN_SAMPLES),
+        passed=min(few, default=MIN_SAMPLES) >= MIN_SAMPLES,
+        meaning="Samples that stand for a set, of the smaller one that is not linearised whole.",
+        remedy="Raise `retain_samples` and `forget_samples`.",
+    )
     return (
         *([] if rough is None else [tf32]),
+        *([sampled] if few else []),
         *([] if measurement.settings.staged else [linearised]),
         *([] if measurement.settings.staged or not network.dormant else [dormant]),
         # Staged rollouts ask whether the run leaves these directions; of sampled parameters nothing is left out on average.
@@ -223,7 +237,7 @@ def warn_if_unsure(checks: Sequence[Check]) -> None:
     if failed:
         reasons = "; ".join(
             f"{check.name} {'unknown' if check.value is None else f'{check.value:.3g}'} where "
-            f"{'at least' if check.name == CAPTURED else 'at most'} {check.threshold:.3g} is wanted ({check.remedy})"
+            f"{'at least' if check.name in LEAST else 'at most'} {check.threshold:.3g} is wanted ({check.remedy})"
             for check in failed
         )
         warnings.warn(f"the prediction has low confidence: {reasons}", LowConfidenceWarning, stacklevel=caller_level())

@@ -22,7 +22,7 @@ from stabkit.boundary import (
     surroundings,
 )
 from stabkit.calibration import RISK, Calibration, beyond, calibration, combined, kind_at
-from stabkit.cause import error_below, find_cause, linearisation_errors, start_errors
+from stabkit.cause import errors_below, find_cause, linearisation_errors, reach, start_errors
 from stabkit.checks import change_checks, margin_check, seeds_check, trust_checks, warn_if_unsure
 from stabkit.curvature.dormant import SAMPLES
 from stabkit.frontier import Frontier, frontier
@@ -39,6 +39,7 @@ from stabkit.theory import critical_steps, step_guess, thresholds
 from stabkit.verdict import advice, verdict_of
 
 ADVISED = 2.0  # how far below the critical step size an advised one lies at least; rule of thumb
+UNKNOWN = 0.5  # probability that a step size is past a critical one of which nothing is known
 FRONTIER_POINTS = 20  # of each axis of the map, where the caller names none
 
 
@@ -51,6 +52,7 @@ class _Limits:
     horizon_lr: float
     staged: Cost
     error_below: float | None
+    awake_below: float = 0.0
 
 
 def judge(
@@ -118,10 +120,15 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     else:
         error, awake = linearisation_errors(problem, network, rolled, staged=measurement.settings.staged)
     probability = float(verdict_by.rollout.probability[0])
-    used = calibration(kind_at(verdict_by.rollout.kind, limits.error_below))
+    below = limits.error_below
+    if below is not None and algorithm.lr < limits.lr.value / 2:
+        below = max(below, error)  # that of the run in question tells of the critical step size as well
+    used = calibration(kind_at(verdict_by.rollout.kind, below, limits.awake_below))
     interval = _interval(used, lr_detail)
     # Where the scan found nothing that holds, or nothing that breaks.
     past = float(lr_detail.found or algorithm.lr > interval[0])
+    if not lr_detail.found and past:
+        probability = (probability + UNKNOWN) / 2
     if lr_detail.bracketed:
         past = beyond(algorithm.lr, lr_detail.value, interval)
         probability = combined(probability, algorithm.lr, lr_detail.value, interval)
@@ -139,7 +146,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         divergence_step=verdict_by.rollout.expected_divergence_step()[0],
         critical_lr=lr_detail.value if lr_detail.found else math.inf,
         critical_lr_interval=interval,
-        critical_lr_error=limits.error_below,
+        critical_lr_error=below,
         critical_mix=mix_detail.value if mix_detail.found else math.inf,
         critical_lr_detail=lr_detail,
         critical_mix_detail=mix_detail,
@@ -329,9 +336,15 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
             guess=lr.value,
         )
         lr = found.with_spread_of(lr)
-    problem, network, error = measurement.problem, measurement.network, None
-    if lr.bracketed and not (measurement.settings.staged or algorithm.adaptive):
-        error = error_below(problem, network, algorithm, lr.value, batch_sizes=batch_sizes, seed=seeds[0])
+    problem, network, error, awake = measurement.problem, measurement.network, None, 0.0
+    if not (measurement.settings.staged or algorithm.adaptive):
+        setting: dict[str, Any] = {"batch_sizes": batch_sizes, "seed": seeds[0]}
+        if lr.bracketed:
+            error, awake = errors_below(problem, network, algorithm, lr.value, **setting)
+        elif not lr.found:
+            # Beyond it a run that holds in the linearised network says nothing of the real one.
+            end = reach(problem, network, algorithm, lr.scanned, **setting)
+            lr = CriticalValue(value=end, low=end, high=end, found=False, scanned=(lr.scanned[0], end))
     staged = Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent)
     mean_square_lr, horizon_lr = critical_steps(measurement, batch_sizes)
     return _Limits(
@@ -340,12 +353,15 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
         mean_square_lr=mean_square_lr,
         horizon_lr=horizon_lr,
         error_below=error,
+        awake_below=awake,
     )
 
 
 def _interval(used: Calibration, lr: CriticalValue) -> tuple[float, float]:
     """Where the critical step size lies at nine in ten."""
-    return used.interval(lr.value, lr.low, lr.high) if lr.found else (lr.scanned[1], math.inf)
+    if not lr.bracketed:
+        return (0.0, lr.value) if lr.found else (lr.scanned[1], math.inf)
+    return used.interval(lr.value, lr.low, lr.high)
 
 
 def _with_seeds_at(critical: CriticalValue, lr: float, rolled: Rollout) -> CriticalValue:

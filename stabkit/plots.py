@@ -75,10 +75,11 @@ def plot_front(found: Recommendations, *, ax: Axes | None = None) -> tuple[Figur
         label="Pareto front",
     )
     markers = itertools.cycle("*osD^vPXh")
+    unsure = ", orange is unsure" if any(item.unsure for item in (found.asked, *found.items)) else ""
     for name, item in (("as asked", found.asked), *((i.remedy, i) for i in found.items)):
         if not (math.isfinite(item.retain_loss) and math.isfinite(item.forget_loss)):
             continue
-        colour = COLOURS["stable" if item.holds else "diverges"]
+        colour = COLOURS["stable" if item.holds else "marginal" if item.unsure else "diverges"]
         axes.scatter(
             [item.retain_loss], [item.forget_loss], color=colour, marker=next(markers), s=60, zorder=3, label=name
         )
@@ -87,7 +88,7 @@ def plot_front(found: Recommendations, *, ax: Axes | None = None) -> tuple[Figur
         yscale="log",
         xlabel="predicted retain loss",
         ylabel="predicted forget loss",
-        title=f"{found.algorithm}: green holds, red does not (risk {found.risk:.3g})",
+        title=f"{found.algorithm}: green holds, red does not{unsure} (risk {found.risk:.3g})",
     )
     axes.legend(loc="lower right", frameon=False, fontsize=8)
     return figure, axes

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+UNSURE = "holds in a linearised network that is wrong there; mode='thorough' knows"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
     """One way out.
@@ -27,7 +30,10 @@ class Recommendation:
         forget_loss: The same for the forget set.
         further_probability: The same at `Recommendations.margin` times the step size; None where it was not asked for, as
             staged rollouts do not hold here.
-        holds: Whether both are within the risk.
+        error: Relative error of the linearised outputs at the end of the run, of the first seed, which knows nothing of a
+            network that it is not the likeness of; None where that was not looked at, as with staged rollouts, which look
+            by themselves, and where either probability is beyond the risk.
+        holds: Whether both probabilities are within the risk, and the error within what a stable run's may be.
     """
 
     remedy: str
@@ -37,6 +43,12 @@ class Recommendation:
     retain_loss: float
     forget_loss: float
     holds: bool
+    error: float | None = None
+
+    @property
+    def unsure(self) -> bool:
+        """Whether it would hold were the linearised network right there."""
+        return self.error is not None and not self.holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +87,7 @@ class Recommendations(Shown, Stored):
         front: The Pareto front of forget loss (up) against retain loss (down), by one linearisation, ascending in both.
     """
 
-    schema: ClassVar[int] = 2
+    schema: ClassVar[int] = 3
 
     algorithm: str
     risk: float
@@ -123,12 +135,14 @@ class Recommendations(Shown, Stored):
                     "–" if item.further_probability is None else f"{item.further_probability:.2f}",
                     f"{item.retain_loss:.3g}",
                     f"{item.forget_loss:.3g}",
-                    "holds" if item.holds else "does not hold",
+                    "holds" if item.holds else "unsure" if item.unsure else "does not hold",
                 )
                 for name, item in rows
             ),
             footer=f"P(diverge) by rollouts, also at {self.margin:.3g} times the step size; risk {self.risk:.3g}; "
-            "losses at the end of the run" + ("; confirmed by staged rollouts" if self.kind == "staged" else ""),
+            "losses at the end of the run"
+            + ("; confirmed by staged rollouts" if self.kind == "staged" else "")
+            + (f". Unsure: {UNSURE}" if any(item.unsure for _, item in rows) else ""),
         )
 
     def __str__(self) -> str:

@@ -111,6 +111,11 @@ def _error_below(report: Report) -> tuple[Row, ...]:
             f"at half the critical step size; beyond {number(FAR_ERROR)} that is often several times too large, hence the "
             "wide interval: mode='thorough' finds it closer"
         )
+        if report.critical_lr_error <= FAR_ERROR:
+            note = (
+                "at half the critical step size; but parameters come to matter there on which the outputs did not depend, "
+                "hence the wide interval: mode='thorough' goes on with real steps"
+            )
     return (Row(label="error of the linearised outputs", value=number(report.critical_lr_error), note=note),)
 
 

@@ -298,13 +298,17 @@ class Report(Shown, Stored):
     Attributes:
         verdict: "stable", "marginal" or "diverges".
         probability: P(diverge) within the run's steps: the mean of what the rollouts say and of the probability that the
-            critical step size is smaller than the run's (theory §7); the former alone where the scan found none.
+            critical step size is smaller than the run's (theory §7); the former alone where the scan found none, and with
+            one half for the latter beyond where the linearised network was found right.
         mode: "fast", "standard" or "thorough".
         divergence_step: Median predicted step of divergence; None where fewer than half of the seeds diverge.
         critical_lr: Smallest step size predicted to diverge at this mix; infinity if none was found in the scan.
         critical_lr_interval: Where it lies at nine in ten: the seeds' spread, and the conformal factors of the calibration.
-        critical_lr_error: Relative error of the outputs linearised at θ* after a run of half that step size, by which its
-            interval is chosen; None of staged predictions and AdamW's, and where the scan found no boundary.
+            From 0 on where the scan found no step size that holds; where it found none that breaks, from the largest one on
+            up to which the linearised network was found right.
+        critical_lr_error: Relative error of the outputs linearised at θ* after a run of half that step size, or, if it is
+            larger, of the run in question where its step size is smaller still. The interval is chosen by it. None of staged
+            predictions and AdamW's, and where the scan found no boundary.
         critical_mix: Smallest mix predicted to diverge at this step size; infinity if none is, up to 1.
         critical_lr_detail: Its scan and spread over seeds.
         critical_mix_detail: Its scan and spread over seeds.

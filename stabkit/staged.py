@@ -21,6 +21,7 @@ from torch import Tensor
 from stabkit._progress import progress_bar
 from stabkit._validate import check_real
 from stabkit.algorithms.base import Algorithm
+from stabkit.calibration import MAX_AWAKENED
 from stabkit.curvature import LinearisedNetwork
 from stabkit.curvature.dormant import SAMPLES, awakened
 from stabkit.problem import Parameters, UnlearningProblem
@@ -33,7 +34,6 @@ MAX_LOSS_ERROR, MAX_OUTPUT_ERROR = 0.05, 0.2
 PATH_STEPS = 4  # real ones at the start of a run, which show whether it goes where the linearised one goes
 ROUNDING = 100  # epsilons of the outputs: they move no less, as far as can be told
 MAX_PATH_ERROR = 0.5  # of the outputs then, relative to how far they moved; own choice: see papers/theory.md
-MAX_AWAKENED = 0.1  # share of the sensitivity that is to parameters which were dormant at θ*
 PAST_CROSSING = 10  # steps further than a crossing, which show how far past the level a run goes
 
 

@@ -1,5 +1,6 @@
 """From what rollouts say, and from where the boundary lies, to a report's probability."""
 
+import copy
 import math
 import re
 from dataclasses import replace
@@ -11,9 +12,14 @@ from hypothesis import strategies as st
 from scipy.stats import logistic
 
 import stabkit
+from stabkit.algorithms import GradDiff
 from stabkit.calibration import FAR_ERROR, beyond, calibration, combined, kind_at
 from stabkit.checks import MARGIN
 from stabkit.judge import ADVISED
+from stabkit.models import MLP
+from stabkit.problem import UnlearningProblem
+from stabkit.runner import run
+from stabkit.training import train
 
 QUICK = {
     "rank": 20,
@@ -124,6 +130,88 @@ def test_a_boundary_that_the_network_is_far_from_below_is_said_to_be_wide(digits
         assert said.recommend().margin == used.margin(0.05)
         assert ("hence the wide interval" in str(said)) == (kind == "far")
         assert stabkit.Report.from_json(said.to_json()) == said
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_what_else_says_that_a_boundary_is_known_roughly(digits_mlp, class_deletion, monkeypatch):
+    """Dormant parameters that matter below it, and the run in question where its step size is smaller still."""
+    settings = {"algorithm": "graddiff", "lr": 0.01, "mix": 0.05, **QUICK}
+    near = stabkit.predict(digits_mlp, *class_deletion, **settings)
+    monkeypatch.setattr("stabkit.calibration.FAR_ERROR", 1.01 * near.critical_lr_error)
+    for factor, kind in ((0.49, "far"), (0.51, "one")):  # of the critical step size
+        with monkeypatch.context() as patch:
+            patch.setattr("stabkit.judge.linearisation_errors", lambda *given, **named: (5.0, 0.0))
+            said = near.at(lr=factor * near.critical_lr)
+        assert said.calibration.kind == kind
+        assert said.critical_lr_error == (5.0 if kind == "far" else near.critical_lr_error)
+    for awake, kind in ((0.09, "one"), (0.11, "far")):
+        seen = near.critical_lr_error, awake
+        monkeypatch.setattr("stabkit.judge.errors_below", lambda *given, seen=seen, **named: seen)
+        said = stabkit.predict(digits_mlp, *class_deletion, **settings)
+        assert said.calibration == calibration(kind)
+        assert ("parameters come to matter there" in str(said)) == (kind == "far")
+
+
+def one_class_kept():
+    """Two clusters, of which one is forgotten whole: steps of any size make the linearised network surer of the other."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(240, 2, generator=g) + torch.tensor([2.0, 0.0]) * (torch.arange(240) % 2 * 2 - 1).unsqueeze(1)
+    y = torch.arange(240) % 2
+    model = train(MLP(2, 2, hidden=(24, 24)), x, y, epochs=40, lr=1e-2)
+    return model, (x[y == 1], y[y == 1]), (x[y == 0], y[y == 0])
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_where_no_step_size_breaks_the_linearised_network_its_reach_is_told():
+    model, forget, retain = one_class_kept()
+    algorithm = GradDiff(lr=1e-4, mix=0.3, steps=60, batch_size=16)
+    report = stabkit.predict(model, forget, retain, algorithm=algorithm, mode="standard", seeds=2)
+    assert report.critical_lr == math.inf
+    reach = report.critical_lr_detail.scanned[1]
+    assert report.critical_lr_interval == (reach, math.inf)
+    assert report.critical_lr_error is None
+    assert report.at(lr=reach).linearisation_error <= FAR_ERROR
+    beyond_it = report.at(lr=1.3 * reach)
+    assert beyond_it.linearisation_error > FAR_ERROR
+    assert report.at(lr=0.9 * reach).probability == report.at(lr=0.9 * reach).rollout.probability < 0.01
+    assert beyond_it.probability == (beyond_it.rollout.probability + 0.5) / 2
+    assert (beyond_it.verdict, beyond_it.confidence) == ("marginal", "low")
+    problem = UnlearningProblem(model, forget, retain)
+    assert run(problem, algorithm.replace(lr=100 * reach)).diverged
+    for item in report.at(lr=20 * reach).recommend().items:
+        if item.holds:
+            assert not run(problem, algorithm.replace(lr=20 * reach).replace(**item.changes), seed=7).diverged, item
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_a_network_past_the_level_has_its_critical_step_size_below_the_scan(digits_mlp, class_deletion):
+    worse = copy.deepcopy(digits_mlp)
+    with torch.no_grad():
+        next(worse.parameters()).mul_(-3)
+    report = stabkit.predict(worse, *class_deletion, algorithm="graddiff", lr=0.01, **QUICK)
+    assert report.critical_lr_interval == (0.0, report.critical_lr)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+@pytest.mark.parametrize(
+    ("retain", "forget", "few"), [(29, 40, True), (40, 29, True), (30, 30, False), (40, None, False)]
+)
+def test_few_samples_that_stand_for_a_set_are_no_ground_for_confidence(digits_mlp, class_deletion, retain, forget, few):
+    asked = {
+        "retain_samples": retain,
+        "forget_samples": forget,
+        "rank": 10,
+        "seeds": 1,
+        "steps": 10,
+        "mode": "standard",
+    }
+    report = stabkit.predict(digits_mlp, *class_deletion, algorithm="graddiff", lr=1e-4, **asked)
+    (check,) = (check for check in report.checks if check.name == "linearised samples")
+    assert check.passed is not few
+    assert check.value == min(n for n in (retain, forget) if n)
+    if few:
+        with pytest.warns(stabkit.LowConfidenceWarning, match=r"linearised samples 29 where at least 30 is wanted"):
+            report.at(lr=2e-4)
 
 
 @pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")

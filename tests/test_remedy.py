@@ -57,6 +57,39 @@ def test_every_way_out_is_as_the_rollout_has_it(report, found):
     assert {"step size", "clipping"} <= held
 
 
+def test_what_holds_in_a_network_that_is_wrong_there_is_called_unsure(digits_mlp, class_deletion, monkeypatch):
+    """Whatever moved the outputs further than a bound is wrong by assumption: ways out keep below it, or are unsure."""
+    report = stabkit.predict(digits_mlp, *class_deletion, lr=0.3, mix=0.3, mode="standard", **QUICK)
+    report = report.at(lr=report.critical_lr / 30)
+    sure = report.recommend()
+    assert all(item.error is None or item.error <= 0.3 for item in (sure.asked, *sure.items) if item.holds)
+    assert any(item.holds for item in sure.items)
+    lengths = []
+
+    def errors(problem, network, rolled):
+        lengths.append(float(rolled.coordinates[0, 0].norm()))
+        return (0.0 if lengths[-1] < bound else 1.0), 0.0
+
+    bound = math.inf
+    monkeypatch.setattr("stabkit.remedy.linearisation_errors", errors)
+    step = next(item for item in report.recommend().items if item.remedy == "step size")
+    assert step.holds
+    bound, lengths[:] = sorted(lengths)[0], []  # nothing is right but what moves less than all of these
+    unsure = report.recommend()
+    lower = next(item for item in unsure.items if item.remedy == "step size")
+    assert lower.changes["lr"] < step.changes["lr"]
+    assert lower.holds
+    others = [item for item in unsure.items if item.unsure]
+    assert others
+    assert all(not item.holds and max(item.probability, item.further_probability) <= unsure.risk for item in others)
+    assert "unsure" in str(unsure)
+    assert "Unsure: holds in a linearised network that is wrong there" in str(unsure)
+    assert "orange is unsure" in unsure.plot()[1].get_title()
+    assert Recommendations.from_json(unsure.to_json()) == unsure
+    monkeypatch.setattr("stabkit.remedy.linearisation_errors", lambda *given: (0.0, 0.2))  # dormant ones awake
+    assert not any(item.holds for item in report.recommend().items)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_decay_that_breaks_a_run_can_be_left_out(optimizer, digits_mlp, class_deletion):
     """Decay that leaves e⁻³ of the weights takes the predictions with it, and without it nothing happens."""

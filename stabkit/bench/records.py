@@ -17,7 +17,7 @@ from stabkit._rng import preserved_rng
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.bench.cells import Cell, prepared
 from stabkit.boundary import adamw_guess, critical_lr
-from stabkit.cause import error_below
+from stabkit.cause import errors_below
 from stabkit.coherence import coherence
 from stabkit.measure import Measurement, measure
 from stabkit.modes import MODES, Sizes
@@ -286,7 +286,8 @@ class _Bench:
         if critical is None or algorithm.adaptive:
             return None
         problem, network = self.measurement.problem, self.measurement.network
-        return error_below(problem, network, algorithm, critical, batch_sizes=self.batch_sizes, seed=ROLLOUT_SEEDS[0])
+        seed = ROLLOUT_SEEDS[0]
+        return errors_below(problem, network, algorithm, critical, batch_sizes=self.batch_sizes, seed=seed)[0]
 
     def real(self, lr: float, mix: float) -> RunResult:
         """For real."""
