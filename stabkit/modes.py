@@ -254,8 +254,9 @@ def estimate_cost(
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
     if settings.staged:
         share = TYPICAL_SHARE if problem.size < LARGE else LARGE_SHARE
-        each_rollout = share * run + PATH_STEPS * sum(algorithm.batch_sizes(problem))
-        each_rollout += (PLACES + share * looks) * sum(held) / 3
+        # First steps and those before each place, at the two ends of which there is a pass beside the place's own.
+        each_rollout = share * run + (1 + PLACES) * PATH_STEPS * sum(algorithm.batch_sizes(problem))
+        each_rollout += (3 * PLACES + share * looks) * sum(held) / 3
         if algorithm.adaptive or coupled:
             each_rollout = (COUPLED_SHARE if coupled else REAL_SHARE) * (run + looks * sum(held) / 3)
         scans = 1 if algorithm.fixed_mix else 2

@@ -11,7 +11,7 @@ statistics it knows other batches than the run's, whose places are elsewhere: al
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from stabkit._progress import progress_bar
 from stabkit._validate import check_real
 from stabkit.algorithms.base import Algorithm
 from stabkit.calibration import MAX_AWAKENED
-from stabkit.curvature import LinearisedNetwork
+from stabkit.curvature import LinearisedNetwork, LinearisedSet
 from stabkit.curvature.dormant import SAMPLES, awakened
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.rollout import SCORE_CAP, Rollout, loss_scale, players_of, rollout
@@ -31,7 +31,7 @@ from stabkit.updates import Moments
 
 # Chosen on calibration cells of the benchmark: half of either does hardly better there and costs half as much again.
 MAX_LOSS_ERROR, MAX_OUTPUT_ERROR = 0.05, 0.2
-PATH_STEPS = 4  # real ones at the start of a run, which show whether it goes where the linearised one goes
+PATH_STEPS = 4  # real ones, first and before a place, which show whether a run goes where the linearised one goes
 ROUNDING = 100  # epsilons of the outputs: they move no less, as far as can be told
 MAX_PATH_ERROR = 0.5  # of the outputs then, relative to how far they moved; own choice: see papers/theory.md
 PAST_CROSSING = 10  # steps further than a crossing, which show how far past the level a run goes
@@ -46,8 +46,8 @@ class Handover:
         real_steps: Steps that are taken on the real network after it; 0 where the linearisation holds to the end.
         loss_error: Error of the linearised retain loss at `step`, as a share of the divergence level.
         output_error: Error of the linearised outputs there, relative to how far they moved.
-        path_error: How far the outputs of a few first steps are from those of the linearised steps, relative to how far
-            they moved; 0 where that was not looked at.
+        path_error: How far the outputs of a few steps are from those of the linearised steps, relative to how far they
+            moved: of the first ones, or of those before `step` where that is more; 0 where that was not looked at.
     """
 
     step: int
@@ -104,16 +104,16 @@ def staged_rollout(
         seeds: One run each.
         max_loss_error: Error of the retain loss, as a share of the divergence level, up to which the linearisation is kept.
         max_output_error: Error of the outputs, relative to how far they moved, up to which it is.
-        max_path_error: How far, by the same measure, the outputs of a few first steps may be from those of the linearised
-            ones: beyond it the run is not where it is predicted to be, however right the outputs there, and all steps are
-            real.
+        max_path_error: How far, by the same measure, the outputs of a few steps may be from those of the linearised ones:
+            beyond it the run is not where it is predicted to be, however right the outputs there. Where that are the first
+            steps all are real; otherwise it goes on from an earlier place.
         progress: Whether to show a progress bar.
 
     Returns:
         The rollout. Cost of a seed: the first steps (`first_look`), forward passes over the linearised samples at up to
-        log2(steps) + 3 places, and then what the rest of the run costs, with such passes at each look; gradients of up to
-        128 samples at each of those places where the network has dormant tensors. Of AdamW, and with batchnorm="batch", all
-        steps are real.
+        log2(steps) + 4 places, four steps before each and two such passes for them, and then what the rest of the run costs,
+        with such passes at each look; gradients of up to 128 samples at each of those places where the network has dormant
+        tensors. Of AdamW, and with batchnorm="batch", all steps are real.
 
     Raises:
         ValueError: If an argument is out of its domain, or batches may have no variance to be normalised by.
@@ -123,11 +123,11 @@ def staged_rollout(
     check_real(max_path_error, name="max_path_error", owner="staged_rollout", low=0, low_open=True)
     if len(seeds) == 0:
         raise ValueError("`seeds` of `staged_rollout` must name at least one seed; got none.")
-    bounds = max_loss_error, max_output_error
+    bounds = max_loss_error, max_output_error, max_path_error
     if problem.batchnorm == "batch":
         check_coupled(algorithm, batch_sizes)
     runs = [_Run(problem, network, algorithm, batch_sizes, seed) for seed in seeds]
-    parts = [run.roll(bounds, max_path_error) for run in progress_bar(runs, "staged rollout", progress)]
+    parts = [run.roll(bounds) for run in progress_bar(runs, "staged rollout", progress)]
     fields = ("score", "divergence_step", "stopped_step", "retain_loss", "forget_loss", "coordinates")
     joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part, _ in parts]) for name in fields}
     return StagedRollout(
@@ -145,11 +145,12 @@ class _Seen:
     output_error: float
     losses: tuple[float, float]
     awakened: float = 0.0
+    path_error: float = 0.0
 
-    def within(self, bounds: tuple[float, float]) -> bool:
-        """Whether neither error is beyond its bound, nor the sensitivity elsewhere than at θ*."""
+    def within(self, bounds: tuple[float, float, float]) -> bool:
+        """Whether no error is beyond its bound, and the sensitivity not elsewhere than at θ*."""
         right = self.loss_error <= bounds[0] and self.output_error <= bounds[1]
-        return right and self.awakened <= MAX_AWAKENED
+        return right and self.path_error <= bounds[2] and self.awakened <= MAX_AWAKENED
 
 
 def rounding(like: Tensor) -> float:
@@ -198,7 +199,7 @@ class _Run:
             on_step=keep,
         )
 
-    def roll(self, bounds: tuple[float, float], max_path_error: float) -> tuple[Rollout, Handover]:
+    def roll(self, bounds: tuple[float, float, float]) -> tuple[Rollout, Handover]:
         """Linearised as far as that is right, then for real."""
         rolled = self.linearised()
         crossing = float(rolled.divergence_step[0, 0])
@@ -210,7 +211,7 @@ class _Run:
         # A crossing is left to real steps: the path to it may be wrong where its end is not.
         ahead = [k for k in self.path if k > 0 and not k >= crossing]
         departed = self._path_error(ahead)
-        if departed > max_path_error:
+        if departed > bounds[2]:
             last, seen = 0, _Seen(loss_error=0.0, output_error=0.0, losses=(math.nan, math.nan))
         else:
             last, seen = self._believed(rolled, ahead, bounds)
@@ -223,7 +224,7 @@ class _Run:
             real_steps=real_steps,
             loss_error=seen.loss_error,
             output_error=seen.output_error,
-            path_error=departed,
+            path_error=max(departed, seen.path_error),
         )
         return replace(rolled, coordinates=self.path[last][0].reshape(1, 1, -1).double().cpu()), handover
 
@@ -249,22 +250,24 @@ class _Run:
         at = self._start()
         if not ahead:
             return at
-        network = self._network
         last = min(first_look(self._algorithm), ahead[-1])
-        steps = steps_from(
-            self._problem,
-            self._algorithm,
-            network.run_preconditioner,
-            self._start(),
-            batch_sizes=self._batch_sizes,
-            seed=self._seed,
-            players=players_of(network, self._seed),
-        )
-        for at in steps:
+        for at in self._steps(self._start()):
             if at.step == last or at.stopped:
                 break
         self.gradients += at.gradient_equivalents
         return at
+
+    def _steps(self, start: Position) -> Iterator[Position]:
+        """Real steps with the batches of the rollout, stand-ins included."""
+        return steps_from(
+            self._problem,
+            self._algorithm,
+            self._network.run_preconditioner,
+            start,
+            batch_sizes=self._batch_sizes,
+            seed=self._seed,
+            players=players_of(self._network, self._seed),
+        )
 
     def _start(self) -> Position:
         """Before the first step."""
@@ -273,7 +276,40 @@ class _Run:
             step=0, theta=self._theta, moments=Moments.zero(self._algorithm, self._theta), statistics=statistics
         )
 
-    def _believed(self, rolled: Rollout, ahead: list[int], bounds: tuple[float, float]) -> tuple[int, _Seen]:
+    def _position(self, step: int) -> Position:
+        """Where the linearised run is after a step."""
+        coordinates, carried = self.path[step]
+        return Position(
+            step=step,
+            theta=self._theta + self._network.displacement(coordinates),
+            moments=Moments(first=self._network.displacement(carried.first)),
+            statistics={},
+        )
+
+    def _recent_error(self, step: int) -> float:
+        """Error of the linearised change of the outputs over the steps before a place, against real steps from there."""
+        # Errors that are small wherever one looks add up to another place, and runs near the boundary magnify them. A
+        # change of less than the run's average over as many steps counts as that: little comes of it.
+        before = step - PATH_STEPS
+        if before <= 0:
+            return 0.0  # the first steps have been looked at
+        network, start = self._network, self._position(before)
+        at = start
+        for at in self._steps(start):
+            if at.step == step or at.stopped:
+                break
+        self.gradients += at.gradient_equivalents
+        there, here = (self._evaluated(self._problem.unflatten(place.theta))[0] for place in (start, at))
+        reached, began = self.path[at.step][0], self.path[before][0]
+        least = math.sqrt(sum(float(part.features.matmul(reached).double().square().sum()) for part in self._parts()))
+        return network.output_error(
+            reached - began, here, before=there, least=rounding(self._theta), moved=least * (at.step - before) / at.step
+        )
+
+    def _parts(self) -> tuple[LinearisedSet, LinearisedSet]:
+        return self._network.retain, self._network.forget
+
+    def _believed(self, rolled: Rollout, ahead: list[int], bounds: tuple[float, float, float]) -> tuple[int, _Seen]:
         """Last step up to which the linearisation is right, and the real network there."""
         candidates = [0, *ahead]
         seen = self._seen(candidates[-1])
@@ -281,9 +317,13 @@ class _Run:
             # The verdict is about the worst loss of the run, which may lie before its end.
             looks = [(float(loss), k) for k, loss in zip(rolled.steps.tolist(), rolled.retain_loss[0, 0], strict=True)]
             peak = max((look for look in looks if look[1] in set(ahead)), default=(0.0, candidates[-1]))[1]
-            if peak == candidates[-1] or self._seen(peak).within(bounds):
+            half = candidates[len(candidates) // 2]
+            if peak != candidates[-1] and not self._seen(peak).within(bounds):
+                candidates = candidates[: candidates.index(peak) + 1]
+            elif self._recent_error(half) > bounds[2]:
+                candidates = candidates[: candidates.index(half) + 1]
+            else:
                 return candidates[-1], seen
-            candidates = candidates[: candidates.index(peak) + 1]
         low, high = 0, len(candidates) - 1
         best: _Seen | None = None
         while high - low > 1:
@@ -317,15 +357,7 @@ class _Run:
         losses = self._losses(rolled)
         worst = float(self._scale.score(rolled.retain_loss[0, 0, :place]).max())
         crossed = math.nan
-        at = start = self._start()
-        if last:
-            coordinates, carried = self.path[last]
-            at = start = Position(
-                step=last,
-                theta=self._theta + self._network.displacement(coordinates),
-                moments=Moments(first=self._network.displacement(carried.first)),
-                statistics={},
-            )
+        at = start = self._position(last) if last else self._start()
         for at in steps_from(
             self._problem,
             self._algorithm,
@@ -384,6 +416,7 @@ class _Run:
             output_error=network.output_error(coordinates, outputs),
             losses=losses,
             awakened=awakened(self._problem, network, moved),
+            path_error=self._recent_error(step),
         )
 
     def _evaluated(self, parameters: Parameters) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:

@@ -174,8 +174,37 @@ def test_either_bound_decides():
         assert 0 < getattr(handovers[1], bound.removeprefix("max_")) <= between
 
 
+def test_steps_before_a_place_are_held_against_real_ones():
+    """Small steps at first say little of large ones later, before which the run goes on for real."""
+    problem = small_problem(curved())
+    schedule = (0.1,) * 6 + (1.0,) * (STEPS - 6)
+    algorithm = GradDiff(lr=0.8, mix=0.4, steps=STEPS, batch_size=8, lr_schedule=schedule)
+    network = linearise(problem, Identity(), rank=4, retain_samples=None, forget_samples=None)
+    loose = {"max_loss_error": 10.0, "max_output_error": 10.0}
+    believed, trusting = (
+        rolled_out(problem, network, algorithm, max_path_error=bound, **loose) for bound in (0.5, 1e9)
+    )
+    assert trusting.handovers[0].step == STEPS
+    assert trusting.handovers[0].path_error > 0.5
+    assert 0 < believed.handovers[0].step < STEPS
+    assert believed.handovers[0].path_error <= 0.5
+    real = real_run(problem, algorithm).trajectory[-1].forget_loss
+    wrong = [abs(float(found.rollout.forget_loss[0, 0, -1]) - real) for found in (believed, trusting)]
+    assert 5 * wrong[0] < wrong[1]
+    # Halfway is looked at as well where the end is right.
+    wide = linearise(problem, Identity(), rank=40, retain_samples=None, forget_samples=None)
+    steps = [
+        rolled_out(problem, wide, algorithm, max_path_error=bound, **loose).handovers[0].step
+        for bound in (0.1, 0.2, 0.3)
+    ]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[2] == STEPS
+
+
 @pytest.mark.parametrize("rule", [{"drift_tolerance": 0.01}, {"leakage_bound": 0.02, "lr": 2.0}])
-@pytest.mark.parametrize("options", [NOTHING, {"max_loss_error": 10.0, "max_output_error": 10.0}])
+@pytest.mark.parametrize(
+    "options", [NOTHING, {"max_loss_error": 10.0, "max_output_error": 10.0, "max_path_error": 10.0}]
+)
 def test_the_algorithms_own_rule_ends_it(rule, options):
     problem = small_problem(curved())
     changes = {"lr": 0.05, "drift_tolerance": None, "leakage_bound": None, **rule}
@@ -198,7 +227,9 @@ def test_rounding_is_no_error():
     problem = small_problem(curved().float())
     found = staged(problem, GradDiff(lr=1e-7, mix=0.4, steps=30, batch_size=8))
     assert found.real_steps == 0
-    assert found.gradient_equivalents < 3 * (problem.retain.size + problem.forget.size)
+    # First steps; at the end of the run, its peak and halfway four more, with two passes for these; three other passes.
+    n, batches = problem.retain.size + problem.forget.size, 4 * 16
+    assert found.gradient_equivalents == pytest.approx(4 * batches + (3 + 2 * 3) * n / 3)
 
 
 def test_seeds_are_runs_of_their_own():
@@ -269,7 +300,7 @@ def test_a_run_that_leaves_the_linearisations_directions_is_stepped_for_real():
     end = real.trajectory[-1].forget_loss
     assert abs(float(trusting.rollout.forget_loss[0, 0, -1]) - end) > 0.2 * end
     whole = rolled_out(problem, narrow(problem, algorithm, 10_000), algorithm)
-    assert whole.handovers[0].path_error < 0.1
+    assert whole.handovers[0].path_error < 0.3
 
 
 @pytest.mark.parametrize(
@@ -341,4 +372,5 @@ def test_both_sets_have_a_part_in_the_steps_that_are_looked_at(monkeypatch):
     ):
         seen.clear()
         rolled_out(problem, narrow(problem, algorithm, 10_000), algorithm)
-        assert seen == list(range(1, last + 1)), algorithm
+        assert seen[:last] == list(range(1, last + 1)), algorithm
+        assert last + 1 not in seen[last : last + 1], algorithm

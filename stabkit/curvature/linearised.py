@@ -297,7 +297,15 @@ class LinearisedNetwork:
         """
         yield slice(self.rank), self.basis
 
-    def output_error(self, coordinates: Tensor, outputs: Sequence[Tensor], *, least: float = SMALL_MOVE) -> float:
+    def output_error(
+        self,
+        coordinates: Tensor,
+        outputs: Sequence[Tensor],
+        *,
+        least: float = SMALL_MOVE,
+        before: Sequence[Tensor] | None = None,
+        moved: float = 0.0,
+    ) -> float:
         """‖f(θ) - f(θ*) - Φc‖ / ‖Φc‖ over the samples of both sets and the outputs that the loss reads (theory §6).
 
         A movement of less than a small share of ‖f(θ*)‖ counts as one of that size: its error would be that of rounding.
@@ -306,24 +314,26 @@ class LinearisedNetwork:
             coordinates: c, shape (r,).
             outputs: The real network's outputs f(θ) for the retain and for the forget samples, shapes (m, ...).
             least: That share.
+            before: Outputs where the movement begins, of the same shapes; f(θ*) when None.
+            moved: Size of a movement that a smaller one counts as.
 
         Returns:
             The relative error; infinity where outputs are not finite, 0 where nothing moves.
         """
-        wrong = moved = size = 0.0
-        for part, real in zip((self.retain, self.forget), outputs, strict=True):
-            before = part.outputs
+        wrong, size, gone = 0.0, 0.0, 0.0
+        start = (self.retain.outputs, self.forget.outputs) if before is None else before
+        for part, real, began in zip((self.retain, self.forget), outputs, start, strict=True):
             with arithmetic("float32"):  # the check is not to inherit what it checks for
                 change = (part.features @ coordinates.to(part.features)).double()
-            error = real.double().flatten(1) - before.double().flatten(1) - change
+            error = real.double().flatten(1) - began.double().flatten(1) - change
             counted = self.loss.counted(part.outputs, part.targets)
             wrong += float((error if counted is None else error.masked_fill(~counted, 0.0)).square().sum())
-            moved += float(change.square().sum())
-            size += float(before.double().square().sum())
+            gone += float(change.square().sum())
+            size += float(part.outputs.double().square().sum())
         if not math.isfinite(wrong):
             return math.inf
-        moved = max(moved, least**2 * size)
-        return math.sqrt(wrong / moved) if moved > 0 else 0.0
+        gone = max(gone, least**2 * size, moved**2)
+        return math.sqrt(wrong / gone) if gone > 0 else 0.0
 
     def displacement(self, coordinates: Tensor) -> Tensor:
         """θ - θ* = P^{1/2} V c.
