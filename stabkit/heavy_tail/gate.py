@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stabkit._errors import ExponentWarning, caller_level
 from stabkit._validate import check_choice, check_real
+from stabkit._wrappers import plain_parameters
 from stabkit.heavy_tail.matrices import PARTS, block_index
 from stabkit.heavy_tail.table import LayerExponent, LayerExponents
 
@@ -203,7 +204,8 @@ def gate_per_parameter(
     by_weight: dict[str, list[LayerExponent]] = {}
     for row in exponents.rows:
         by_weight.setdefault(row.parameter, []).append(row)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    plain = plain_parameters(model)  # as the table has them, without wrappers' names
+    parameters = {name: p.detach() for name, p in plain.items()}
     weights = {name: _weight_of(name, by_weight) for name in parameters}
     stray = sorted(set(by_weight) - set(weights.values()))
     if stray:
@@ -217,7 +219,8 @@ def gate_per_parameter(
     }
     if untrusted == "neutral":
         _warn(exponents)
-    return found
+    names = {id(p): name for name, p in plain.items()}
+    return {name: found[names[id(p)]] for name, p in model.named_parameters()}
 
 
 def _weight_of(name: str, known: dict[str, list[LayerExponent]]) -> str:
