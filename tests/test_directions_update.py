@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +145,13 @@ def test_the_model_and_its_data_stay_as_they_were():
 def test_what_is_no_update_is_refused(update, arguments, message):
     with pytest.raises(ValueError, match=message):
         decompose_update(CASES[0].problem(), update, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("update", "got"), [({"0.weight": torch.ones(3)}, "dict"), (np.ones(43), "ndarray"), (None, "NoneType")]
+)
+def test_what_is_no_tensor_is_told_what_makes_one(update, got):
+    with pytest.raises(
+        TypeError, match=rf"`update` of .* a tensor of shape \(43,\); got {got}\. `problem\.flatten` makes one"
+    ):
+        decompose_update(CASES[0].problem(), update)

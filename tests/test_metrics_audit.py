@@ -431,6 +431,15 @@ def test_wrong_kinds(nets):
         audit(problem, {"small": MLP(64, 10, hidden=(8,))})
     with pytest.raises(TypeError, match=r"`gold` must be a torch.nn.Module; got OrderedDict\. Load a state_dict"):
         audit(problem, models, gold=gold.state_dict())
+    result = run(problem, GradDiff(lr=0.05, steps=1))
+    with pytest.raises(TypeError, match=r"got dict of RunResult\. Use \{\"salun\": result\.model\}"):
+        audit(problem, {"a": result})
+    with pytest.raises(TypeError, match=r"`gold` must be a torch.nn.Module; got RunResult\. Its `\.model` is one"):
+        audit(problem, models, gold=result)
+    with pytest.raises(
+        TypeError, match=r"`shadows` of `audit` must be a Shadows; got dict\. Make one with stabkit\.metrics"
+    ):
+        audit(problem, models, shadows={"models": [gold]})
 
 
 class Widened(nn.Sequential):

@@ -131,6 +131,11 @@ def decompose_update(
     check_choice(curvature, name="curvature", owner=OWNER, choices=("hessian", "ggn"))
     if samples is not None:
         check_int(samples, name="samples", owner=OWNER, low=1, remedy="None takes all of them.")
+    if not isinstance(update, Tensor):
+        raise TypeError(
+            f"`update` of `{OWNER}` must be a tensor of shape ({problem.size},); got {type(update).__name__}. "
+            "`problem.flatten` makes one of tensors by name, torch.from_numpy of an array."
+        )
     if update.shape != (problem.size,):
         raise ValueError(
             f"`update` of `{OWNER}` must be of shape ({problem.size},), one number a trainable parameter; got "
