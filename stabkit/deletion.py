@@ -53,6 +53,10 @@ class CorruptedDeletion(Deletion):
     x: Tensor | None
     y: Tensor
 
+    def __str__(self) -> str:
+        changed = "labels" if self.x is None else "inputs and labels"
+        return f"{super().__str__()}; the {changed} to train on are changed in the rows to forget"
+
 
 def random_fraction(data: int | Tensor | Data, fraction: float, *, seed: int = 0) -> Deletion:
     """Forget a uniformly random part of the rows.

@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,6 +71,19 @@ def test_names_keep_what_tells_fractions_apart(fraction, shown):
     assert random_fraction(1000, fraction).name == f"random {shown}"
     assert mislabelled(torch.arange(1000) % 3, fraction).name == f"mislabelled {shown}"
     assert forget_people(torch.arange(1000), fraction).name == f"people {shown}"
+
+
+def test_deletions_print_counts_and_no_rows():
+    assert str(random_fraction(2000, 0.125, seed=3)) == "random 12.5%: 250 rows to forget, 1,750 to retain, seed 3"
+    assert str(one_class(torch.arange(40) % 4, 1)) == "class 1: 10 rows to forget, 30 to retain"
+    end = "; the labels to train on are changed in the rows to forget"
+    assert (
+        str(mislabelled(torch.arange(40) % 4, 0.1)) == f"mislabelled 10%: 4 rows to forget, 36 to retain, seed 0{end}"
+    )
+    assert "the inputs and labels to train on" in str(poisoned(data(), 0.1, target=0))
+    printed = []
+    random_fraction(20, 0.5)._repr_pretty_(SimpleNamespace(text=printed.append), False)
+    assert printed == ["random 50%: 10 rows to forget, 10 to retain, seed 0"]
 
 
 def test_a_random_fraction_is_uniform():

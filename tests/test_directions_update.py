@@ -119,6 +119,11 @@ def test_the_summary_holds_every_number():
     assert f"The 4 most curved directions carry {found.harm:.1%}" in text
     assert "on 14 retain samples" in text
     assert "hessian" in text
+    assert str(found) == text
+    shown = str(found.harming)
+    assert f"{found.harming.share:.1%} of the whole's square" in shown
+    assert f"divergence {found.harming.divergence:.3g} " in shown
+    assert "tensor" not in shown
 
 
 def test_the_model_and_its_data_stay_as_they_were():
