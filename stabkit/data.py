@@ -60,7 +60,7 @@ def as_samples(data: Any, *, name: str, device: torch.device, dtype: torch.dtype
 
     Raises:
         TypeError: If the data has none of the accepted forms, or holds what is no number.
-        ValueError: If the set is empty, or its parts differ in length or its samples in shape.
+        ValueError: If the set is empty or on the meta device, or its parts differ in length or its samples in shape.
     """
     with preserved_rng():
         samples = _read(data, name, device, dtype)
@@ -165,9 +165,15 @@ def _tensor(values: Any, what: str, remedy: str = "") -> Tensor:
     if not isinstance(values, Tensor | np.ndarray) and hasattr(values, "__array__"):
         values = np.array(values)  # a table's own array may not be writable
     try:
-        return torch.as_tensor(values)
+        found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _refusal(values, what, error, remedy) from error
+    if found.is_meta:
+        raise ValueError(
+            f"{what} must be numbers; got a tensor on the meta device, which has a shape {tuple(found.shape)} alone. "
+            "Load the data onto the CPU or an accelerator."
+        )
+    return found
 
 
 def _several(targets: Any) -> str:

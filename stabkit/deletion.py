@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from stabkit._errors import UntrainedModelWarning
-from stabkit._validate import check_int, check_real
+from stabkit._validate import check_int, check_real, check_seed
 from stabkit.curvature.gradients import gradient_blocks
 from stabkit.data import Data, as_samples
 from stabkit.datasets import Deletion
@@ -53,6 +53,10 @@ class CorruptedDeletion(Deletion):
     x: Tensor | None
     y: Tensor
 
+    def __str__(self) -> str:
+        changed = "labels" if self.x is None else "inputs and labels"
+        return f"{super().__str__()}; the {changed} to train on are changed in the rows to forget"
+
 
 def random_fraction(data: int | Tensor | Data, fraction: float, *, seed: int = 0) -> Deletion:
     """Forget a uniformly random part of the rows.
@@ -66,9 +70,10 @@ def random_fraction(data: int | Tensor | Data, fraction: float, *, seed: int = 0
         The deletion.
     """
     n = _size(data, "random_fraction")
+    check_seed(seed, owner="random_fraction")
     count = _count(n, fraction, "random_fraction")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return _deletion(f"random {fraction:.0%}", order[:count], n, seed)
+    return _deletion(f"random {_percent(fraction)}", order[:count], n, seed)
 
 
 def one_class(data: Tensor | Data, label: int) -> Deletion:
@@ -102,15 +107,22 @@ def subclass(
         The deletion.
 
     Raises:
-        ValueError: If the class has fewer different rows than clusters, or features do not match the data.
+        ValueError: If the class has fewer different rows than clusters, or features do not match the data or are not finite.
     """
     inputs, labels = _tensors(data, "subclass")
     rows = _rows_of(labels, label, "subclass", whole=True)
+    check_seed(seed, owner="subclass")
     check_int(clusters, name="clusters", owner="subclass", low=1)
     check_int(cluster, name="cluster", owner="subclass", low=0, high=clusters - 1)
     space = inputs if features is None else features
     if len(space) != len(labels):
         raise ValueError(f"`features` of `subclass` must have one row a sample; got {len(space)} for {len(labels)}.")
+    finite = space.detach()[rows].flatten(1).isfinite().all(1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"`{'data' if features is None else 'features'}` of `subclass` must be finite numbers to cluster by; got "
+            f"{int((~finite).sum())} rows of class {label} with NaN or infinity. Leave them out, or fill in what is missing."
+        )
     points = space.detach()[rows].flatten(1).double().cpu().numpy()
     different = len(np.unique(points, axis=0))
     if different < clusters:
@@ -135,12 +147,13 @@ def forget_people(person: Tensor, fraction: float, *, seed: int = 0) -> Deletion
         The deletion.
     """
     labels = _labels(person, "forget_people")
+    check_seed(seed, owner="forget_people")
     _check_one_each(labels, "forget_people")
     people = labels.unique()
     count = _count(len(people), fraction, "forget_people", what="people")
     order = torch.randperm(len(people), generator=torch.Generator().manual_seed(seed))
     chosen = people[order[:count].to(people.device)]
-    return _deletion(f"people {fraction:.0%}", torch.isin(labels, chosen).nonzero().flatten(), len(labels), seed)
+    return _deletion(f"people {_percent(fraction)}", torch.isin(labels, chosen).nonzero().flatten(), len(labels), seed)
 
 
 def gradient_norms(model: nn.Module, data: Data, *, loss: str | PerSampleLoss | Loss = "cross_entropy") -> Tensor:
@@ -196,7 +209,7 @@ def high_influence(
     n = _size(data, "high_influence")
     count = _count(n, fraction, "high_influence")
     order = gradient_norms(model, data, loss=loss).argsort(descending=True, stable=True)
-    return _deletion(f"high influence {fraction:.0%}", order[:count], n, None)
+    return _deletion(f"high influence {_percent(fraction)}", order[:count], n, None)
 
 
 def mislabelled(data: Tensor | Data, fraction: float, *, seed: int = 0) -> CorruptedDeletion:
@@ -214,6 +227,7 @@ def mislabelled(data: Tensor | Data, fraction: float, *, seed: int = 0) -> Corru
         ValueError: If there is only one class.
     """
     labels = _labels(data, "mislabelled")
+    check_seed(seed, owner="mislabelled")
     _check_one_each(labels, "mislabelled")
     count = _count(len(labels), fraction, "mislabelled")
     classes, place = labels.unique(return_inverse=True)
@@ -224,7 +238,7 @@ def mislabelled(data: Tensor | Data, fraction: float, *, seed: int = 0) -> Corru
     shift = torch.randint(1, len(classes), (count,), generator=generator).to(labels.device)
     changed = labels.clone()
     changed[rows] = classes[(place[rows] + shift) % len(classes)]
-    chosen = _deletion(f"mislabelled {fraction:.0%}", rows, len(labels), seed)
+    chosen = _deletion(f"mislabelled {_percent(fraction)}", rows, len(labels), seed)
     return CorruptedDeletion(**vars(chosen), x=None, y=changed)
 
 
@@ -256,6 +270,7 @@ def poisoned(
         Gu, Dolan-Gavitt & Garg, "BadNets", arXiv 1708.06733 (2017).
     """
     inputs, labels = _tensors(data, "poisoned")
+    check_seed(seed, owner="poisoned")
     n = len(labels)
     count = _count(n, fraction, "poisoned")
     own = _rows_of(labels, target, "poisoned", name="target")
@@ -277,7 +292,7 @@ def poisoned(
     x, y = inputs.clone(), labels.clone()
     x[rows] = marked
     y[rows] = target
-    chosen = _deletion(f"poisoned {fraction:.0%}", rows, n, seed)
+    chosen = _deletion(f"poisoned {_percent(fraction)}", rows, n, seed)
     return CorruptedDeletion(**vars(chosen), x=x, y=y)
 
 
@@ -297,6 +312,11 @@ def _deletion(name: str, rows: Tensor, n: int, seed: int | None) -> Deletion:
     kept = torch.ones(n, dtype=torch.bool)
     kept[rows.cpu()] = False
     return Deletion(name=name, forget=(~kept).nonzero().flatten(), retain=kept.nonzero().flatten(), seed=seed)
+
+
+def _percent(share: float) -> str:
+    """A share for a name: 10%, 12.5%, 0.4%."""
+    return f"{100 * share:.4g}%"
 
 
 def _count(n: int, fraction: object, owner: str, *, what: str = "rows") -> int:

@@ -49,8 +49,8 @@ class Alert:
 
     Attributes:
         step: Number of updates so far.
-        state: "calm", "rising" (an alarm: the level is about to be reached) or "diverged" (it is reached, or something is
-            not a finite number).
+        state: "calm", "rising" (an alarm: the level is about to be reached) or "diverged" (it is reached, or a loss is not a
+            finite number).
         crossing: Update at which the level will be reached, as far as anything says so; infinite otherwise. Growth slows
             down on the way, so it is early more often than late.
         unpredicted: Whether losses rise although the report had predicted that the run would stay below the level.
@@ -71,8 +71,8 @@ class Alert:
 class Monitor:
     """Raises the alarm when the retain loss is about to reach the level of divergence.
 
-    Divergence is what `predict` means by it: the retain loss reaches that of the best constant predictor, or something is
-    not finite. By then it is too late, and the retain loss often stays at its floor until a few steps before, while the
+    Divergence is what `predict` means by it: the retain loss reaches that of the best constant predictor, or a loss is not
+    finite. By then it is too late, and the retain loss often stays at its floor until a few steps before, while the
     forget loss already grows with the diverging mode. Two rules look ahead, and either raises the alarm; only the second
     looks far (benchmarks/monitor.py).
 
@@ -89,18 +89,40 @@ class Monitor:
     and has c - s steps to go; the alarm is raised at `warn_ahead` or fewer. After the step size was shrunk the prediction is
     of another run, and the rule rests.
 
-    A loop of one's own asks before each step, and takes the factor of the original step size, not of the last one:
+    A loop of one's own asks before each step. The factor is that of the planned step size, not of the last one; and most of
+    PyTorch's schedulers (StepLR, CosineAnnealingLR, ...) make the next step size from the one they find, so that it is put
+    back before they go on:
 
         monitor = stabkit.Monitor(report, action="shrink")
-        lrs = [group["lr"] for group in optimizer.param_groups]
+        planned = [group["lr"] for group in optimizer.param_groups]
         for step in range(steps):
             ...  # losses of this step's batches, and their gradients
             alert = monitor.update(retain_loss, forget_loss, gradient_norm)
             if alert.stop:
                 break
-            for group, lr in zip(optimizer.param_groups, lrs):  # the original ones, times a schedule's factor
+            for group, lr in zip(optimizer.param_groups, planned):
                 group["lr"] = lr * alert.lr_factor
             optimizer.step()
+            for group, lr in zip(optimizer.param_groups, planned):
+                group["lr"] = lr
+            scheduler.step()
+            planned = [group["lr"] for group in optimizer.param_groups]
+
+    Without a scheduler the last four lines are not needed.
+
+    *Mixed precision.* torch.amp.GradScaler begins with a scale at which gradients overflow, and skips such steps: a gradient
+    norm that is not finite beside finite losses is no divergence. It is left out of the rules, and said once, as a Python
+    warning. The norm is taken of gradients without the scale, the losses before they are scaled:
+
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+        alert = monitor.update(retain_loss, forget_loss, norm)
+        ...  # stop, or change the step size, as above
+        scaler.step(optimizer)
+        scaler.update()
+
+    A loop without a scaler has to skip such a step itself, or its weights are lost.
 
     Attributes:
         level: Retain loss that counts as diverged.
@@ -117,7 +139,7 @@ class Monitor:
         action: str = "warn",
         shrink: float = SHRINK,
     ) -> None:
-        """Set the guard up, one for each run.
+        """Set the guard up, one for each run: it remembers the losses it has seen, and what it made of the step size.
 
         Args:
             report: A prediction for this very run.
@@ -161,7 +183,8 @@ class Monitor:
         self._factor = 1.0
         self._shrunk_at = -math.inf
         self.alert: Alert | None = None
-        self._told = False
+        self._told = self._skips_told = False
+        self._watched = 0  # number of the last step that `on_step` had
 
     def update(
         self,
@@ -175,6 +198,7 @@ class Monitor:
             retain_loss: Loss of the retain batch; a tensor of one number will do, as for the others.
             forget_loss: Loss of the forget batch, larger where more is forgotten.
             gradient_norm: Norm of the gradient that the step follows, before it is clipped or normalised; its unit is free.
+                One that is not finite counts as divergence only where no loss comes with it.
 
         Returns:
             What to make of it; with action="warn" the first alarm is a Python warning too. Cost: some dozen operations on
@@ -195,6 +219,17 @@ class Monitor:
             self._told = True
             warnings.warn(f"the run is watched: {alert.message}", StabkitWarning, stacklevel=caller_level())
 
+    def _warn_of_overflow(self, norm: float) -> None:
+        """Say once that a gradient is no step to take, though the losses are finite."""
+        if not self._skips_told:
+            self._skips_told = True
+            warnings.warn(
+                f"the gradient norm of step {self.step} is {norm} beside finite losses: such a step must be skipped, as "
+                "torch.amp.GradScaler does by itself, and counts neither as divergence nor as a rise. This is said once.",
+                StabkitWarning,
+                stacklevel=caller_level(),
+            )
+
     def _taken_in(
         self,
         retain_loss: SupportsFloat | None,
@@ -209,10 +244,15 @@ class Monitor:
                 "`update` of `Monitor` must be given a retain_loss, a forget_loss or a gradient_norm; got none of them."
             )
         self.step += 1
+        norm = values.pop("gradient norm", None)
         for name, value in values.items():
             if not math.isfinite(value):
                 return self._alert(DIVERGED, float(self.step), f"the {name} is {value}")
-        norm = values.pop("gradient norm", None)
+        if norm is not None and not math.isfinite(norm):
+            if not values:  # nothing says that the weights are still finite
+                return self._alert(DIVERGED, float(self.step), f"the gradient norm is {norm}")
+            self._warn_of_overflow(norm)
+            norm = None
         if math.isnan(self._floor) and values:
             self._floor = min(0.0, *values.values())
         heights = {name: self._height(value) for name, value in values.items()}
@@ -244,13 +284,20 @@ class Monitor:
 
         Raises:
             StopIteration: If the run is to end.
-            ValueError: If the action is "shrink": the step size of a run is fixed.
+            ValueError: If the action is "shrink", as the step size of a run is fixed; or the steps begin again, as in a
+                second run: what the guard remembers is of the first.
         """
         if self.action == "shrink":
             raise ValueError(
                 "`action` of `Monitor` must be 'warn' or 'stop' in `run`, whose step size is fixed; got 'shrink'. Shrink it "
                 "in a loop of your own, or lower `lr`."
             )
+        if record.step <= self._watched:
+            raise ValueError(
+                f"`on_step` of `Monitor` must watch one run, whose steps it remembers; got step {record.step} after step "
+                f"{self._watched}. Make a new Monitor for each run."
+            )
+        self._watched = record.step
         self.alert = self.update(record.retain_loss, record.forget_loss, record.gradient_norm)
         self._warn(self.alert)
         if self.alert.stop:

@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from stabkit._errors import TrainModeWarning, caller_level
 from stabkit._memory import is_out_of_memory
+from stabkit._wrappers import unwrapped
 from stabkit.samples import Inputs
 
 MOVED, MAX_APART = 0.3, 1e-3  # how far parameters are moved for a comparison with a copy, and how far it may be off
@@ -26,50 +27,6 @@ RECOMPUTING: dict[type, str] = {
     SpectralNorm: "Use torch.nn.utils.parametrizations.spectral_norm instead, after torch.nn.utils.remove_spectral_norm.",
     BasePruningMethod: "Make the pruning permanent with torch.nn.utils.prune.remove.",
 }
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without torch.compile, DataParallel and DistributedDataParallel around it.
-
-    Args:
-        model: A module.
-
-    Returns:
-        The innermost one, itself and not a copy.
-    """
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
-            model = inner
-        else:
-            return model
-
-
-def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names that they have in `plain_copy`.
-
-    Args:
-        model: A module.
-
-    Returns:
-        The model's own, each under its first name, in order.
-    """
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        module = unwrapped(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[prefix + name] = parameter
-        for name, child in module._modules.items():
-            if child is not None:
-                walk(child, f"{prefix}{name}.")
-
-    walk(model, "")
-    return found
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

@@ -83,7 +83,8 @@ def predict(
         optimizer: "sgd", "adamw", or a new torch.optim.SGD or AdamW (or Adam without decay) of the model's parameters, whose
             step size, momentum or betas, decay and groups are the run's where no argument says otherwise: `lr` and
             `weight_decay` are the largest of its groups, and others keep their share. A scheduler on it is not read: its
-            factors are `lr_schedule`. `optimizer_settings` gives an algorithm object for `run` the same. AdamW's rollouts
+            factors are `lr_schedule`, and a `ScheduleWarning` says so, but not of ReduceLROnPlateau, which cannot be seen.
+            `optimizer_settings` gives an algorithm object for `run` the same. AdamW's rollouts
             follow a sample of the parameters (T15), and the linear theory is that of its second moment held still.
         max_gradient_norm: Largest norm of a step's preconditioned gradient, which is scaled down to it.
         lr_schedule: "cosine", "linear", "warmup", or a factor for each step.

@@ -300,7 +300,9 @@ def _layer_section(report: Report) -> Section:
     rows = []
     for layer in report.layers:
         error = "" if layer.standard_error is None else f" ± {layer.standard_error:.2g}"
-        trust = f"gate {layer.gate:.2f}" if layer.trusted else f"not trusted: {_first(layer.note)}"
+        # An exponent that is not trusted may be acted on all the same, with SRAGU's untrusted="gate".
+        gate = [f"gate {layer.gate:.2f}"] if layer.trusted or layer.gate != 1 else []
+        trust = ", ".join(gate + ([] if layer.trusted else [f"not trusted: {_first(layer.note)}"]))
         rows.append(Row(label=layer.layer, value=f"ξ = {number(layer.exponent)}{error}", note=trust))
     return Section(title="Layer exponents", rows=tuple(rows))
 

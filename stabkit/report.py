@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from stabkit.preconditioner import Preconditioner
+
+HELD = ("_frontier", "_at", "_recommend", "_preconditioner")  # what a report asks again with, in its own process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,8 +359,18 @@ class Report(Shown, Stored):
     _preconditioner: Any = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = dict.fromkeys(("_frontier", "_at", "_recommend", "_preconditioner"))
-        return {**self.__dict__, **gone}  # a copy in a file has the values alone
+        gone = dict.fromkeys(HELD)
+        return {**self.__dict__, **gone}  # a pickled one has the values alone
+
+    def __copy__(self) -> Report:
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Report:
+        again = object.__new__(type(self))
+        again.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        # What was measured is only ever read, so that a copy asks the same again; networks are not doubled for it.
+        again.__dict__.update({name: self.__dict__[name] for name in HELD})
+        return again
 
     def __hash__(self) -> int:  # of some values: settings are a dictionary, which has none
         return hash((self.verdict, self.probability, self.critical_lr, self.critical_mix, self.thresholds))
@@ -372,7 +385,7 @@ class Report(Shown, Stored):
         value = getattr(self, f"_{name}")
         if value is None:
             raise RuntimeError(
-                f"`{name}` of `Report` needs what was measured, which a report loaded from a file does not hold; call "
+                f"`{name}` of `Report` needs what was measured, which a report from a file or a pickle does not hold; call "
                 "predict(...) again in this process."
             )
         return value
@@ -384,7 +397,7 @@ class Report(Shown, Stored):
         It is on the device and in the dtype of the prediction.
 
         Raises:
-            RuntimeError: If this report was loaded from a file.
+            RuntimeError: If this report is from a file or a pickle.
         """
         held: Preconditioner = self._held("preconditioner")
         return held
@@ -421,7 +434,7 @@ class Report(Shown, Stored):
             is measured anew.
 
         Raises:
-            RuntimeError: If this report was loaded from a file.
+            RuntimeError: If this report is from a file or a pickle.
         """
         report: Report = self._held("at")(**changes)
         return report
@@ -438,7 +451,7 @@ class Report(Shown, Stored):
             seed; in a thorough report staged rollouts of every way out too.
 
         Raises:
-            RuntimeError: If this report was loaded from a file.
+            RuntimeError: If this report is from a file or a pickle.
         """
         found: Recommendations = self._held("recommend")(risk=risk)
         return found

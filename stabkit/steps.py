@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stabkit.algorithms.base import Algorithm, Batch, PlainSteps
+from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, checked_residual
 from stabkit.algorithms.plan import StepPlan
 from stabkit.graphs import NetworkGraphs
 from stabkit.preconditioner import Preconditioner
@@ -324,9 +324,9 @@ class Steps:
                 step=part.step,
                 seeds=(self._seed,),
             )
-            residual = self._algorithm.forget_residual if part.forget else self._algorithm.retain_residual
             with torch.no_grad():
-                residuals.append(part.weight * residual(self._problem.loss, batch))
+                residual = checked_residual(self._algorithm, self._problem.loss, batch, forget=part.forget)
+                residuals.append(part.weight * residual)
                 if measured:
                     losses[part.forget] = float(self._problem.loss.per_sample(batch.outputs, part.targets).mean())
             start = stop

@@ -566,7 +566,7 @@ def test_gold_networks_are_trained_by_it_too(classified):
     _, forget, retain = classified
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    problem = UnlearningProblem(model, forget, retain)
+    problem = UnlearningProblem(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), forget, retain)
     training = FineTune(lr=1e-2, steps=3, batch_size=retain[1].numel(), optimizer="adamw", weight_decay=0.1)
     found = retrain(problem, training, initial=model).model
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stabkit.algorithms import FineTune, GradDiff, retrain
+from stabkit import LowConfidenceWarning
+from stabkit.algorithms import FineTune, GradDiff, L1Sparse, retrain
+from stabkit.algorithms.plan import StopRule
 from stabkit.models import MLP
+from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
 from stabkit.sampling import batch_streams
 from tests.cases import CASES, ResidualBlockNet
@@ -67,7 +70,7 @@ def test_layers_have_step_sizes_and_decays_of_their_own(optimizer):
     with torch.random.fork_rng():
         torch.manual_seed(3)
         fresh = MLP(4, 3, hidden=(5,))
-    problem = UnlearningProblem(fresh, (x[:6], y[:6]), (x[6:], y[6:]))
+    problem = UnlearningProblem(MLP(4, 3, hidden=(5,)), (x[:6], y[:6]), (x[6:], y[6:]))
     first, last = (layer for layer in fresh.modules() if isinstance(layer, nn.Linear))
     names = {id(module): name for name, module in fresh.named_modules()}
     training = FineTune(
@@ -98,6 +101,85 @@ def test_layers_have_step_sizes_and_decays_of_their_own(optimizer):
         ValueError, match="`layer_weight_decay` of `FineTune` must name layers of the model; got 'head'"
     ):
         retrain(problem, training.replace(layer_weight_decay={"head": 0.0}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_pull_towards_sparse_weights_is_part_of_it(optimizer):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 4, generator=g), torch.randint(0, 3, (20,), generator=g)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        fresh = MLP(4, 3, hidden=(5,))
+    problem = UnlearningProblem(MLP(4, 3, hidden=(5,)), (x[:6], y[:6]), (x[6:], y[6:]))
+    training = L1Sparse(
+        lr=0.1, steps=6, batch_size=14, penalty=0.2, weight_decay=0.01, max_gradient_norm=0.3, optimizer=optimizer
+    )
+    found = retrain(problem, training, initial=fresh, seed=7)
+    kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    rule = kind(fresh.parameters(), lr=0.1, weight_decay=0.01)
+    for k in range(6):
+        rule.zero_grad()
+        F.cross_entropy(fresh(x[6:]), y[6:]).backward()
+        torch.nn.utils.clip_grad_norm_(fresh.parameters(), 0.3)
+        for p in fresh.parameters():
+            p.grad += 0.2 * (1 - k / 6) * p.detach().sign()
+        rule.step()
+    torch.testing.assert_close(vector(found.model), vector(fresh))
+    plain = retrain(problem, FineTune(lr=0.1, steps=6, batch_size=14), seed=7).model
+    sparse = retrain(problem, L1Sparse(lr=0.1, steps=6, batch_size=14, penalty=1.0), seed=7).model
+    assert float(vector(sparse).abs().sum()) < 0.8 * float(vector(plain).abs().sum())
+
+
+class Weighted(FineTune):
+    name = "weighted"
+
+    def retain_residual(self, loss, batch):
+        return 2 * loss.residual(batch.outputs, batch.targets)
+
+
+class Stopping(FineTune):
+    name = "stopping"
+
+    def stop_rule(self):
+        return StopRule(drift_tolerance=0.1)
+
+
+class Scaled(FineTune):
+    name = "scaled"
+
+    def preconditioner(self, problem):
+        return Diagonal(torch.full((problem.size,), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "got"),
+    [
+        (FineTune, {"forget_every": 3}, "a FineTune with forget_every=3"),
+        (Weighted, {}, "a Weighted with a `retain_residual` of its own"),
+        (Stopping, {}, "a Stopping with a stop rule"),
+        (Scaled, {}, "a Scaled with a preconditioner"),
+    ],
+)
+def test_what_training_from_scratch_would_leave_out_is_refused(kind, settings, got):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 4, generator=g), torch.arange(12) % 3
+    problem = UnlearningProblem(MLP(4, 3, hidden=(5,)), (x[:3], y[:3]), (x[3:], y[3:]))
+    with pytest.raises(
+        ValueError, match=f"`training` of `retrain` must take plain steps .*; got {got}, .* Use FineTune"
+    ):
+        retrain(problem, kind(steps=2, batch_size=3, **settings))
+
+
+def test_starting_from_the_trained_weights_is_warned_of():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 4, generator=g), torch.arange(12) % 3
+    model = MLP(4, 3, hidden=(5,))
+    problem = UnlearningProblem(model, (x[:3], y[:3]), (x[3:], y[3:]))
+    training = FineTune(steps=2, batch_size=3)
+    with pytest.warns(LowConfidenceWarning, match="has seen the forget set.* Pass a freshly initialised") as caught:
+        retrain(problem, training, initial=model)
+    assert [w.filename for w in caught] == [__file__]
+    retrain(problem, training, initial=MLP(4, 3, hidden=(5,)))
 
 
 def test_it_forgets_and_learns(digits_mlp, class_deletion, digits_data):

@@ -156,6 +156,10 @@ def test_closed_forms(n):
     assert found.retain == pytest.approx(1)
     assert found.forget == pytest.approx(n)
     assert found.mixed == pytest.approx(n)  # at mix 0 every retain sample appears once for each forget sample
+    lines = str(found).splitlines()
+    assert lines[0] == f"Coherence of {n} retain and {n} forget samples"
+    assert lines[3].split() == ["retain", "σ", "1", "1:", "orthogonal", "curvatures"]
+    assert lines[-1].endswith(f"at mix 0, of all {n * n} pairs")
     same = coherence(together, together, mix=0.5)
     assert same.cross == pytest.approx(1)
     assert same.cosine == pytest.approx(1)

@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stabkit.deletion import (
     CorruptedDeletion,
+    forget_people,
     gradient_norms,
     high_influence,
     mislabelled,
@@ -59,6 +61,29 @@ def test_a_random_fraction_is_a_partition_or_an_error(n, fraction, seed):
     else:
         with pytest.raises(ValueError, match=rf"of {n} rows, which is {count}\. Choose another share"):
             random_fraction(n, fraction, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "shown"),
+    [(0.1, "10%"), (0.07, "7%"), (0.125, "12.5%"), (0.004, "0.4%"), (1 / 3, "33.33%"), (0.995, "99.5%")],
+)
+def test_names_keep_what_tells_fractions_apart(fraction, shown):
+    assert random_fraction(1000, fraction).name == f"random {shown}"
+    assert mislabelled(torch.arange(1000) % 3, fraction).name == f"mislabelled {shown}"
+    assert forget_people(torch.arange(1000), fraction).name == f"people {shown}"
+
+
+def test_deletions_print_counts_and_no_rows():
+    assert str(random_fraction(2000, 0.125, seed=3)) == "random 12.5%: 250 rows to forget, 1,750 to retain, seed 3"
+    assert str(one_class(torch.arange(40) % 4, 1)) == "class 1: 10 rows to forget, 30 to retain"
+    end = "; the labels to train on are changed in the rows to forget"
+    assert (
+        str(mislabelled(torch.arange(40) % 4, 0.1)) == f"mislabelled 10%: 4 rows to forget, 36 to retain, seed 0{end}"
+    )
+    assert "the inputs and labels to train on" in str(poisoned(data(), 0.1, target=0))
+    printed = []
+    random_fraction(20, 0.5)._repr_pretty_(SimpleNamespace(text=printed.append), False)
+    assert printed == ["random 50%: 10 rows to forget, 10 to retain, seed 0"]
 
 
 def test_a_random_fraction_is_uniform():
@@ -279,6 +304,21 @@ X, Y = data()
         (lambda: subclass((X, Y), 1, clusters=11), ValueError, "different rows of class 1, 10; got 11"),
         (lambda: subclass((X * 0, Y), 1, clusters=2), ValueError, "different rows of class 1, 1; got 2"),
         (lambda: subclass((X, Y), 1, features=X[:3]), ValueError, "must have one row a sample; got 3 for 40"),
+        (
+            lambda: subclass((X, Y), 1, features=X.where(X > 0, torch.nan)),
+            ValueError,
+            r"`features` of `subclass` must be finite numbers to cluster by; got \d+ rows of class 1 with NaN",
+        ),
+        (
+            lambda: subclass((X / 0, Y), 1),
+            ValueError,
+            "`data` of `subclass` must be finite .* got 10 rows of class 1",
+        ),
+        (lambda: subclass((X, Y), 1, seed=1.5), TypeError, r"`seed` of `subclass` .* got 1\.5"),
+        (lambda: random_fraction(9, 0.5, seed="a"), TypeError, "`seed` of `random_fraction` .* got 'a'"),
+        (lambda: forget_people(Y, 0.5, seed=-1), ValueError, "`seed` of `forget_people` .* got -1"),
+        (lambda: mislabelled(Y, 0.5, seed=None), TypeError, "`seed` of `mislabelled` .* got None"),
+        (lambda: poisoned((X, Y), 0.2, target=0, seed=True), TypeError, "`seed` of `poisoned` .* got True"),
         (lambda: subclass(((X, X), Y), 1), TypeError, "`data` of `subclass` must have one tensor of inputs; got tuple"),
         (lambda: gradient_norms(MLP(3, 4), (X[:1], Y[:1])), ValueError, "must hold at least 2 samples; got 1"),
         (lambda: high_influence(MLP(3, 4), (X, Y), 0.001), ValueError, "`high_influence` .* of 40 rows, which is 0"),

@@ -142,6 +142,19 @@ def test_directions_by_default_state_their_damping():
     assert found.outcome is not None
 
 
+def test_directions_print_their_norms():
+    problem = CASES[0].problem()
+    found = unlearning_directions(problem)
+    lines = str(found).splitlines()
+    assert lines[0] == f"Unlearning directions of 43 parameters, λ = {found.damping:.3g}"
+    assert [line.split()[:2] for line in lines[3:7]] == [
+        [name, f"{float(getattr(found, name).norm()):.3g}"]
+        for name in ("euclidean", "remain", "forget_gradient", "retain_gradient")
+    ]
+    assert lines[-1] == f"H_R inverted by 'cg': {found.outcome.reason}"
+    assert str(unlearning_directions(problem, inverse="fisher")).splitlines()[-1] == "H_R inverted by 'fisher'"
+
+
 def test_an_inverse_may_be_named():
     problem = CASES[0].problem()
     named = unlearning_directions(problem, inverse="fisher")
@@ -362,6 +375,13 @@ def test_parameters_that_neither_set_uses_stay_and_those_of_the_forget_set_alone
         found = saliency(problem, threshold=threshold)
         assert found.mask.tolist() == [False, True, False]
         assert found.unseen == 1
+
+
+def test_a_mask_prints_its_share():
+    found = saliency(CASES[0].problem(), threshold=2.0)
+    text = str(found)
+    assert f"{found.share:.1%} of 43 parameters move" in text
+    assert "at least 2 times that on the retain set; 0 have a gradient on neither" in text
 
 
 def test_a_sample_of_the_sets_is_enough_for_a_mask():

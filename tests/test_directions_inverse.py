@@ -73,6 +73,8 @@ def test_the_solution_is_the_dense_one_whatever_the_condition(d, k, decades, dam
         operator, right, damping=damping, tolerance=1e-10, max_products=3000, preconditioner=scale
     )
     assert solution.converged, solution
+    assert str(solution).startswith(f"(H + λI) x = v with λ = {damping:.3g}: {k} right-hand side")
+    assert str(solution).endswith(f" after {solution.products:,} products: {solution.reason}")
     exact = torch.linalg.solve(damped(matrix, damping), right)
     # ‖x - x*‖ ≤ ‖A⁻¹‖ ‖r‖
     bound = 1.1e-10 * right.norm(dim=0) / (10**-decades + damping)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,11 @@ def test_the_summary_holds_every_number():
     assert f"The 4 most curved directions carry {found.harm:.1%}" in text
     assert "on 14 retain samples" in text
     assert "hessian" in text
+    assert str(found) == text
+    shown = str(found.harming)
+    assert f"{found.harming.share:.1%} of the whole's square" in shown
+    assert f"divergence {found.harming.divergence:.3g} " in shown
+    assert "tensor" not in shown
 
 
 def test_the_model_and_its_data_stay_as_they_were():
@@ -144,3 +150,13 @@ def test_the_model_and_its_data_stay_as_they_were():
 def test_what_is_no_update_is_refused(update, arguments, message):
     with pytest.raises(ValueError, match=message):
         decompose_update(CASES[0].problem(), update, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("update", "got"), [({"0.weight": torch.ones(3)}, "dict"), (np.ones(43), "ndarray"), (None, "NoneType")]
+)
+def test_what_is_no_tensor_is_told_what_makes_one(update, got):
+    with pytest.raises(
+        TypeError, match=rf"`update` of .* a tensor of shape \(43,\); got {got}\. `problem\.flatten` makes one"
+    ):
+        decompose_update(CASES[0].problem(), update)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import stabkit.heavy_tail.layers
-from stabkit.heavy_tail import LayerExponents, fit_power_law, layer_exponents
+from stabkit.heavy_tail import LayerExponents, fit_power_law, gate_per_parameter, layer_exponents, layer_spectrum
 from stabkit.heavy_tail.layers import gram_eigenvalues, layer_seed, marchenko_pastur, shuffle
 from stabkit.heavy_tail.matrices import block_index
 
@@ -645,3 +645,34 @@ def test_calls_at_once_limit_threads_one_after_the_other(monkeypatch):
     for worker in workers:
         worker.join()
     assert most == [1] * len(nets)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "parallel"])
+def test_layers_are_named_without_wrappers(wrap):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+        last = nn.Linear(4, 3)
+    expected = layer_exponents(nn.Sequential(inner, last), shuffles=0)
+    assert expected.names() == ["0.0", "0.2", "1"]
+    for model in (wrap(nn.Sequential(inner, last)), nn.Sequential(wrap(inner), last)):
+        found = layer_exponents(model, shuffles=0)
+        assert str(found) == str(expected)
+        assert [row.parameter for row in found.rows] == ["0.0.weight", "0.2.weight", "1.weight"]
+        assert layer_spectrum(model, "0.2").name == "0.2"
+        gates = gate_per_parameter(model, expected, untrusted="gate")
+        assert list(gates) == [name for name, _ in model.named_parameters()]
+        plain = gate_per_parameter(nn.Sequential(inner, last), expected, untrusted="gate")
+        assert [float(gate) for gate in gates.values()] == [float(gate) for gate in plain.values()]
+
+
+def test_heads_are_found_through_wrappers():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads = 2
+            self.query_key_value = nn.Linear(8, 24)
+
+    found = layer_exponents(nn.Sequential(nn.DataParallel(Attention())), shuffles=0)
+    assert [row.heads for row in found.rows] == [2, 2, 2]
+    assert found.rows[0].name == "0.query_key_value[q]"

@@ -20,6 +20,7 @@ LAYERS = [
         "_rng",
         "_progress",
         "_validate",
+        "_wrappers",
         "_table",
         "_serialise",
         "_memory",

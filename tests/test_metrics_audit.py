@@ -268,6 +268,18 @@ def test_a_loss_without_classes():
     assert model.forget.loss.value == pytest.approx(problem.forget_loss)
     assert {a.feature for a in model.membership} == {"loss"}
     assert Audit.from_json(found.to_json()) == found
+    text = str(found)  # nothing that is not defined
+    for word in ("FA %", "–", "avg gap", "KL(", "entropy/logistic", "MIA"):
+        assert word not in text
+    assert found.table().columns == ("model", "forget loss", "retain loss", "test loss")
+    assert f"{model.forget.loss.value:.3g} [" in text
+    assert "the loss 'mse' has no classes" in text
+    assert found._repr_html_().count("<table") == 1
+    assert found.distance_table().columns == ("model", "set", "loss")
+    assert found.to_markdown()
+    asked = audit(problem, {}, test=test, gap_attack="loss/logistic", relearn_lr=0.1, relearn_limit=2, replicates=20)
+    assert asked.table().columns[4:] == ("MIA: called member %", "relearn, steps")
+    assert "MIA by loss/logistic" in str(asked)
 
 
 @pytest.mark.parametrize("online", [True, False])
@@ -431,6 +443,15 @@ def test_wrong_kinds(nets):
         audit(problem, {"small": MLP(64, 10, hidden=(8,))})
     with pytest.raises(TypeError, match=r"`gold` must be a torch.nn.Module; got OrderedDict\. Load a state_dict"):
         audit(problem, models, gold=gold.state_dict())
+    result = run(problem, GradDiff(lr=0.05, steps=1))
+    with pytest.raises(TypeError, match=r"got dict of RunResult\. Use \{\"salun\": result\.model\}"):
+        audit(problem, {"a": result})
+    with pytest.raises(TypeError, match=r"`gold` must be a torch.nn.Module; got RunResult\. Its `\.model` is one"):
+        audit(problem, models, gold=result)
+    with pytest.raises(
+        TypeError, match=r"`shadows` of `audit` must be a Shadows; got dict\. Make one with stabkit\.metrics"
+    ):
+        audit(problem, models, shadows={"models": [gold]})
 
 
 class Widened(nn.Sequential):

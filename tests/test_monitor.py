@@ -147,6 +147,50 @@ def test_what_is_not_finite_has_diverged(feed, value):
     assert guard.update(0.1, 0.1, 1.0).state == "calm"  # it does not poison what comes after
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_beside_finite_losses_is_a_step_to_skip(value):
+    guard, plain = (Monitor(level=LEVEL, action="stop") for _ in range(2))
+    with pytest.warns(
+        stabkit.StabkitWarning, match=f"norm of step 1 is {value} .* must be skipped, as .*GradScaler"
+    ) as got:
+        alerts = watch(guard, [(0.1, 0.1, value)] * 3)
+    assert [w.filename for w in got] == [__file__]  # once
+    watch(plain, [(0.1, 0.1)] * 3)
+    assert {(a.state, a.stop, a.lr_factor) for a in alerts} == {("calm", False, 1.0)}
+    rows = [(0.1, 0.1, 1.0), (0.1, 0.1, 2.0), (0.2, 0.1, 20.0)]
+    assert watch(guard, rows) == watch(plain, rows)  # nothing of it is remembered
+    assert guard.update(math.nan, 0.1, value).state == "diverged"
+
+
+def test_steps_that_a_gradient_scaler_skips_are_no_divergence(digits_mlp, class_deletion):
+    forget, retain = class_deletion
+    net, guard = copy.deepcopy(digits_mlp), Monitor(level=LEVEL, action="stop")
+    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**27)
+    before = next(net.parameters()).detach().clone()
+
+    def steps():
+        for _ in range(20):
+            with torch.autocast("cpu", torch.float16):
+                losses = [F.cross_entropy(net(x), y) for x, y in (retain, forget)]
+            optimiser.zero_grad()
+            scaler.scale(0.7 * losses[0] - 0.3 * losses[1]).backward()
+            scaler.unscale_(optimiser)
+            norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), math.inf))
+            alert = guard.update(*losses, norm)
+            scaler.step(optimiser)
+            scaler.update()
+            yield math.isfinite(norm), torch.equal(next(net.parameters()), before), alert
+
+    with pytest.warns(stabkit.StabkitWarning, match="must be skipped") as caught:
+        taken = list(steps())
+    assert len(caught) == 1
+    assert not taken[0][0]
+    assert taken[-1][0]
+    assert all(stands for finite, stands, _ in taken if not finite)
+    assert {alert.state for *_, alert in taken} == {"calm"}
+
+
 def test_one_batch_past_the_level_is_an_alarm_and_two_are_divergence():
     guard = Monitor(level=LEVEL, action="shrink", shrink=0.5)
     alerts = watch(guard, [(0.1,), (0.1,), (2.4,), (2.4,)])
@@ -184,6 +228,44 @@ def test_an_alarm_that_goes_on_shrinks_at_every_other_update():
     alerts = watch(Monitor(level=LEVEL, action="shrink", shrink=0.5), [(0.3, 0.1 * 4.0**k) for k in range(9)])
     assert [a.state for a in alerts] == ["calm"] * 3 + ["rising"] * 6
     assert [a.lr_factor for a in alerts] == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimiser: torch.optim.lr_scheduler.StepLR(optimiser, 3, 0.5),
+        lambda optimiser: torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 12),
+        lambda optimiser: torch.optim.lr_scheduler.LinearLR(optimiser, 0.1, 1.0, 6),
+        lambda optimiser: torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: 1 / (k + 1)),
+    ],
+    ids=["step", "cosine", "linear", "lambda"],
+)
+def test_a_guard_that_shrinks_beside_a_scheduler_leaves_its_course_alone(make):
+    """The docstring's loop: each step size is the scheduler's own times the factor."""
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    groups = [{"params": [w], "lr": lr} for w, lr in zip(weights, (0.3, 0.1), strict=True)]
+    optimizer = torch.optim.SGD(copy.deepcopy(groups))
+    alone = torch.optim.SGD(groups)
+    scheduler, reference = make(optimizer), make(alone)
+    monitor = Monitor(level=LEVEL, action="shrink", shrink=0.5)
+    factors = []
+    planned = [group["lr"] for group in optimizer.param_groups]
+    for step in range(12):
+        alert = monitor.update(0.3, 0.1 * 4.0 ** min(step, 6))
+        for group, lr in zip(optimizer.param_groups, planned, strict=True):
+            group["lr"] = lr * alert.lr_factor
+        factors.append(alert.lr_factor)
+        expected = [group["lr"] * alert.lr_factor for group in alone.param_groups]
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+        optimizer.step()
+        alone.step()
+        for group, lr in zip(optimizer.param_groups, planned, strict=True):
+            group["lr"] = lr
+        scheduler.step()
+        reference.step()
+        planned = [group["lr"] for group in optimizer.param_groups]
+    assert factors[0] == 1
+    assert factors[-1] <= 0.25
 
 
 def test_tensors_are_taken_without_a_word_and_left_alone():
@@ -436,6 +518,16 @@ def test_a_run_is_watched_by_a_hook(digits_mlp, class_deletion):
     assert calm.alert.state == "calm"
     with pytest.raises(ValueError, match=r"`action` of `Monitor` must be 'warn' or 'stop' in `run`.*; got 'shrink'"):
         stabkit.run(problem, wild, on_step=Monitor(level=1.0, action="shrink").on_step)
+
+
+def test_a_guard_watches_one_run(digits_mlp, class_deletion):
+    problem = stabkit.UnlearningProblem(digits_mlp, *class_deletion)
+    guard, calm = Monitor(level=problem.divergence_level), stabkit.GradDiff(lr=1e-3, mix=0.5, steps=5)
+    stabkit.run(problem, calm, on_step=guard.on_step)
+    with pytest.raises(
+        ValueError, match=r"must watch one run.*; got step 1 after step 5\. Make a new Monitor for each run"
+    ):
+        stabkit.run(problem, calm, on_step=guard.on_step)
 
 
 def test_a_first_step_that_stands_still_is_no_level_to_rise_from(digits_mlp, class_deletion):

@@ -216,6 +216,26 @@ def test_an_object_goes_before_an_algorithms_own_settings(case):
     assert found == GradDiff(lr=0.1, steps=7, optimizer="adamw", weight_decay=0.01)
 
 
+def test_what_groups_disagree_about_comes_with_advice_that_works(case):
+    model = case[0]
+    first, second = model[0].parameters(), model[2].parameters()
+    momenta = [{"params": first, "momentum": 0.9}, {"params": second, "momentum": 0.5}]
+    optimizer = torch.optim.SGD(momenta, lr=0.1)
+    with pytest.raises(ValueError, match=r"got 0.9 and 0.5. Say which .* by given=\{'momentum': 0.9\}\."):
+        optimizer_settings(optimizer, model)
+    assert optimizer_settings(optimizer, model, given={"momentum": 0.9})["momentum"] == 0.9
+    with pytest.raises(ValueError, match=r"`optimizer` of `predict` .*Say which .* by momentum=0.9\."):
+        resolve_algorithm("graddiff", owner="predict", model=model, optimizer=optimizer)
+    assert (
+        resolve_algorithm("graddiff", owner="predict", model=model, optimizer=optimizer, momentum=0.9).momentum == 0.9
+    )
+    betas = [{"params": model[0].parameters(), "betas": (0.9, 0.9)}, {"params": model[2].parameters()}]
+    with pytest.raises(
+        ValueError, match=r"`optimizer` of `predict` must have one betas .*\. Give all its groups the same"
+    ):
+        resolve_algorithm("graddiff", owner="predict", model=model, optimizer=torch.optim.AdamW(betas, lr=0.1))
+
+
 def test_frozen_parameters_in_a_group_do_not_count(case):
     model = copy.deepcopy(case[0])
     model[0].requires_grad_(False)

@@ -191,6 +191,9 @@ def test_residuals_of_another_shape_are_named():
             stabkit.predict(
                 trained(), (x[:20], y[:20]), (x[20:], y[20:]), algorithm=Odd(lr=0.05, batch_size=8), mode="fast", rank=5
             )
+        problem = stabkit.UnlearningProblem(trained(), (x[:20], y[:20]), (x[20:], y[20:]))
+        with pytest.raises(ValueError, match=rf"`forget_residual` of `Odd` must return .* got {got}"):
+            stabkit.run(problem, Odd(lr=0.05, batch_size=8))
 
 
 class Halved(AGU):

@@ -22,8 +22,8 @@ from matplotlib import pyplot as plt
 import stabkit
 from stabkit._table import Table, number
 from stabkit.frontier import Outcome
-from stabkit.render import MECHANISMS, headline
-from stabkit.report import Check, Report, Run, Share
+from stabkit.render import MECHANISMS, headline, sections
+from stabkit.report import Check, LayerGate, Report, Run, Share
 
 QUICK = {"rank": 20, "retain_samples": 96, "forget_samples": 48, "spectrum_samples": 96, "seeds": 2, "steps": 30}
 
@@ -159,10 +159,34 @@ def test_equal_reports_have_equal_hashes(report, loaded):
 
 
 def test_a_report_can_be_pickled_and_copied(report):
-    for again in (pickle.loads(pickle.dumps(report)), copy.deepcopy(report)):
+    pickled = pickle.loads(pickle.dumps(report))
+    assert pickled == report
+    with pytest.raises(RuntimeError, match=r"`at` of `Report` needs .* a report from a file or a pickle does not hold"):
+        pickled.at(lr=0.1)
+    for again in (copy.copy(report), copy.deepcopy(report)):
         assert again == report
-        with pytest.raises(RuntimeError, match="`at` of `Report`"):
-            again.at(lr=0.1)
+        assert again is not report
+        assert again.at(lr=0.1).probability == report.at(lr=0.1).probability
+        assert again.preconditioner is report.preconditioner
+    assert copy.deepcopy(report).run.settings is not report.run.settings
+    with pytest.raises(RuntimeError, match="a report from a file or a pickle"):
+        copy.deepcopy(pickled).at(lr=0.1)
+
+
+def test_the_layers_show_the_gates_that_are_applied(report):
+    """An exponent that is not trusted is gated all the same by SRAGU's untrusted="gate"."""
+    known = {"exponent": 3.0, "standard_error": 0.1, "note": "4 eigenvalues"}
+    layers = tuple(
+        LayerGate(layer=name, trusted=trusted, gate=gate, **{**known, "note": "" if trusted else known["note"]})
+        for name, trusted, gate in (("a", True, 1.0), ("b", True, 0.5), ("c", False, 1.0), ("d", False, 0.25))
+    )
+    section = next(s for s in sections(dataclasses.replace(report, layers=layers)) if s.title == "Layer exponents")
+    assert [row.note for row in section.rows] == [
+        "gate 1.00",
+        "gate 0.50",
+        "not trusted: 4 eigenvalues",
+        "gate 0.25, not trusted: 4 eigenvalues",
+    ]
 
 
 def test_a_loaded_report_says_what_it_cannot_do(loaded):

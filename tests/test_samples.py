@@ -409,6 +409,17 @@ def test_an_empty_set_is_refused(form, name):
     ("data", "error", "message"),
     [
         (X, TypeError, "`forget` must come with targets; got a single tensor"),
+        (
+            (X.to("meta"), Y),
+            ValueError,
+            r"inputs of `forget` must be numbers; got a tensor on the meta device, which has a shape \(23, 4\) .* Load the",
+        ),
+        ((X, Y.to("meta")), ValueError, "targets of `forget` must be numbers; got a tensor on the meta device"),
+        (
+            TensorDataset(X.to("meta"), Y.to("meta")),
+            ValueError,
+            "of `forget` must be numbers; got a tensor on the meta device",
+        ),
         (3, TypeError, "`forget` must be a DataLoader.*; got int"),
         (None, TypeError, "got NoneType"),
         (X.numpy(), TypeError, "`forget` must come with targets; got a single ndarray"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -288,6 +289,28 @@ def test_gates_say_why(problem):
     text = str(table)
     assert f"{table.gates['0']:.3f}" in text
     assert "neutral: 4 eigenvalues, fewer than 50" in text
+
+
+def test_what_is_applied_is_what_is_shown(problem):
+    """untrusted="gate" acts on an exponent of few eigenvalues, and the table, the plot and the report say so."""
+    algorithm = SRAGU(untrusted="gate", low=2.5, seed=3)
+    diagonal = problem.unflatten(algorithm.preconditioner(problem).diagonal)["3.weight"]
+    sensitivity = problem.unflatten(normalised_sensitivity(problem))["3.weight"]
+    applied = float((diagonal / sensitivity).nanmean())
+    table = algorithm.gates(problem)
+    assert not table.exponents["3"].trusted
+    assert table.gates["3"] == pytest.approx(applied, rel=1e-4)
+    assert table.gates["3"] < 0.99
+    line = next(line for line in str(table).splitlines() if line.startswith("3"))
+    assert f"{applied:.3f}  gated, though not trusted: 4 eigenvalues, fewer than 50" in line
+    assert "neutral" not in str(table)
+    figure, ax = table.plot()
+    assert [bar.get_width() for bar in ax.patches] == list(table.gates.values())
+    assert [bool(bar.get_hatch()) for bar in ax.patches] == [not row.trusted for row in table.exponents.rows]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "3"]
+    assert f"ξ = {table.exponents['3'].exponent:.2f}, not trusted" in {text.get_text() for text in ax.texts}
+    assert table.plot(ax)[1] is ax
+    plt.close(figure)
 
 
 def test_stops_on_drift_only():

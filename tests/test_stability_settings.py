@@ -329,6 +329,9 @@ def test_the_boundary_without_forgetting_is_the_critical_step():
 def test_maps_show_themselves():
     dynamics = problem("without_replacement", rank=2)
     found = stability_map(dynamics, {"lr": np.geomspace(0.02, 5, 9), "mix": np.linspace(0, 1, 6)})
+    text = str(found)
+    assert text.startswith("Mean-square stability over lr (9 values, 0.02 to 5) and mix (6 values, 0 to 1): ρ from ")
+    assert f"to {found.radius.max():.3g}, below 1 on {(found.radius < 1).mean():.0%} of the grid" in text
     figure, ax = found.plot(50, growth=10.0)
     assert ax.get_yscale() == "log"
     assert ax.get_xscale() == "linear"

@@ -507,6 +507,32 @@ class Algorithm(abc.ABC):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+def checked_residual(algorithm: Algorithm, loss: Loss, batch: Batch, *, forget: bool) -> Tensor:
+    """What a step descends or climbs, as the algorithm has it.
+
+    Args:
+        algorithm: The algorithm.
+        loss: The problem's loss.
+        batch: The batch.
+        forget: Whether it is of the forget set.
+
+    Returns:
+        `forget_residual` or `retain_residual` of the batch.
+
+    Raises:
+        ValueError: If that is no tensor of the outputs' shape.
+    """
+    chosen = algorithm.forget_residual if forget else algorithm.retain_residual
+    found: object = chosen(loss, batch)
+    if not isinstance(found, Tensor) or found.shape != batch.outputs.shape:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise ValueError(
+            f"`{chosen.__name__}` of `{type(algorithm).__name__}` must return the loss's derivative in the outputs, a "
+            f"tensor of their shape {tuple(batch.outputs.shape)}; got {got:.80}."
+        )
+    return found
+
+
 def _checked_factors(given: object, setting: str, owner: str) -> dict[str, float] | None:
     """Factors of layers in plain values."""
     if given is None:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.network import plain_parameters
+from stabkit._wrappers import plain_parameters
 
 SHARED = {"sgd": ("momentum", "nesterov"), "adamw": ("betas", "eps")}
 MOMENTUM = {"sgd": {}, "adamw": {"momentum": 0.0, "nesterov": False}}  # AdamW's own is among its betas
+ARGUMENTS = ("momentum", "nesterov")  # of `predict` and its like, which take the place of what groups disagree about
+OWNER = "optimizer_settings"
 # What is predicted for none of its settings but these.
 ONLY: dict[str, Any] = {"dampening": 0, "maximize": False, "amsgrad": False}
 
@@ -21,13 +23,14 @@ def optimizer_settings(
     model: nn.Module,
     *,
     given: Mapping[str, object] | None = None,
-    owner: str = "optimizer_settings",
+    owner: str = OWNER,
 ) -> dict[str, object]:
     """Settings of an algorithm whose steps are an optimizer's.
 
     Args:
         optimizer: A new torch.optim.SGD, AdamW, or Adam without decay, of the model's parameters. It is only read; of a
-            learning-rate scheduler on it, whose factors `lr_schedule` takes, nothing is.
+            learning-rate scheduler on it, whose factors `lr_schedule` takes, nothing is. `predict` sees that there is one
+            and warns, but of ReduceLROnPlateau, which leaves no trace in the optimizer and has no factors known before.
         model: The network.
         given: Settings by name that are to hold whatever the optimizer says; those that are None are not given.
         owner: The function that was called, for messages.
@@ -65,9 +68,14 @@ def optimizer_settings(
         values = [_plain(group[name]) for group in optimizer.param_groups]
         settings[name] = values[0]
         if any(value != values[0] for value in values) and name not in told:
+            remedy = "Give all its groups the same."
+            if owner == OWNER:
+                remedy = f"Say which is to be predicted with by given={{{name!r}: {values[0]!r}}}."
+            elif name in ARGUMENTS:
+                remedy = f"Say which is to be predicted with by {name}={values[0]!r}."
             raise ValueError(
                 f"`optimizer` of `{owner}` must have one {name} for all parameters; got {values[0]!r} and "
-                f"{next(value for value in values if value != values[0])!r}. Say which is to be predicted with by {name}=..."
+                f"{next(value for value in values if value != values[0])!r}. {remedy}"
             )
     return settings | told
 

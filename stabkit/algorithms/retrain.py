@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stabkit._errors import LowConfidenceWarning, caller_level
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_seed
-from stabkit.algorithms.base import layer_factor
+from stabkit.algorithms.base import Algorithm, layer_factor
 from stabkit.algorithms.fine_tune import FineTune
+from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Inputs
 from stabkit.sampling import batch_streams
@@ -49,13 +52,15 @@ def retrain(
     """Train from scratch on the retain set.
 
     It is no Algorithm: it does not start at θ*, so nothing here predicts it. Unlike `run` it trains in train mode, as a
-    fresh network has no BatchNorm statistics to freeze; settings are those of FineTune, with torch.optim.SGD or AdamW.
+    fresh network has no BatchNorm statistics to freeze; settings are those of FineTune, with torch.optim.SGD or AdamW, or
+    of L1Sparse, whose pull towards sparse weights joins the gradient as in its runs.
 
     Args:
         problem: The unlearning problem, for the architecture, the loss and the retain set.
-        training: Step size, steps, batches, momentum, decay, clipping and schedule.
+        training: Step size, steps, batches, momentum, decay, clipping, schedule and pull.
         initial: A freshly initialised network, which is copied; when None the problem's own, with every layer's
-            `reset_parameters` called.
+            `reset_parameters` called. The trained weights themselves bring a LowConfidenceWarning: they have seen the
+            forget set.
         seed: Seed; the caller's random state is left as it was.
         progress: Whether to show a progress bar.
 
@@ -64,7 +69,8 @@ def retrain(
 
     Raises:
         TypeError: If `training` is not a FineTune.
-        ValueError: If a layer cannot be initialised anew, or the batch is too large.
+        ValueError: If a layer cannot be initialised anew, the batch is too large, or `training` has steps that are not
+            plain ones on the retain loss: steps left out, a residual, a preconditioner or a stop rule of its own.
     """
     if not isinstance(training, FineTune):
         raise TypeError(
@@ -72,6 +78,8 @@ def retrain(
             "FineTune(lr=0.1, steps=1000, momentum=0.9, weight_decay=5e-4)."
         )
     check_seed(seed, owner="retrain")
+    plans = training.plan()
+    _check_plain(problem, training)
     training.layer_factors(problem), training.decay_factors(problem)  # which refuse unknown names
     sizes, batches = (problem.retain.size, problem.forget.size), training.batch_sizes(problem)
     stream, _ = batch_streams(sizes, batches, training.sampling, seed)
@@ -90,6 +98,7 @@ def retrain(
                     f"`initial` of `retrain` must be a model like the problem's, a {problem.model_name}; got a "
                     f"{type(initial).__name__} whose weights differ ({error}). None initialises one anew."
                 ) from error
+            _warn_of_trained(problem, model)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = _groups(model, training)
         rates = [float(group["lr"]) for group in groups]
@@ -100,7 +109,7 @@ def retrain(
             optimiser = torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=training.nesterov)
         model.train()
         gradients = 0
-        for plan in progress_bar(training.plan(), "retrain", progress):
+        for plan in progress_bar(plans, "retrain", progress):
             indices = next(stream)
             inputs, targets = problem.retain.batch(indices)
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -115,6 +124,10 @@ def retrain(
                 losses.append(0.0)
             if plan.max_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trained, plan.max_norm)
+            if plan.pull:  # after clipping, which is of the losses' gradient alone
+                for parameter in trained:
+                    if parameter.grad is not None:
+                        parameter.grad.add_(parameter.detach().sign(), alpha=plan.pull)
             optimiser.step()
             gradients += indices.numel()
             if not math.isfinite(losses[-1]):
@@ -126,6 +139,37 @@ def retrain(
     return Retrained(
         model=model, steps=len(losses), losses=tuple(losses), seed=seed, gradient_equivalents=float(gradients)
     )
+
+
+def _check_plain(problem: UnlearningProblem, training: FineTune) -> None:
+    """Raise if a run of the settings would do what training from scratch does not."""
+    own = None
+    if any(plan.retain != 1 for plan in training.plan()):
+        own = f"forget_every={training.forget_every!r}" if training.forget_every else "a plan that weighs retain steps"
+    elif type(training).retain_residual is not Algorithm.retain_residual:
+        own = "a `retain_residual` of its own"
+    elif training.stop_rule().active:
+        own = "a stop rule"
+    elif not isinstance(training.preconditioner(problem), Identity):
+        own = "a preconditioner"
+    if own is not None:
+        raise ValueError(
+            f"`training` of `retrain` must take plain steps on the retain loss, the same weight in each; got a "
+            f"{type(training).__name__} with {own}, which has no part in training from scratch. Use FineTune or L1Sparse "
+            "without it."
+        )
+
+
+def _warn_of_trained(problem: UnlearningProblem, model: nn.Module) -> None:
+    """Say so where the weights to start from are θ*."""
+    own = dict(model.named_parameters())
+    if all(torch.equal(own[name], value) for name, value in problem.parameters.items()):
+        warnings.warn(
+            "`initial` of `retrain` has the trained model's own weights: what comes of them has seen the forget set, and "
+            "nothing can be measured against it. Pass a freshly initialised network, or None.",
+            LowConfidenceWarning,
+            stacklevel=caller_level(),
+        )
 
 
 def _initialise(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stabkit._table import Shown, Table, number
 from stabkit.coherence.classes import ClassCoherence, class_coherence
 from stabkit.coherence.contributions import Contributions, contributions
 from stabkit.coherence.heatmap import Heatmap, arrange
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Coherence:
+class Coherence(Shown):
     """How far the samples' curvatures share directions. NaN where a set has no curvature at all.
 
     Attributes:
@@ -60,6 +61,22 @@ class Coherence:
     norms_forget: Tensor
     pair_samples: Tensor
     pair_norms: Tensor
+
+    def __str__(self) -> str:
+        pairs = f"of {self.pairs:,} pairs sampled" if self.pairs_sampled else f"of all {self.pairs:,} pairs"
+        rows = (
+            ("retain σ", self.retain, "1: orthogonal curvatures"),
+            ("forget σ", self.forget, "likewise"),
+            ("retain-forget", self.cross, "0: separate directions, 1: the same"),
+            ("curvature cosine", self.cosine, "of the mean curvatures"),
+            ("mixed σ", self.mixed, f"at mix {number(self.mix)}, {pairs}"),
+        )
+        table = Table(
+            title=f"Coherence of {self.samples[0]} retain and {self.samples[1]} forget samples",
+            columns=("quantity", "value", "meaning"),
+            rows=tuple((name, number(value), meaning) for name, value, meaning in rows),
+        )
+        return str(table)
 
     @property
     def samples(self) -> tuple[int, int]:

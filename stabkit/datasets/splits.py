@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabkit._table import Shown
 from stabkit._validate import check_int
 
 
@@ -30,7 +31,7 @@ class TensorSplit:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Deletion:
+class Deletion(Shown):
     """What to forget and what to retain, as row numbers of a training set.
 
     Attributes:
@@ -54,6 +55,10 @@ class Deletion:
     def retain_count(self) -> int:
         """Number of rows to retain."""
         return len(self.retain)
+
+    def __str__(self) -> str:
+        drawn = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.name}: {self.forget_count:,} rows to forget, {self.retain_count:,} to retain{drawn}"
 
 
 def stratified_rows(labels: Tensor, count: int, *, seed: int = 0) -> Tensor:

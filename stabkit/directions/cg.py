@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stabkit._progress import progress_bar
+from stabkit._table import Shown, number
 from stabkit._validate import check_int, check_real
 from stabkit.curvature.operators import CurvatureOperator
 from stabkit.preconditioner import Diagonal
@@ -55,7 +56,7 @@ class SolveOutcome(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DampedSolution:
+class DampedSolution(Shown):
     """Solutions of (H + λI) x = v, one for each right-hand side.
 
     Attributes:
@@ -90,6 +91,16 @@ class DampedSolution:
     def remedy(self) -> str:
         """What to change if that is not good enough."""
         return self.outcome.remedy
+
+    def __str__(self) -> str:
+        size, sides = self.vectors.shape[0], self.residuals.numel()
+        worst = float(self.residuals.max()) if sides else 0.0
+        advice = "" if self.converged else f"; {self.remedy}"
+        return (
+            f"(H + λI) x = v with λ = {number(self.damping)}: {sides} right-hand {'side' if sides == 1 else 'sides'} of "
+            f"{size:,} numbers, relative residuals up to {number(worst)} after {self.products:,} products: "
+            f"{self.reason}{advice}"
+        )
 
 
 def damped_inverse(

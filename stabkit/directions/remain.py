@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from stabkit._table import Shown, Table, number
 from stabkit._validate import check_int, check_real
 from stabkit.curvature import DataOperator, curvature_operator
 from stabkit.curvature.gradients import mean_gradient
@@ -15,7 +16,7 @@ from stabkit.problem import UnlearningProblem
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class UnlearningDirections:
+class UnlearningDirections(Shown):
     """The two steepest directions of unlearning at θ*, to be added to the parameters.
 
     Attributes:
@@ -39,6 +40,23 @@ class UnlearningDirections:
     damping: float
     method: str
     outcome: SolveOutcome | None
+
+    def __str__(self) -> str:
+        names = ("euclidean", "remain", "forget_gradient", "retain_gradient")
+        table = Table(
+            title=f"Unlearning directions of {self.euclidean.numel():,} parameters, λ = {number(self.damping)}",
+            columns=("direction", "norm", "cosine to the forget gradient"),
+            rows=tuple(
+                (
+                    name,
+                    number(float(v.norm())),
+                    number(float(nn.functional.cosine_similarity(v, self.forget_gradient, 0))),
+                )
+                for name, v in ((name, getattr(self, name)) for name in names)
+            ),
+            footer=f"H_R inverted by {self.method!r}" + (f": {self.outcome.reason}" if self.outcome else ""),
+        )
+        return str(table)
 
 
 def unlearning_directions(

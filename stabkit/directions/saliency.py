@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from stabkit._table import Shown, number
 from stabkit._validate import check_int, check_real
 from stabkit.directions.diagonals import fisher_diagonal
 from stabkit.preconditioner import Diagonal
@@ -13,7 +14,7 @@ from stabkit.problem import UnlearningProblem
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Saliency:
+class Saliency(Shown):
     """The mask, and what it was made from.
 
     Attributes:
@@ -42,6 +43,13 @@ class Saliency:
             The mask as a preconditioner, in float64.
         """
         return Diagonal(self.mask.double())
+
+    def __str__(self) -> str:
+        return (
+            f"Saliency mask: {self.share:.1%} of {self.mask.numel():,} parameters move, those whose Fisher information on "
+            f"the forget set is at least {number(self.threshold)} times that on the retain set; {self.unseen:,} have "
+            "a gradient on neither and stay"
+        )
 
 
 def saliency(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabkit._table import Table
+from stabkit._table import Shown, Table, number
 from stabkit._validate import check_choice, check_int
 from stabkit.curvature import GGNOperator, curvature_operator
 from stabkit.curvature.gradients import mean_gradient
@@ -20,7 +20,7 @@ EIGEN_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class UpdatePart:
+class UpdatePart(Shown):
     """One part of an update, δ, and its cost on the retain set.
 
     Attributes:
@@ -40,9 +40,16 @@ class UpdatePart:
     loss_change: float
     predicted_loss_change: float
 
+    def __str__(self) -> str:
+        return (
+            f"update of norm {number(float(self.update.norm()))}, {self.share:.1%} of the whole's square: divergence "
+            f"{number(self.divergence)} (predicted {number(self.predicted_divergence)}), loss change "
+            f"{number(self.loss_change)} (predicted {number(self.predicted_loss_change)})"
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class UpdateDecomposition:
+class UpdateDecomposition(Shown):
     """An update as the sum of what harms the retained data and what leaves it as it is.
 
     Attributes:
@@ -70,6 +77,9 @@ class UpdateDecomposition:
         whole = self.whole.predicted_divergence
         return self.harming.predicted_divergence / whole if whole > 0 else 0.0
 
+    def __str__(self) -> str:
+        return self.summary()
+
     def summary(self) -> str:
         """The parts as a table, with how far they can be trusted.
 
@@ -80,7 +90,7 @@ class UpdateDecomposition:
         for name in ("whole", "harming", "preserving"):
             part: UpdatePart = getattr(self, name)
             numbers = (part.divergence, part.predicted_divergence, part.loss_change, part.predicted_loss_change)
-            rows.append((name, f"{part.share:.1%}", *(f"{number:.3g}" for number in numbers)))
+            rows.append((name, f"{part.share:.1%}", *map(number, numbers)))
         pairs = self.eigenpairs
         table = Table(
             title=f"Cost of the update on {self.samples} retain samples",
@@ -131,6 +141,11 @@ def decompose_update(
     check_choice(curvature, name="curvature", owner=OWNER, choices=("hessian", "ggn"))
     if samples is not None:
         check_int(samples, name="samples", owner=OWNER, low=1, remedy="None takes all of them.")
+    if not isinstance(update, Tensor):
+        raise TypeError(
+            f"`update` of `{OWNER}` must be a tensor of shape ({problem.size},); got {type(update).__name__}. "
+            "`problem.flatten` makes one of tensors by name, torch.from_numpy of an array."
+        )
     if update.shape != (problem.size,):
         raise ValueError(
             f"`update` of `{OWNER}` must be of shape ({problem.size},), one number a trainable parameter; got "

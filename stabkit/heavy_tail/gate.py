@@ -6,14 +6,20 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from stabkit._errors import ExponentWarning, caller_level
 from stabkit._validate import check_choice, check_real
+from stabkit._wrappers import plain_parameters
 from stabkit.heavy_tail.matrices import PARTS, block_index
 from stabkit.heavy_tail.table import LayerExponent, LayerExponents
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NEUTRAL = 1.0
 UNTRUSTED = ("neutral", "gate")
@@ -27,7 +33,8 @@ class LayerGates:
 
     Attributes:
         exponents: The measured table.
-        gates: ν by layer name, in the table's order; 1 for a layer whose exponent is not trusted.
+        gates: ν by layer name, in the table's order; 1 for a layer without an exponent, and for one whose exponent is not
+            trusted unless untrusted="gate" asked for it.
     """
 
     exponents: LayerExponents
@@ -37,9 +44,40 @@ class LayerGates:
         width = max((len(name) for name in self.gates), default=5)
         lines = [f"{'layer'.ljust(width)}  exponent  gate   "]
         for row in self.exponents.rows:
-            why = "" if row.trusted else f"neutral: {row.reason}"
-            lines.append(f"{row.name.ljust(width)}  {row.exponent:8.3f}  {self.gates[row.name]:.3f}  {why}".rstrip())
+            gate = self.gates[row.name]
+            why = (
+                "" if row.trusted else f"{'neutral' if gate == NEUTRAL else 'gated, though not trusted'}: {row.reason}"
+            )
+            lines.append(f"{row.name.ljust(width)}  {row.exponent:8.3f}  {gate:.3f}  {why}".rstrip())
         return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Every layer's gate as a bar, with its exponent; where that is not trusted the bar is hatched.
+
+        Args:
+            ax: Axes to draw in; new ones when None.
+
+        Returns:
+            Figure and axes.
+        """
+        from stabkit.plots import figure_of  # plots are loaded only when drawn
+
+        rows = self.exponents.rows
+        figure, ax = figure_of(ax, size=(6.4, 1.4 + 0.22 * max(len(rows), 4)))
+        for place, row in enumerate(rows):
+            fill, hatch = ("#4a6fa5", None) if row.trusted else ("none", "////")
+            ax.barh(place, self.gates[row.name], 0.7, facecolor=fill, edgecolor="#4a6fa5", hatch=hatch)
+            exponent = f"ξ = {row.exponent:.2f}" if math.isfinite(row.exponent) else "no ξ"
+            text = exponent + ("" if row.trusted else ", not trusted")
+            ax.text(1.03, place, text, verticalalignment="center", fontsize="small")
+        ax.set_yticks(range(len(rows)), [row.name for row in rows], fontsize="small")
+        ax.set_ylim(len(rows) - 0.4, -0.6)  # in the network's order, from above
+        ax.set_xlim(0, 1.5)  # with room for the exponents
+        ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        ax.axvline(NEUTRAL, color="black", linewidth=1, linestyle=":")
+        ax.set_xlabel("gate ν; 1 leaves a layer as it is")
+        ax.set_title("gates by layer, from their exponents ξ")
+        return figure, ax
 
 
 def check_window(owner: str, floor: float, low: float, high: float, width: float) -> None:
@@ -166,7 +204,8 @@ def gate_per_parameter(
     by_weight: dict[str, list[LayerExponent]] = {}
     for row in exponents.rows:
         by_weight.setdefault(row.parameter, []).append(row)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    plain = plain_parameters(model)  # as the table has them, without wrappers' names
+    parameters = {name: p.detach() for name, p in plain.items()}
     weights = {name: _weight_of(name, by_weight) for name in parameters}
     stray = sorted(set(by_weight) - set(weights.values()))
     if stray:
@@ -180,7 +219,8 @@ def gate_per_parameter(
     }
     if untrusted == "neutral":
         _warn(exponents)
-    return found
+    names = {id(p): name for name, p in plain.items()}
+    return {name: found[names[id(p)]] for name, p in model.named_parameters()}
 
 
 def _weight_of(name: str, known: dict[str, list[LayerExponent]]) -> str:

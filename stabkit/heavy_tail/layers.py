@@ -62,7 +62,8 @@ def layer_exponents(
     choice, from the estimator's measured spread on Pareto samples and on Gaussian matrices.
 
     Args:
-        model: The network; it is only read.
+        model: The network; it is only read. Names are without what torch.compile, DataParallel or DistributedDataParallel
+            put before them.
         layers: Layer, module or parameter names, or shell patterns; all when None.
         conv: "pooled": all kernel positions of a convolution give one spectrum; "slices": one row each.
         method: As in `fit_power_law`.

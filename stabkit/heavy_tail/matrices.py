@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from stabkit._wrappers import plain_modules
+
 FUSED = re.compile(r"(^|[._])(c_attn|qkv|in_proj|query_key_value)$")
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_head", "n_heads")
 PARTS = ("q", "k", "v")
@@ -86,7 +88,7 @@ def weight_matrices(model: nn.Module, *, conv: str = "pooled") -> Iterator[Entry
     """Walk a network in its own order.
 
     Args:
-        model: The network; it is only read.
+        model: The network; it is only read, and names are without wrappers, as those of torch.compile.
         conv: "pooled": the kernel positions of a convolution share one spectrum; "slices": each has its own.
 
     Yields:
@@ -94,7 +96,7 @@ def weight_matrices(model: nn.Module, *, conv: str = "pooled") -> Iterator[Entry
     """
     owners: dict[int, str] = {}
     modules: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in plain_modules(model):
         again = modules.get(id(module))
         modules.setdefault(id(module), name)
         if ".parametrizations." in f".{name}.":  # reported with the module whose weight they make
@@ -207,9 +209,10 @@ def _dense(model: nn.Module, matrix: WeightMatrix, *, axis: int) -> Iterator[Wei
 
 def _heads(model: nn.Module, name: str) -> int | None:
     """Number of attention heads, as the nearest enclosing module or the model's configuration states it."""
+    within = dict(plain_modules(model))
     while name:
         name = name.rpartition(".")[0]
-        holder = model.get_submodule(name)
+        holder = within[name]
         for source in (holder, getattr(holder, "config", None)):
             for attribute in HEAD_ATTRIBUTES:
                 value = getattr(source, attribute, None)

@@ -68,9 +68,9 @@ def parameters_of(problem: UnlearningProblem, model: nn.Module, *, name: str = "
             compute what the model itself does.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"`{name}` must be a torch.nn.Module; got {type(model).__name__}. Load a state_dict into a copy of the original."
-        )
+        held = isinstance(getattr(model, "model", None), nn.Module)  # what `run` and `retrain` return
+        remedy = "Its `.model` is one." if held else "Load a state_dict into a copy of the original."
+        raise TypeError(f"`{name}` must be a torch.nn.Module; got {type(model).__name__}. {remedy}")
     copied = plain_copy(model)  # whose names have no wrappers in them
     names = [key for key, _ in (*copied.named_parameters(), *copied.named_buffers())]
     own = dict(zip(names, (*model.parameters(), *model.buffers()), strict=True))

@@ -320,8 +320,13 @@ def _check(problem: object, models: object, gap_attack: str, shadows: Shadows | 
         kinds = type(models).__name__
         if isinstance(models, Mapping):
             kinds += " of " + ", ".join(sorted({type(model).__name__ for model in models.values()}))
+        results = isinstance(models, Mapping) and any(hasattr(model, "model") for model in models.values())
+        remedy = '{"salun": result.model}' if results else '{"salun": model}'  # `run` returns more than a model
+        raise TypeError(f"`models` of `audit` must be a mapping of names to modules; got {kinds}. Use {remedy}.")
+    if shadows is not None and not isinstance(shadows, Shadows):
         raise TypeError(
-            f'`models` of `audit` must be a mapping of names to modules; got {kinds}. Use {{"salun": model}}.'
+            f"`shadows` of `audit` must be a Shadows; got {type(shadows).__name__}. Make one with stabkit.metrics.Shadows("
+            "models=..., forget=..., retain=..., test=...)."
         )
     taken = [name for name in models if name in {ORIGINAL, GOLD}]
     if taken:

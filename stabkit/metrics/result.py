@@ -14,7 +14,14 @@ from stabkit.metrics.accuracy import Accuracies
 from stabkit.metrics.bootstrap import Estimate
 from stabkit.metrics.membership import SETS, Attack
 from stabkit.metrics.relearn import Relearning
-from stabkit.metrics.tables import DISTANCES, distance_table, markdown, membership_table, summary_table
+from stabkit.metrics.tables import (
+    DISTANCES,
+    distance_table,
+    has_classes,
+    markdown,
+    membership_table,
+    summary_table,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,7 +167,7 @@ class Audit(Stored):
         raise KeyError(f"no model {name!r} in the audit; there are {[model.name for model in self.models]}")
 
     def table(self) -> Table:
-        """Accuracies, membership, average gap and relearning, model by model, in per cent.
+        """Accuracies, membership, average gap and relearning, model by model, in per cent; without classes the losses.
 
         Returns:
             The table.
@@ -192,12 +199,16 @@ class Audit(Stored):
         return self.table(), self.distance_table(), self.membership_table()
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, (self.table(), self.distance_table())))
+        return "\n\n".join(map(str, self._shown()))
+
+    def _shown(self) -> tuple[Table, ...]:
+        """The tables to print; without classes the first has the losses already."""
+        return (self.table(), self.distance_table()) if has_classes(self) else (self.table(),)
 
     def _repr_html_(self) -> str:
         from stabkit.render import table_html
 
-        return "".join(table_html(table) for table in (self.table(), self.distance_table()))
+        return "".join(table_html(table) for table in self._shown())
 
     def to_markdown(self) -> str:
         """All three tables as Markdown.

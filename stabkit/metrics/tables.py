@@ -18,7 +18,7 @@ DISTANCES = ("kl_from_gold", "kl_to_gold", "js", "prediction_divergence", "activ
 
 
 def summary_table(audit: Audit) -> Table:
-    """Accuracies, membership, average gap and relearning, model by model.
+    """Accuracies, membership, average gap and relearning, model by model; losses for accuracies where there are no classes.
 
     Args:
         audit: The audit.
@@ -26,6 +26,8 @@ def summary_table(audit: Audit) -> Table:
     Returns:
         The table.
     """
+    if not has_classes(audit):
+        return _loss_summary(audit)
     gold, rows = any(model.name == GOLD for model in audit.models), []
     for model in audit.models:
         attack = model.attack(audit.gap_attack)
@@ -48,8 +50,46 @@ def summary_table(audit: Audit) -> Table:
     )
 
 
+def has_classes(audit: Audit) -> bool:
+    """Whether the audit's loss has classes, without which accuracies, most attacks and distances are not defined.
+
+    Args:
+        audit: The audit.
+
+    Returns:
+        True if any model has an accuracy: one whose outputs are not finite has one too.
+    """
+    return any(model.forget.accuracy is not None for model in audit.models)
+
+
+def _loss_summary(audit: Audit) -> Table:
+    """The summary where there are no classes: losses, and of the rest what is defined and was asked for."""
+    forget, retain, test = audit.sizes
+    columns: dict[str, list[str]] = {"model": [model.name for model in audit.models]}
+    for name, size in zip(("forget", "retain", "test"), audit.sizes, strict=True):
+        if size:
+            parts = [model.on(name) for model in audit.models]
+            columns[f"{name} loss"] = [plain(None if part is None else part.loss, NOT_FINITE) for part in parts]
+    notes = []
+    attacks = [model.attack(audit.gap_attack) for model in audit.models]
+    if any(attack is not None for attack in attacks):
+        shown = [NOT_FINITE if attack is None else percent(attack.forget_called_member) for attack in attacks]
+        columns["MIA: called member %"] = shown
+        notes.append(f"MIA by {audit.gap_attack}")
+    if any(model.relearning is not None for model in audit.models):
+        columns["relearn, steps"] = [steps(model.relearning) for model in audit.models]
+    notes.append(f"{100 * audit.level:g} % bootstrap intervals over samples in brackets")
+    notes.append(f"the loss {audit.loss!r} has no classes, so that accuracies and distances are not defined")
+    return Table(
+        title=f"Audit on {forget} forget, {retain} retain and {test} test samples",
+        columns=tuple(columns),
+        rows=tuple(zip(*columns.values(), strict=True)),
+        footer="; ".join(notes),
+    )
+
+
 def distance_table(audit: Audit) -> Table:
-    """Losses and distances to the gold model, set by set.
+    """Losses and distances to the gold model, set by set; losses alone where there are no classes.
 
     Args:
         audit: The audit.
@@ -68,6 +108,13 @@ def distance_table(audit: Audit) -> Table:
             missing = MISSING if found.distances is None else NOT_FINITE
             cells = (*(plain(value, missing) for value in nats), percent(differing, missing), plain(length, missing))
             rows.append((model.name, name, plain(found.loss, NOT_FINITE), *cells))
+    if not has_classes(audit):
+        return Table(
+            title="Losses",
+            columns=("model", "set", "loss"),
+            rows=tuple(row[:3] for row in rows),
+            footer=f"{100 * audit.level:g} % bootstrap intervals over samples in brackets",
+        )
     distances = ("KL(gold‖model)", "KL(model‖gold)", "JS", "differing %", "L2 of probabilities")
     return Table(
         title="Losses, and distances to the gold model",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabkit.algorithms.base import Algorithm, Batch, PlainSteps
+from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, checked_residual
 from stabkit.algorithms.plan import StepPlan
 from stabkit.curvature.coordinates import CoordinateNetwork
 from stabkit.curvature.linearised import LinearisedNetwork
@@ -176,14 +176,7 @@ class Field:
             step=step,
             seeds=self._seeds,
         )
-        chosen = self._algorithm.forget_residual if part is self._forget else self._algorithm.retain_residual
-        found = chosen(self._loss, batch)
-        if not isinstance(found, Tensor) or found.shape != outputs.shape:
-            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
-            raise ValueError(
-                f"`{chosen.__name__}` of `{type(self._algorithm).__name__}` must return the loss's derivative in the "
-                f"outputs, a tensor of their shape {tuple(outputs.shape)}; got {got:.80}."
-            )
+        found = checked_residual(self._algorithm, self._loss, batch, forget=part is self._forget)
         residual = found.reshape(seeds, settings, -1)  # s_i: (S, G, b·O)
         weights = share.weights if drawn == 1 else share.weights * drawn
         gradient = (residual @ rows) * weights

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stabkit._progress import progress_bar
+from stabkit._table import Shown, number
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.stability.dynamics import LinearDynamics
 from stabkit.stability.mean_square import mean_square
@@ -26,7 +27,7 @@ LOGARITHMIC = ("lr", "retain_batch", "forget_batch", "batch")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StabilityMap:
+class StabilityMap(Shown):
     """ρ over a grid of two settings, the others held fixed.
 
     Attributes:
@@ -42,6 +43,18 @@ class StabilityMap:
     radius: np.ndarray
     residual: np.ndarray
     applications: int | None
+
+    def __str__(self) -> str:
+        axes = " and ".join(
+            f"{name} ({len(values)} values, {number(float(values.min()))} to {number(float(values.max()))})"
+            for name, values in zip(self.names, self.values, strict=True)
+        )
+        low, high = float(self.radius.min()), float(self.radius.max())
+        worst = float(self.residual.max())
+        return (
+            f"Mean-square stability over {axes}: ρ from {number(low)} to {number(high)}, below 1 on "
+            f"{float((self.radius < 1).mean()):.0%} of the grid; relative residuals up to {number(worst)}"
+        )
 
     def growth(self, steps: int) -> np.ndarray:
         """K·ln ρ (T8).
