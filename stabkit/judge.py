@@ -234,13 +234,22 @@ def check_batches(problem: UnlearningProblem, algorithm: Algorithm) -> None:
 
 def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, /, **changes: object) -> Report:
     """Judge other settings; only the mix needs new curvature products."""
-    algorithm = measurement.algorithm.replace(**changes)
+    algorithm = _changed(measurement.algorithm, changes)
     check_batches(measurement.problem, algorithm)
     with preserved_rng():
         kept = limits if set(changes) <= {"lr"} - algorithm.preconditioner_reads else None
         report = judge(measurement.with_algorithm(algorithm), seeds, limits=kept)
     warn_if_unsure(report.checks)
     return report
+
+
+def _changed(algorithm: Algorithm, changes: dict[str, object]) -> Algorithm:
+    """Other settings; factors given one by one for more steps than are left are cut to these."""
+    steps, cut = changes.get("steps"), {}
+    if isinstance(steps, int) and 0 < steps < algorithm.steps:
+        given = {name: getattr(algorithm, name) for name in ("lr_schedule", "forget_schedule")}
+        cut = {name: value[:steps] for name, value in given.items() if isinstance(value, tuple)}
+    return algorithm.replace(**{**cut, **changes})
 
 
 def _recommended(measurement: Measurement, seeds: Sequence[int], risk: float, kind: str) -> Recommendations:

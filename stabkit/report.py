@@ -410,7 +410,9 @@ class Report(Shown, Stored):
         Args:
             **changes: Any setting of the algorithm. Step size, steps, batches, sampling, momentum, clipping, schedules and a
                 weight decay that was there already need nothing measured; a new mix has its spectrum measured anew, and
-                AdamW's batches and sampling too, what the preconditioner reads everything.
+                AdamW's batches and sampling too, what the preconditioner reads everything. With fewer steps a schedule given
+                factor by factor is cut to them, and one with a name is that of the shorter run; with more steps the former
+                has to be given anew.
 
         Returns:
             A new report. Cost: rollouts, one forward pass over the linearised samples, an AdamW run's first steps, and what

@@ -497,6 +497,40 @@ class Algorithm(abc.ABC):
                 raise TypeError(f"`{type(self).__name__}` has no setting {key!r}; it has {', '.join(sorted(known))}.")
         return type(self)(**{**self.settings(), **changes})  # type: ignore[arg-type]
 
+    def shortened(self, steps: int) -> Algorithm | None:
+        """The same run, ended after fewer steps: schedules keep the factors they begin with and are not squeezed.
+
+        `replace(steps=...)` asks for another run where a schedule has a name, or is counted from the run's length otherwise.
+
+        Args:
+            steps: How many, in [1, K].
+
+        Returns:
+            A new algorithm of the same class; None where no settings make such a run, as of `L1Sparse`, whose penalty always
+            falls to 0. Cost: both plans, where a class has its own.
+
+        Raises:
+            ValueError: If there are fewer steps than that.
+        """
+        remedy = f"The run has {self.steps}."
+        check_int(steps, name="steps", owner=f"{type(self).__name__}.shortened", low=1, high=self.steps, remedy=remedy)
+        if steps == self.steps:
+            return self
+        beginning = self._beginning(steps)
+        if beginning is None:
+            return None
+        cut = self.replace(**beginning)
+        # A class's own plan may count from the end in ways that no setting follows.
+        if type(self).plan is not Algorithm.plan and cut.plan() != self.plan()[:steps]:
+            return None
+        return cut
+
+    def _beginning(self, steps: int) -> dict[str, object] | None:
+        """What to set for the run's first steps alone: a class adds what else its plan counts from the run's length."""
+        given = {key: getattr(self, key) for key in ("lr_schedule", "forget_schedule")}
+        cut = {key: factors_of(value, self.steps)[:steps] for key, value in given.items() if value is not None}
+        return {"steps": steps, **cut}
+
     def settings(self) -> dict[str, object]:
         """All settings by name.
 
