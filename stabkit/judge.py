@@ -268,10 +268,16 @@ def _frontier(
 ) -> Frontier:
     algorithm = measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
-    mixes = np.linspace(0, 1, FRONTIER_POINTS) if mix is None else np.atleast_1d(np.asarray(mix, dtype=float))
+    every = np.array([algorithm.mix]) if algorithm.fixed_mix else np.linspace(0, 1, FRONTIER_POINTS)
+    mixes = every if mix is None else np.atleast_1d(np.asarray(mix, dtype=float))
     if mixes.size == 0:
         raise ValueError(
             "`mix` of `Report.frontier` must hold at least one value; got none. None takes 20 from 0 to 1."
+        )
+    if algorithm.fixed_mix and bool((mixes != algorithm.mix).any()):
+        raise ValueError(
+            f"`mix` of `Report.frontier` must be left out for {algorithm.name!r}, whose mix is always {algorithm.mix:g}; "
+            f"got {mixes[mixes != algorithm.mix][0]:g}. Use algorithm='graddiff' to choose one."
         )
 
     def rolled(lrs: np.ndarray, mixes: np.ndarray, seeds: Sequence[int], progress: bool) -> Frontier:

@@ -96,7 +96,7 @@ def plot_front(found: Recommendations, *, ax: Axes | None = None) -> tuple[Figur
 def plot_frontier(
     frontier: Frontier, *, ax: Axes | None = None, outcomes: Sequence[Outcome] = ()
 ) -> tuple[Figure, Axes]:
-    """P(diverge) over step size and mix, its one-half line, and what real runs did.
+    """P(diverge) over step size and mix, its one-half line, and what real runs did; a curve where there is but one mix.
 
     Args:
         frontier: The predicted map.
@@ -107,6 +107,9 @@ def plot_frontier(
         Figure and axes.
     """
     figure, ax = figure_of(ax, size=(7.2, 4.8))
+    if frontier.mix.size == 1:
+        _plot_step_sizes(frontier, ax, outcomes)
+        return figure, ax
     mesh = ax.pcolormesh(
         _edges(frontier.mix, logarithmic=False),
         _edges(frontier.lr, logarithmic=True),
@@ -134,6 +137,25 @@ def plot_frontier(
     if handles:
         ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(handles), frameon=False)
     return figure, ax
+
+
+def _plot_step_sizes(frontier: Frontier, ax: Axes, outcomes: Sequence[Outcome]) -> None:
+    """P(diverge) against the step size; runs that stayed stable at the bottom, runs that diverged at the top."""
+    ax.plot(frontier.lr, frontier.probability[:, 0], color="#4a6fa5", marker=".", label="P(diverge) by rollouts")
+    critical = float(frontier.critical_lr[0])
+    if math.isfinite(critical):
+        ax.axvline(critical, color="black", linewidth=1.2, label=f"critical step size (P = 1/2), {critical:.3g}")
+    for diverged, marker, label in ((False, "o", "real run: stable"), (True, "X", "real run: diverged")):
+        lrs = [o.lr for o in outcomes if o.diverged == diverged]
+        if lrs:
+            (drawn,) = ax.plot(lrs, [float(diverged)] * len(lrs), marker, linestyle="", label=label, zorder=3)
+            drawn.set(markersize=9, markerfacecolor="white", markeredgecolor="black", markeredgewidth=1.2)
+    ax.set_xscale("log")
+    ax.set_ylim(-0.05, 1.05)
+    ax.set_xlabel("step size η")
+    ax.set_ylabel("P(diverge)")
+    ax.set_title(f"{frontier.algorithm}: P(diverge) over step sizes")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
 def plot_stability_map(

@@ -116,7 +116,9 @@ class _Search:
     def asked(self) -> Recommendation:
         """The setting that was asked about."""
         rolled, further = self._with_margin(self._algorithm, [self._algorithm.lr], [self._algorithm.mix])
-        changes = {"lr": self._algorithm.lr, "mix": self._algorithm.mix}
+        changes = {"lr": self._algorithm.lr}
+        if not self._algorithm.fixed_mix:
+            changes["mix"] = self._algorithm.mix
         return self._item("as asked", changes, rolled, 0, further[0])
 
     def ways_out(self) -> list[Recommendation | None]:

@@ -74,8 +74,9 @@ def headline(report: Report) -> str:
         "diverges": "is predicted to diverge",
     }
     where = "" if report.divergence_step is None else f", near step {report.divergence_step:.0f}"
+    mix = "" if report.fixed_mix else f" and mix {number(run.mix)}"
     return (
-        f"{run.algorithm}{' by AdamW' if run.adaptive else ''} at step size {number(run.lr)} and mix {number(run.mix)}, "
+        f"{run.algorithm}{' by AdamW' if run.adaptive else ''} at step size {number(run.lr)}{mix}, "
         f"{run.steps} steps, {words[report.verdict]}{where}: P(diverge) = {report.probability:.2f}."
     )
 
@@ -133,8 +134,7 @@ def _limits(report: Report) -> Section:
     elif not lr.bracketed:
         lr_value, lr_note = "–", f"no step size down to {number(lr.value)} holds"
     mix_note = f"at this step size; {spread} {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
-    if mix.scanned[0] == mix.scanned[1]:  # one value is no scan
-        mix_note = f"{report.run.algorithm} has a mix of its own, {number(mix.value)}"
+    critical_mix = Row(label="critical mix", value=number(report.critical_mix), note=mix_note)
     rolled = f"of the rollouts alone: {rollout.probability:.2f}"
     if lr.bracketed:
         past = beyond(report.run.lr, lr.value, report.critical_lr_interval)
@@ -146,11 +146,11 @@ def _limits(report: Report) -> Section:
             Row(
                 label="critical step size",
                 value=lr_value,
-                note=f"at this mix; {lr_note}",
+                note=lr_note if report.fixed_mix else f"at this mix; {lr_note}",
             ),
             *_layers_own(report),
             *_error_below(report),
-            Row(label="critical mix", value=number(report.critical_mix), note=mix_note),
+            *([] if report.fixed_mix else [critical_mix]),
             Row(
                 label="divergence step",
                 value=number(report.divergence_step),
@@ -224,6 +224,11 @@ def _shares(shares: Sequence[object]) -> str:
 def _theory(report: Report) -> Section:
     t, run = report.thresholds, report.run
     steps, momentum = run.steps, run.settings.get("momentum", 0.0) or run.adaptive
+    critical_mix = Row(
+        label="asymptotic critical mix",
+        value=number(t.asymptotic_mix),
+        note=f"D turns indefinite above it; damping {number(t.damping)} (T5)",
+    )
     what = "of AdamW with its second moment held still and without its decay; " if run.adaptive else ""
     return Section(
         title="Linear theory" + (f" ({what}mean square and rules: without the momentum)" if momentum else ""),
@@ -244,11 +249,7 @@ def _theory(report: Report) -> Section:
                 value="yes" if t.mean_stable else "no",
                 note="λ_min(D) ≥ 0 and step size below that limit (T4); says little about a run of few steps",
             ),
-            Row(
-                label="asymptotic critical mix",
-                value=number(t.asymptotic_mix),
-                note=f"D turns indefinite above it; damping {number(t.damping)} (T5)",
-            ),
+            *([] if report.fixed_mix else [critical_mix]),
             Row(
                 label="mean-square growth",
                 value=f"ρ = {t.radius:.5g}",
@@ -475,7 +476,7 @@ def report_page(
     if frontier is None:
         figures.append(("Stability frontier", None))
     else:
-        title = "Stability frontier"
+        title = "P(diverge) over step sizes" if report.fixed_mix else "Stability frontier"
         if report.calibration.kind == "staged":  # whose critical step size may be another
             title += ", from the one linearisation alone"
         figures.append((title, _embedded(frontier.plot(outcomes=outcomes)[0])))

@@ -305,7 +305,8 @@ class Report(Shown, Stored):
         critical_lr_interval: Where it lies at nine in ten: the seeds' spread, and the conformal factors of the calibration.
         critical_lr_error: Relative error of the outputs linearised at θ* after a run of half that step size, by which its
             interval is chosen; None of staged predictions and AdamW's, and where the scan found no boundary.
-        critical_mix: Smallest mix predicted to diverge at this step size; infinity if none is, up to 1.
+        critical_mix: Smallest mix predicted to diverge at this step size; infinity if none is, up to 1, or
+            the algorithm has but one.
         critical_lr_detail: Its scan and spread over seeds.
         critical_mix_detail: Its scan and spread over seeds.
         calibration: What the probability rests on.
@@ -363,6 +364,11 @@ class Report(Shown, Stored):
         """Of the verdict: "high", if every check passed, or "low"; of the critical step size the interval tells."""
         return "high" if all(check.passed for check in self.checks) else "low"
 
+    @property
+    def fixed_mix(self) -> bool:
+        """Whether the algorithm has but one mix, as fine-tuning and gradient ascent have: none to scan and to advise."""
+        return self.critical_mix_detail.scanned[0] == self.critical_mix_detail.scanned[1]
+
     def _held(self, name: str) -> Any:
         """What the prediction left to ask again with."""
         value = getattr(self, f"_{name}")
@@ -392,7 +398,8 @@ class Report(Shown, Stored):
 
         Args:
             lr: Step sizes; 20 around the boundaries of all mixes when None.
-            mix: Mixes; 20 from 0 to 1 when None. The preconditioner is that of the report's own setting throughout.
+            mix: Mixes; 20 from 0 to 1 when None, or the one there is of an algorithm that has but one. The preconditioner is
+                that of the report's own setting throughout.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -400,6 +407,7 @@ class Report(Shown, Stored):
 
         Raises:
             RuntimeError: If this report was loaded from a file, which does not hold the linearised network.
+            ValueError: If a value is out of its domain, or a mix is none of the algorithm's.
         """
         found: Frontier = self._held("frontier")(lr=lr, mix=mix, progress=progress)
         return found

@@ -63,9 +63,8 @@ def advice(
             f"No step size down to {lr_detail.value:.2g} is safe: the model is at or past the divergence level already.",
         )
     if lr_detail.found:
-        said.append(
-            f"Keep mix {algorithm.mix:.3g} and lower the step size to {_two_digits(lr_detail.low / margin)} or less."
-        )
+        lower = f"ower the step size to {_two_digits(lr_detail.low / margin)} or less."
+        said.append(f"L{lower}" if algorithm.fixed_mix else f"Keep mix {algorithm.mix:.3g} and l{lower}")
     if mix_detail.found and mix_detail.low > 0:
         said.append(
             f"Or keep step size {algorithm.lr:.3g} and lower the mix to {_two_digits(mix_detail.low / 2)} or less."
