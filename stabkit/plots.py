@@ -247,6 +247,8 @@ def _plot_losses(report: Report, ax: Axes, others: Sequence[Sequence[float]] = (
     ax.axhline(report.run.divergence_level, color="black", linewidth=1, linestyle=":", label="divergence level")
     if report.divergence_step is not None:
         ax.axvline(report.divergence_step, color=colour, linewidth=1, linestyle=":", label="predicted divergence step")
+    if rollout.stopped_step < report.run.steps:
+        ax.axvline(rollout.stopped_step, color="grey", linewidth=1, linestyle="-.", label="predicted early stop")
     ax.set_xlim(0, rollout.steps[-1])
     ax.set_yscale("log")
     ax.set_xlabel("step")
@@ -285,7 +287,8 @@ def _plot_layers(report: Report, ax: Axes) -> None:
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.set_xlabel("share of squared norm")
-    ax.set_title(f"which layers ({report.cause.mechanism})" if names else "which layers")
+    mechanism = report.cause.mechanism
+    ax.set_title(f"which layers ({mechanism})" if names and mechanism != "none" else "which layers")
     ax.legend(frameon=False, fontsize="small", loc="lower right")
 
 

@@ -53,8 +53,10 @@ def advice(
             else "Run it, but not unwatched: the confidence is low, and below stands why and what helps."
         ]
         if lr_detail.found and lr_detail.value < margin * algorithm.lr:
+            times = lr_detail.value / algorithm.lr
             said.append(
-                f"The step size is within a factor {margin:.2g} of the critical one, {lr_detail.value:.3g}: leave a margin."
+                f"The critical step size, {lr_detail.value:.3g}, is {times:.2g} times this one: leave a margin of "
+                f"{margin:.2g} times."
             )
         return tuple(said)
     said = []

@@ -99,7 +99,10 @@ def test_a_report_weighs_both(digits_mlp, random_deletion):
     step = float(re.search(r"lower the step size to (\S+) or less", said.advice[0])[1])
     assert 0.9 * bound < step <= bound  # two digits, rounded down
     near = report.at(lr=0.8 * report.critical_lr)
-    assert f"within a factor {margin:.2g} of the critical one" in near.advice[1]
+    times = near.critical_lr / near.run.lr
+    assert (
+        f"{near.critical_lr:.3g}, is {times:.2g} times this one: leave a margin of {margin:.2g} times" in near.advice[1]
+    )
     assert near.probability > near.rollout.probability + 0.05
 
 
