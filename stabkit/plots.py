@@ -24,6 +24,11 @@ from stabkit.spectrum import SpectralDensity
 from stabkit.stability import StabilityMap
 
 HIGHEST = 1e3  # of the divergence level: losses beyond ten times that are drawn at the top
+BEHIND: dict[str, Any] = {
+    "frameon": True,
+    "framealpha": 0.7,
+    "edgecolor": "none",
+}  # of a legend that may lie on curves
 COLOURS = {"stable": "#2a7f62", "marginal": "#b7791f", "diverges": "#b3382c"}
 
 
@@ -254,7 +259,7 @@ def _plot_losses(report: Report, ax: Axes, others: Sequence[Sequence[float]] = (
     ax.set_xlabel("step")
     ax.set_ylabel("mean loss")
     ax.set_title(f"{report.verdict}: P(diverge) = {report.probability:.2f}")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(**BEHIND, fontsize="small")
     return top
 
 
@@ -305,13 +310,16 @@ def plot_trajectories(
     Returns:
         Figure and axes.
     """
-    figure, ax = figure_of(ax)
+    given = ax is not None
+    figure, ax = figure_of(ax, size=(8.4, 4.4))
     top = _plot_losses(predicted, ax, [losses for _, _, losses in runs])
     for label, steps, losses in runs:
         drawn = _upwards(losses, top)
         (line,) = ax.plot(steps, drawn, marker=".", linewidth=0.8, label=label)
         _mark_top(ax, steps, drawn, top, line.get_color())
-    ax.legend(frameon=False, fontsize="small")
+    # Beside the curves, which are many; within axes of the caller's, beside which another may be.
+    beside: dict[str, Any] = {} if given else {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    ax.legend(**BEHIND, **beside, fontsize="small")
     return figure, ax
 
 
