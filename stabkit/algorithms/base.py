@@ -27,6 +27,8 @@ from stabkit.reading import READS
 from stabkit.sampling import SAMPLINGS
 
 OPTIMIZERS = ("sgd", "adamw")
+# Own bound: a prediction's rollouts of a million steps take most of an hour and 1 GB for their looks, whatever the network.
+MOST_STEPS = 10**6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,7 +94,7 @@ class Algorithm(abc.ABC):
     Attributes:
         lr: Step size η > 0.
         mix: α in [0, 1]: 0 descends on the retain set alone, 1 ascends on the forget set alone.
-        steps: Number of steps K >= 1.
+        steps: Number of steps K, in [1, 10⁶]; a plan of a hundred thousand takes some 20 MB.
         batch_size: Retain samples a step, B_R.
         forget_batch_size: Forget samples a step, B_F; the smaller of `batch_size` and the forget set when None.
         sampling: "without_replacement" (a shuffling loader that drops a last short batch), "with_replacement" or
@@ -171,7 +173,9 @@ class Algorithm(abc.ABC):
         remedy = "0 is retain only, 1 is forget only."
         mix = check_real(self.mix, name="mix", owner=owner, low=0, high=1, remedy=remedy)
         plain: dict[str, object] = {"lr": lr, "mix": mix}
-        plain["steps"] = check_int(self.steps, name="steps", owner=owner, low=1)
+        steps = check_int(self.steps, name="steps", owner=owner, low=1)
+        remedy = "Each is taken, by a run and by every rollout of it: ask about the first ones."
+        plain["steps"] = check_int(steps, name="steps", owner=owner, low=1, high=MOST_STEPS, remedy=remedy)
         plain["batch_size"] = check_int(self.batch_size, name="batch_size", owner=owner, low=1)
         if self.forget_batch_size is not None:
             size = check_int(self.forget_batch_size, name="forget_batch_size", owner=owner, low=1)
