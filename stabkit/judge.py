@@ -241,13 +241,22 @@ def check_batches(problem: UnlearningProblem, algorithm: Algorithm) -> None:
 
 def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, /, **changes: object) -> Report:
     """Judge other settings; only the mix needs new curvature products."""
-    algorithm = measurement.algorithm.replace(**changes)
+    algorithm = _changed(measurement.algorithm, changes)
     check_batches(measurement.problem, algorithm)
     with preserved_rng():
         kept = limits if set(changes) <= {"lr"} - algorithm.preconditioner_reads else None
         report = judge(measurement.with_algorithm(algorithm), seeds, limits=kept)
     warn_if_unsure(report.checks)
     return report
+
+
+def _changed(algorithm: Algorithm, changes: dict[str, object]) -> Algorithm:
+    """Other settings; factors given one by one for more steps than are left are cut to these."""
+    steps, cut = changes.get("steps"), {}
+    if isinstance(steps, int) and 0 < steps < algorithm.steps:
+        given = {name: getattr(algorithm, name) for name in ("lr_schedule", "forget_schedule")}
+        cut = {name: value[:steps] for name, value in given.items() if isinstance(value, tuple)}
+    return algorithm.replace(**{**cut, **changes})
 
 
 def _recommended(measurement: Measurement, seeds: Sequence[int], risk: float, kind: str) -> Recommendations:
@@ -266,10 +275,16 @@ def _frontier(
 ) -> Frontier:
     algorithm = measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
-    mixes = np.linspace(0, 1, FRONTIER_POINTS) if mix is None else np.atleast_1d(np.asarray(mix, dtype=float))
+    every = np.array([algorithm.mix]) if algorithm.fixed_mix else np.linspace(0, 1, FRONTIER_POINTS)
+    mixes = every if mix is None else np.atleast_1d(np.asarray(mix, dtype=float))
     if mixes.size == 0:
         raise ValueError(
             "`mix` of `Report.frontier` must hold at least one value; got none. None takes 20 from 0 to 1."
+        )
+    if algorithm.fixed_mix and bool((mixes != algorithm.mix).any()):
+        raise ValueError(
+            f"`mix` of `Report.frontier` must be left out for {algorithm.name!r}, whose mix is always {algorithm.mix:g}; "
+            f"got {mixes[mixes != algorithm.mix][0]:g}. Use algorithm='graddiff' to choose one."
         )
 
     def rolled(lrs: np.ndarray, mixes: np.ndarray, seeds: Sequence[int], progress: bool) -> Frontier:

@@ -53,6 +53,10 @@ REAL_SHARE = 0.7
 COUPLED_SHARE = 1.0  # the same in train mode: nearly all of a run on average (benchmarks/batchnorm.py)
 # Of the work on what has been linearised, typical: settings rolled out, products with a map of moments, operations a second.
 ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 6e10
+# Rollouts one after another, which scans of side-by-side settings, two checks and a look below the boundary make, and what
+# a step of one takes however small the network is, for each set it draws from: calls of small operations. Typical of one
+# core with a perceptron of 227 parameters and three seeds.
+ROLLOUTS, STEP_SECONDS = 6, 2e-4
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
 # Gradients times parameters up to which "auto" is thorough without being asked: a minute or two of one core, and of a GPU
 # that does a fifth of what an H200 does in runs of ResNet-18 (benchmarks/gpu). Own choice.
@@ -249,6 +253,8 @@ def estimate_cost(
         "rollouts and theory": THEORY_PRODUCTS * 6 * kept * curvature_rows * directions**2
         + ROLLED_SETTINGS * seeds * outputs * rank * rolled,
     }
+    each_step = STEP_SECONDS * algorithm.steps * ((algorithm.mix < 1) + (algorithm.mix > 0))
+    small = {"rollouts and theory": ROLLOUTS * each_step}  # seconds of calls, whatever they compute
     if read.reading_gradients:
         gradients["reading"] = read.reading_gradients
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
@@ -261,7 +267,9 @@ def estimate_cost(
             each_rollout = (COUPLED_SHARE if coupled else REAL_SHARE) * (run + looks * sum(held) / 3)
         scans = 1 if algorithm.fixed_mix else 2
         below = len(LOOKS_BELOW) if coupled else 0
-        gradients["staged rollouts"] = (seeds + scans * STAGED_SCAN + below) * each_rollout
+        staged = seeds + scans * STAGED_SCAN + below
+        gradients["staged rollouts"] = staged * each_rollout
+        small["staged rollouts"] = staged * each_step  # each is rolled out on the linearisation first
     each = _seconds_per_gradient(problem) if seconds_per_gradient is None else seconds_per_gradient
     vectors = 0 if algorithm.adaptive else 3 * rank
     if not kept_whole:
@@ -271,7 +279,7 @@ def estimate_cost(
         stages=tuple(
             Cost(
                 stage=name,
-                seconds=count * each + operations.get(name, 0.0) / OPERATIONS_A_SECOND,
+                seconds=count * each + operations.get(name, 0.0) / OPERATIONS_A_SECOND + small.get(name, 0.0),
                 gradient_equivalents=float(count),
             )
             for name, count in gradients.items()

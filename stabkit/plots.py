@@ -24,6 +24,11 @@ from stabkit.spectrum import SpectralDensity
 from stabkit.stability import StabilityMap
 
 HIGHEST = 1e3  # of the divergence level: losses beyond ten times that are drawn at the top
+BEHIND: dict[str, Any] = {
+    "frameon": True,
+    "framealpha": 0.7,
+    "edgecolor": "none",
+}  # of a legend that may lie on curves
 COLOURS = {"stable": "#2a7f62", "marginal": "#b7791f", "diverges": "#b3382c"}
 
 
@@ -97,7 +102,7 @@ def plot_front(found: Recommendations, *, ax: Axes | None = None) -> tuple[Figur
 def plot_frontier(
     frontier: Frontier, *, ax: Axes | None = None, outcomes: Sequence[Outcome] = ()
 ) -> tuple[Figure, Axes]:
-    """P(diverge) over step size and mix, its one-half line, and what real runs did.
+    """P(diverge) over step size and mix, its one-half line, and what real runs did; a curve where there is but one mix.
 
     Args:
         frontier: The predicted map.
@@ -108,6 +113,9 @@ def plot_frontier(
         Figure and axes.
     """
     figure, ax = figure_of(ax, size=(7.2, 4.8))
+    if frontier.mix.size == 1:
+        _plot_step_sizes(frontier, ax, outcomes)
+        return figure, ax
     mesh = ax.pcolormesh(
         _edges(frontier.mix, logarithmic=False),
         _edges(frontier.lr, logarithmic=True),
@@ -135,6 +143,25 @@ def plot_frontier(
     if handles:
         ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(handles), frameon=False)
     return figure, ax
+
+
+def _plot_step_sizes(frontier: Frontier, ax: Axes, outcomes: Sequence[Outcome]) -> None:
+    """P(diverge) against the step size; runs that stayed stable at the bottom, runs that diverged at the top."""
+    ax.plot(frontier.lr, frontier.probability[:, 0], color="#4a6fa5", marker=".", label="P(diverge) by rollouts")
+    critical = float(frontier.critical_lr[0])
+    if math.isfinite(critical):
+        ax.axvline(critical, color="black", linewidth=1.2, label=f"critical step size (P = 1/2), {critical:.3g}")
+    for diverged, marker, label in ((False, "o", "real run: stable"), (True, "X", "real run: diverged")):
+        lrs = [o.lr for o in outcomes if o.diverged == diverged]
+        if lrs:
+            (drawn,) = ax.plot(lrs, [float(diverged)] * len(lrs), marker, linestyle="", label=label, zorder=3)
+            drawn.set(markersize=9, markerfacecolor="white", markeredgecolor="black", markeredgewidth=1.2)
+    ax.set_xscale("log")
+    ax.set_ylim(-0.05, 1.05)
+    ax.set_xlabel("step size η")
+    ax.set_ylabel("P(diverge)")
+    ax.set_title(f"{frontier.algorithm}: P(diverge) over step sizes")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
 def plot_stability_map(
@@ -226,12 +253,14 @@ def _plot_losses(report: Report, ax: Axes, others: Sequence[Sequence[float]] = (
     ax.axhline(report.run.divergence_level, color="black", linewidth=1, linestyle=":", label="divergence level")
     if report.divergence_step is not None:
         ax.axvline(report.divergence_step, color=colour, linewidth=1, linestyle=":", label="predicted divergence step")
+    if rollout.stopped_step < report.run.steps:
+        ax.axvline(rollout.stopped_step, color="grey", linewidth=1, linestyle="-.", label="predicted early stop")
     ax.set_xlim(0, rollout.steps[-1])
     ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.set_ylabel("mean loss")
     ax.set_title(f"{report.verdict}: P(diverge) = {report.probability:.2f}")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(**BEHIND, fontsize="small")
     return top
 
 
@@ -264,7 +293,8 @@ def _plot_layers(report: Report, ax: Axes) -> None:
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.set_xlabel("share of squared norm")
-    ax.set_title(f"which layers ({report.cause.mechanism})" if names else "which layers")
+    mechanism = report.cause.mechanism
+    ax.set_title(f"which layers ({mechanism})" if names and mechanism != "none" else "which layers")
     ax.legend(frameon=False, fontsize="small", loc="lower right")
 
 
@@ -281,13 +311,16 @@ def plot_trajectories(
     Returns:
         Figure and axes.
     """
-    figure, ax = figure_of(ax)
+    given = ax is not None
+    figure, ax = figure_of(ax, size=(8.4, 4.4))
     top = _plot_losses(predicted, ax, [losses for _, _, losses in runs])
     for label, steps, losses in runs:
         drawn = _upwards(losses, top)
         (line,) = ax.plot(steps, drawn, marker=".", linewidth=0.8, label=label)
         _mark_top(ax, steps, drawn, top, line.get_color())
-    ax.legend(frameon=False, fontsize="small")
+    # Beside the curves, which are many; within axes of the caller's, beside which another may be.
+    beside: dict[str, Any] = {} if given else {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    ax.legend(**BEHIND, **beside, fontsize="small")
     return figure, ax
 
 

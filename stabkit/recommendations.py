@@ -55,10 +55,13 @@ class Recommendation:
 class ParetoPoint:
     """A setting that no other one beats in both losses.
 
+    Fewer steps are the beginning of the run that was asked about, with the schedules of that: of an `algorithm` the run is
+    `algorithm.shortened(point.steps).replace(lr=point.lr, mix=point.mix)`.
+
     Attributes:
         lr: Step size.
         mix: Mix.
-        steps: Steps K, at most those of the run that was asked about.
+        steps: Steps K, at most those of the run that was asked about; all of those where its plan cannot be cut.
         probability: P(diverge) within them, by the rollouts alone.
         retain_loss: Predicted retain loss after them.
         forget_loss: Predicted forget loss after them.

@@ -133,7 +133,9 @@ class _Search:
     def asked(self) -> Recommendation:
         """The setting that was asked about."""
         rolled, further = self._with_margin(self._algorithm, [self._algorithm.lr], [self._algorithm.mix])
-        changes = {"lr": self._algorithm.lr, "mix": self._algorithm.mix}
+        changes = {"lr": self._algorithm.lr}
+        if not self._algorithm.fixed_mix:
+            changes["mix"] = self._algorithm.mix
         return self._item("as asked", changes, rolled, 0, further[0])
 
     def ways_out(self) -> list[Recommendation | None]:
@@ -337,7 +339,7 @@ class _Search:
             for item in items
             if item.holds and set(item.changes) <= {"lr", "mix"}
         ]
-        return _undominated(points)
+        return _undominated(points, self._algorithm)
 
 
 def _strongest(probability: Sequence[float], risk: float) -> int:
@@ -346,12 +348,17 @@ def _strongest(probability: Sequence[float], risk: float) -> int:
     return first if first < len(probability) else int(np.argmin(probability))
 
 
-def _undominated(points: Sequence[ParetoPoint]) -> tuple[ParetoPoint, ...]:
-    """Points of which none has both losses worse than another's, ascending in both."""
+def _undominated(points: Sequence[ParetoPoint], algorithm: Algorithm) -> tuple[ParetoPoint, ...]:
+    """Points of which none has both losses worse than another's, ascending in both; of the runs that can be asked for."""
     front: list[ParetoPoint] = []
     lowest = math.inf
+    ends: dict[int, bool] = {}  # whether a run of so many steps is the beginning of the algorithm's
     for point in sorted(points, key=lambda p: (-p.forget_loss, p.retain_loss, p.steps)):
-        if point.retain_loss < lowest:
+        if point.retain_loss >= lowest:
+            continue
+        if point.steps not in ends:
+            ends[point.steps] = algorithm.shortened(point.steps) is not None
+        if ends[point.steps]:
             front.append(point)
             lowest = point.retain_loss
     return tuple(reversed(front))
@@ -362,16 +369,18 @@ def algorithm_at(algorithm: Algorithm, point: ParetoPoint) -> Algorithm:
 
     Args:
         algorithm: The algorithm that the front is of.
-        point: The point. Schedules given step by step are cut to its steps.
+        point: The point. Of fewer steps it is the beginning of the algorithm's run, its schedules cut and not squeezed.
 
     Returns:
         The changed algorithm.
+
+    Raises:
+        ValueError: If the algorithm has no such beginning.
     """
-    changes: dict[str, Any] = {"lr": point.lr, "steps": point.steps}
-    if not algorithm.fixed_mix:
-        changes["mix"] = point.mix
-    for name in ("lr_schedule", "forget_schedule"):
-        schedule = getattr(algorithm, name)
-        if isinstance(schedule, tuple):
-            changes[name] = schedule[: point.steps]
-    return algorithm.replace(**changes)
+    cut = algorithm.shortened(point.steps)
+    if cut is None:
+        raise ValueError(
+            f"`point` of `algorithm_at` must have the {algorithm.steps} steps of {type(algorithm).__name__}, whose plan "
+            f"depends on how many there are; got {point.steps}. Take a point of that algorithm's own front."
+        )
+    return cut.replace(lr=point.lr) if cut.fixed_mix else cut.replace(lr=point.lr, mix=point.mix)

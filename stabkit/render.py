@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 MECHANISMS = {
     "overshoot": "the step overshoots along the sharpest direction of the mixed curvature",
     "ascent": "ascent on the forget set outweighs descent on the retain set along a direction of negative mixed curvature",
-    "saddle": "the retain loss itself curves downward along a direction, and the run slides off",
+    "saddle": "the retain loss itself curves downward along a direction that the run slides off along",
     "noise": "batches differ so much in curvature that the mean square grows where the mean does not",
     "nonlinear": "nothing grows near the trained weights; ascent makes the curvature that breaks the run on its way",
     "none": "nothing grows by more than a factor e within the run",
 }
+GROWING = ("overshoot", "ascent", "saddle", "noise")  # by the linear theory, whatever the verdict is
 TOP_LAYERS = 5
+OTHER_SIDE = "critical step size on the other side"  # the check's name, which is of a higher layer
+STOP_SETTINGS = {"drift_tolerance": "drift below {}", "leakage_bound": "leakage above {}"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +77,23 @@ def headline(report: Report) -> str:
         "diverges": "is predicted to diverge",
     }
     where = "" if report.divergence_step is None else f", near step {report.divergence_step:.0f}"
+    rule, last = _stop_rule(report), f"{report.rollout.stopped_step:.0f}"
+    early = f" Its {rule} is predicted to end it after step {last} of {run.steps}." if rule else ""
+    mix = "" if report.fixed_mix else f" and mix {number(run.mix)}"
     return (
-        f"{run.algorithm}{' by AdamW' if run.adaptive else ''} at step size {number(run.lr)} and mix {number(run.mix)}, "
+        f"{run.algorithm}{' by AdamW' if run.adaptive else ''} at step size {number(run.lr)}{mix}, "
         f"{run.steps} steps, {words[report.verdict]}{where}: P(diverge) = {report.probability:.2f}."
+        f"{early}"
     )
+
+
+def _stop_rule(report: Report) -> str:
+    """What ends the run before its last step, in words; nothing where it goes on to that."""
+    if not report.rollout.stopped_step < report.run.steps:
+        return ""
+    bounds = {name: report.run.settings.get(name) for name in STOP_SETTINGS}
+    by = " or ".join(STOP_SETTINGS[name].format(number(bound)) for name, bound in bounds.items() if bound is not None)
+    return f"stop rule ({by})" if by else "stop rule"
 
 
 def sections(report: Report) -> tuple[Section, ...]:
@@ -138,8 +154,7 @@ def _limits(report: Report) -> Section:
     elif not lr.bracketed:
         lr_value, lr_note = "–", f"no step size down to {number(lr.value)} holds"
     mix_note = f"at this step size; {spread} {number(mix.low)} to {number(mix.high)}" if mix.found else "none up to 1"
-    if mix.scanned[0] == mix.scanned[1]:  # one value is no scan
-        mix_note = f"{report.run.algorithm} has a mix of its own, {number(mix.value)}"
+    critical_mix = Row(label="critical mix", value=number(report.critical_mix), note=mix_note)
     rolled = f"of the rollouts alone: {rollout.probability:.2f}"
     if lr.bracketed:
         past = beyond(report.run.lr, lr.value, report.critical_lr_interval)
@@ -151,28 +166,47 @@ def _limits(report: Report) -> Section:
             Row(
                 label="critical step size",
                 value=lr_value,
-                note=f"at this mix; {lr_note}",
+                note=lr_note if report.fixed_mix else f"at this mix; {lr_note}",
             ),
             *_layers_own(report),
             *_error_below(report),
-            Row(label="critical mix", value=number(report.critical_mix), note=mix_note),
+            *([] if report.fixed_mix else [critical_mix]),
             Row(
                 label="divergence step",
                 value=number(report.divergence_step),
                 note=f"median of {rollout.seeds} rollouts; {_looks(report.run.check_every)}",
             ),
-            Row(
-                label="retain loss",
-                value=f"{number(report.run.retain_loss)} → {number(rollout.retain_loss[-1])}",
-                note=f"predicted end, capped once diverged; diverged from {number(report.run.divergence_level)} on",
-            ),
-            Row(
-                label="forget loss",
-                value=f"{number(report.run.forget_loss)} → {number(rollout.forget_loss[-1])}",
-                note="predicted end",
-            ),
+            *_early_end(report),
+            *_losses(report),
         ),
     )
+
+
+def _early_end(report: Report) -> tuple[Row, ...]:
+    """The row of a run that its stop rule ends."""
+    rule = _stop_rule(report)
+    if not rule:
+        return ()
+    note = f"of {report.run.steps}, by its {rule}: median of the rollouts, whose losses stay as they are from there on"
+    return (Row(label="last step", value=f"{report.rollout.stopped_step:.0f}", note=note),)
+
+
+def _losses(report: Report) -> tuple[Row, Row]:
+    """Where both losses begin and what becomes of them, on the samples that the curves are of."""
+    rollout, level = report.rollout, number(report.run.divergence_level)
+    of = f"mean of the {rollout.samples[0]:,} samples linearised"
+    forget = f"{number(rollout.forget_loss[0])} → {number(rollout.forget_loss[-1])}"
+    if report.divergence_step is None:
+        retain = f"{number(rollout.retain_loss[0])} → {number(rollout.retain_loss[-1])}"
+        notes = f"predicted end, {of}; diverged from {level} on", "predicted end"
+    else:  # the last look is of a run that was given up far beyond the level, or of one that came back
+        retain = f"{number(rollout.retain_loss[0])} → {number(max(rollout.retain_loss))} at most"
+        notes = (
+            f"crosses {level}, from where on it counts as diverged, near step {report.divergence_step:.0f}; "
+            f"{number(rollout.retain_loss[-1])} where it ends or is given up; {of}",
+            "where it ends or is given up",
+        )
+    return Row(label="retain loss", value=retain, note=notes[0]), Row(label="forget loss", value=forget, note=notes[1])
 
 
 def _looks(every: int) -> str:
@@ -186,14 +220,23 @@ def _looks(every: int) -> str:
 
 def _why(report: Report) -> Section:
     cause = report.cause
+    note = MECHANISMS[cause.mechanism]
+    if report.verdict == "stable" and cause.mechanism in GROWING:
+        note = f"what grows, but is not predicted to break the run: {note}"
+    elif report.verdict != "stable" and cause.mechanism == "none":
+        breaks = report.rollout.probability >= 0.5  # real steps of staged rollouts do, whatever the linear theory says
+        note += (
+            "; the run breaks on its way"
+            if breaks
+            else "; but the critical step size may lie below the one asked about"
+        )
     return Section(
         title="Why",
         rows=(
             Row(
                 label="mechanism",
                 value=cause.mechanism,
-                note=MECHANISMS[cause.mechanism]
-                + ("; with AdamW's second moment held still" if report.run.adaptive else ""),
+                note=note + ("; with AdamW's second moment held still" if report.run.adaptive else ""),
             ),
             Row(
                 label="direction",
@@ -229,6 +272,11 @@ def _shares(shares: Sequence[object]) -> str:
 def _theory(report: Report) -> Section:
     t, run = report.thresholds, report.run
     steps, momentum = run.steps, run.settings.get("momentum", 0.0) or run.adaptive
+    critical_mix = Row(
+        label="asymptotic critical mix",
+        value=number(t.asymptotic_mix),
+        note=f"D turns indefinite above it; damping {number(t.damping)} (T5)",
+    )
     what = "of AdamW with its second moment held still and without its decay; " if run.adaptive else ""
     return Section(
         title="Linear theory" + (f" ({what}mean square and rules: without the momentum)" if momentum else ""),
@@ -249,11 +297,7 @@ def _theory(report: Report) -> Section:
                 value="yes" if t.mean_stable else "no",
                 note="λ_min(D) ≥ 0 and step size below that limit (T4); says little about a run of few steps",
             ),
-            Row(
-                label="asymptotic critical mix",
-                value=number(t.asymptotic_mix),
-                note=f"D turns indefinite above it; damping {number(t.damping)} (T5)",
-            ),
+            *([] if report.fixed_mix else [critical_mix]),
             Row(
                 label="mean-square growth",
                 value=f"ρ = {t.radius:.5g}",
@@ -321,6 +365,9 @@ def _trust(report: Report) -> Section:
             value=f"{number(check.value)} ({'ok' if check.passed else 'fails'} at {number(check.threshold)})",
             note=check.meaning + ("" if check.passed else f" {check.remedy}"),
         )
+        # A marginal verdict says that it may lie on either side.
+        if not (check.name == OTHER_SIDE and report.verdict == "marginal")
+        else Row(label=check.name, value="–", note="A marginal verdict claims neither side.")
         for check in report.checks
     ]
     rows.append(
@@ -482,7 +529,7 @@ def report_page(
     if frontier is None:
         figures.append(("Stability frontier", None))
     else:
-        title = "Stability frontier"
+        title = "P(diverge) over step sizes" if report.fixed_mix else "Stability frontier"
         if report.calibration.kind == "staged":  # whose critical step size may be another
             title += ", from the one linearisation alone"
         figures.append((title, _embedded(frontier.plot(outcomes=outcomes)[0])))

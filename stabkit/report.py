@@ -312,7 +312,8 @@ class Report(Shown, Stored):
         critical_lr_error: Relative error of the outputs linearised at θ* after a run of half that step size, or, if it is
             larger, of the run in question where its step size is smaller still. The interval is chosen by it. None of staged
             predictions and AdamW's, and where the scan found no boundary.
-        critical_mix: Smallest mix predicted to diverge at this step size; infinity if none is, up to 1.
+        critical_mix: Smallest mix predicted to diverge at this step size; infinity if none is, up to 1, or
+            the algorithm has but one.
         critical_lr_detail: Its scan and spread over seeds.
         critical_mix_detail: Its scan and spread over seeds.
         calibration: What the probability rests on.
@@ -380,6 +381,11 @@ class Report(Shown, Stored):
         """Of the verdict: "high", if every check passed, or "low"; of the critical step size the interval tells."""
         return "high" if all(check.passed for check in self.checks) else "low"
 
+    @property
+    def fixed_mix(self) -> bool:
+        """Whether the algorithm has but one mix, as fine-tuning and gradient ascent have: none to scan and to advise."""
+        return self.critical_mix_detail.scanned[0] == self.critical_mix_detail.scanned[1]
+
     def _held(self, name: str) -> Any:
         """What the prediction left to ask again with."""
         value = getattr(self, f"_{name}")
@@ -409,7 +415,8 @@ class Report(Shown, Stored):
 
         Args:
             lr: Step sizes; 20 around the boundaries of all mixes when None.
-            mix: Mixes; 20 from 0 to 1 when None. The preconditioner is that of the report's own setting throughout.
+            mix: Mixes; 20 from 0 to 1 when None, or the one there is of an algorithm that has but one. The preconditioner is
+                that of the report's own setting throughout.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -417,6 +424,7 @@ class Report(Shown, Stored):
 
         Raises:
             RuntimeError: If this report was loaded from a file, which does not hold the linearised network.
+            ValueError: If a value is out of its domain, or a mix is none of the algorithm's.
         """
         found: Frontier = self._held("frontier")(lr=lr, mix=mix, progress=progress)
         return found
@@ -427,7 +435,9 @@ class Report(Shown, Stored):
         Args:
             **changes: Any setting of the algorithm. Step size, steps, batches, sampling, momentum, clipping, schedules and a
                 weight decay that was there already need nothing measured; a new mix has its spectrum measured anew, and
-                AdamW's batches and sampling too, what the preconditioner reads everything.
+                AdamW's batches and sampling too, what the preconditioner reads everything. With fewer steps a schedule given
+                factor by factor is cut to them, and one with a name is that of the shorter run; with more steps the former
+                has to be given anew.
 
         Returns:
             A new report. Cost: rollouts, one forward pass over the linearised samples, an AdamW run's first steps, and what

@@ -5,26 +5,31 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from stabkit._errors import TargetWarning, caller_level
+from stabkit._errors import LowConfidenceWarning, TargetWarning, caller_level
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.calibration import RISK
+from stabkit.checks import CAPTURED
 from stabkit.data import Data
 from stabkit.losses import CrossEntropy, Loss, PerSampleLoss
 from stabkit.metrics.audit import check_held_out
 from stabkit.predict import predict
 from stabkit.problem import UnlearningProblem
-from stabkit.remedy import algorithm_at
+from stabkit.remedy import BACKING_OFF, algorithm_at
 from stabkit.report import Report
 
 SPECTRUM_SAMPLES = 8  # of each set: the eigenvalues only say where to begin the scan of step sizes
-HALVINGS = 4  # of the step size, while staged rollouts do not confirm it
 LITTLE = 0.05  # of the way to the best constant prediction's loss, where no target is given
+NEAR = 0.9  # of the way to the target, from where on it counts as reached where staged rollouts say another loss
+# Of a report's checks those that a smaller step cannot pass: they are about what was measured, not about the run.
+OF_THE_MEASUREMENT = frozenset({CAPTURED, "relative eigen-residual", "error of TF32"})
 
 
 def tune(
@@ -41,29 +46,33 @@ def tune(
 ) -> Algorithm:
     """Choose step size, mix and number of steps from the predicted Pareto front.
 
-    Of all that hold, the setting that harms the retain set least while the forget loss reaches a target; the front has no
-    margin in the step size, as the ways out of `recommend` have. Forgetting has gone far enough where the forget samples
-    look like samples that were never seen: hence the held-out loss as the target.
+    Of all that hold, the setting that harms the retain set least while the forget loss reaches a target. The front has no
+    margin in the step size, as the ways out of `recommend` have, and rests on one linearisation: so a report is made of what
+    was chosen, and while its P(diverge) is above the risk, or a check says that the run may break, the step size is lowered.
+    Forgetting has gone far enough where the forget samples look like samples that were never seen: hence the held-out loss
+    as the target.
 
     Args:
         model: The trained network; never altered.
         forget: What to forget, in any form that `predict` takes.
         retain: What to retain, likewise.
-        algorithm: A name, or an algorithm object; its `steps` are the most that are taken.
+        algorithm: A name, or an algorithm object; its `steps` are the most that are taken. A shorter run is the beginning of
+            that one, with as many of the factors of its schedules; where its plan cannot be cut all steps are taken.
         test: Held-out data of the kind that is forgotten, whose typical loss becomes the target: of a cross-entropy that of
             the mean probability of the right labels, which a few confident mistakes leave alone; the mean of other losses.
             The forget set's mean loss is what is to reach it.
         forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss, as near as
             can be; a `TargetWarning` says where a given target is not reached, and where next to nothing is forgotten.
-        risk: Largest P(diverge) by the rollouts alone, in (0, 1): what is chosen may lie close to the boundary, where a
-            report's P, which also weighs how uncertain that is, is larger.
+        risk: Largest P(diverge) of a report about what is chosen, in (0, 1). A `LowConfidenceWarning` says so where even the
+            smallest step size that was tried is above it, or its report has low confidence.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         **settings: Anything else that `predict` takes but for `lr` and `mix`, which are chosen here: batch_size, steps,
-            seed, progress; its mode is "standard" unless it or a budget is given.
+            seed, progress, and mode, which is "auto" as there: thorough where network and run are small.
 
     Returns:
-        The algorithm, ready for `run`. Cost: one linearisation, the eigenvalues of few samples, and rollouts of some 450
-        settings; in mode="thorough" also staged rollouts of the chosen setting, whose step size is lowered until they hold.
+        The algorithm, ready for `run`. Cost: one linearisation, the eigenvalues of few samples, rollouts of some 450
+        settings, and one to six times what `Report.at` takes, at most one of them with a new mix; in a thorough mode staged
+        rollouts of the ways out that `recommend` has, and of those reports.
 
     Raises:
         TypeError: If an argument is none of `predict`'s, or is to be chosen here.
@@ -87,8 +96,7 @@ def tune(
         )
     target = None if forget_loss is None else check_real(forget_loss, name="forget_loss", owner="tune")
     chosen = resolve_algorithm(algorithm, owner="tune")
-    mode = "auto" if "budget" in settings else "standard"
-    settings = {"mode": mode, "spectrum_samples": SPECTRUM_SAMPLES, **settings}
+    settings = {"spectrum_samples": SPECTRUM_SAMPLES, **settings}
     if target is None and test is not None:
         problem = UnlearningProblem(
             model, forget, retain, loss=loss, test=test, device=settings.get("device"), dtype=settings.get("dtype")
@@ -96,10 +104,15 @@ def tune(
         assert problem.test is not None
         check_held_out(problem.test, problem, owner="tune")
         target = _typical_loss(problem)
-    report = predict(model, forget, retain, algorithm=chosen, loss=loss, **settings)
+    with _unwarned():  # of the step size that was begun with, which is not the one chosen
+        report = predict(model, forget, retain, algorithm=chosen, loss=loss, **settings)
     found = report.recommend(risk=risk)
     wanted = report.run.divergence_level if target is None else target
     point = found.reaching(wanted)
+    asked = chosen.replace(**report.run.settings)
+    tuned, said = _holding(report, asked, algorithm_at(asked, point), risk)
+    reached = said.rollout.forget_loss[-1]
+    short = point.forget_loss < wanted or _way(report, reached, wanted) < NEAR
     if report.run.forget_loss >= wanted:
         warnings.warn(
             f"the forget loss is {report.run.forget_loss:.4g} before the run, and so past its target, {wanted:.4g}: by this "
@@ -108,30 +121,67 @@ def tune(
             TargetWarning,
             stacklevel=caller_level(),
         )
-    elif point.forget_loss < wanted and (target is not None or _way(report, point.forget_loss) < LITTLE):
+    elif short and (target is not None or _way(report, reached, report.run.divergence_level) < LITTLE):
+        why = "no setting that is predicted to hold does"
+        if tuned.lr < point.lr:
+            why = f"the step size that does, {point.lr:.3g}, may break the run, and {tuned.lr:.3g} is taken"
         warnings.warn(
-            f"no setting that is predicted to hold brings the forget loss to {wanted:.4g}; the one chosen brings it to "
-            f"{point.forget_loss:.4g}. Raise `risk` or `steps`, or lower the target.",
+            f"the forget loss is predicted to come to {reached:.4g} and not to its target, {wanted:.4g}: {why}. Raise "
+            f"`risk` or `steps`, {_closer(report)}or lower the target.",
             TargetWarning,
             stacklevel=caller_level(),
         )
-    tuned = algorithm_at(chosen.replace(**report.run.settings), point)
-    for _ in range(HALVINGS if report.mode == "thorough" else 0):
-        if report.at(lr=tuned.lr, steps=tuned.steps, **_mix(tuned)).rollout.probability <= risk:
-            break
-        tuned = tuned.replace(lr=tuned.lr / 2)
+    doubts = [f"P(diverge) {said.probability:.2g} where at most {risk:.2g} is wanted"] * (said.probability > risk)
+    doubts += [f"{check.name} {_number(check.value)} ({check.remedy})" for check in said.checks if not check.passed]
+    if doubts:
+        warnings.warn(
+            f"the setting that was chosen, step size {tuned.lr:.3g}, mix {tuned.mix:.3g} and {tuned.steps} steps, is "
+            f"predicted with low confidence to hold: {'; '.join(doubts)}. For a surer one {_closer(report)}take a smaller "
+            "step size, or check with verify().",
+            LowConfidenceWarning,
+            stacklevel=caller_level(),
+        )
     return tuned
 
 
-def _way(report: Report, forget_loss: float) -> float:
-    """Share of the way from the forget loss before the run to that of the best constant prediction."""
+def _holding(report: Report, asked: Algorithm, tuned: Algorithm, risk: float) -> tuple[Algorithm, Report]:
+    """The setting, its step size lowered while its own report says that it may break; and that report."""
+    before, after, lr = asked.settings(), tuned.settings(), tuned.lr
+    with _unwarned():
+        said = report.at(**{name: value for name, value in after.items() if value != before[name]})
+        for factor in BACKING_OFF[1:]:
+            if said.probability <= risk and all(c.passed or c.name in OF_THE_MEASUREMENT for c in said.checks):
+                break
+            tuned = tuned.replace(lr=factor * lr)
+            said = said.at(lr=tuned.lr)
+    return tuned, said
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without warnings about settings that are only looked at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LowConfidenceWarning)
+        yield
+
+
+def _closer(report: Report) -> str:
+    """The mode that knows the boundary better, where there is one."""
+    return (
+        ""
+        if report.mode == "thorough"
+        else "take mode='thorough', which leaves the linearised network where it is wrong, "
+    )
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
+
+
+def _way(report: Report, forget_loss: float, target: float) -> float:
+    """Share of the way from the forget loss before the run to a target."""
     before = report.run.forget_loss
-    return (forget_loss - before) / (report.run.divergence_level - before)
-
-
-def _mix(algorithm: Algorithm) -> dict[str, float]:
-    """The mix, where it is one's to choose."""
-    return {} if algorithm.fixed_mix else {"mix": algorithm.mix}
+    return (forget_loss - before) / (target - before) if target > before else 1.0
 
 
 def _typical_loss(problem: UnlearningProblem) -> float | None:

@@ -53,8 +53,10 @@ def advice(
             else "Run it, but not unwatched: the confidence is low, and below stands why and what helps."
         ]
         if lr_detail.found and lr_detail.value < margin * algorithm.lr:
+            times = lr_detail.value / algorithm.lr
             said.append(
-                f"The step size is within a factor {margin:.2g} of the critical one, {lr_detail.value:.3g}: leave a margin."
+                f"The critical step size, {lr_detail.value:.3g}, is {times:.2g} times this one: leave a margin of "
+                f"{margin:.2g} times."
             )
         return tuple(said)
     said = []
@@ -63,8 +65,12 @@ def advice(
             f"No step size down to {lr_detail.value:.2g} is safe: the model is at or past the divergence level already.",
         )
     if lr_detail.found:
+        lower = f"ower the step size to {_two_digits(lr_detail.low / margin)} or less."
+        said.append(f"L{lower}" if algorithm.fixed_mix else f"Keep mix {algorithm.mix:.3g} and l{lower}")
+    if not lr_detail.found and algorithm.lr > lr_detail.scanned[1]:
         said.append(
-            f"Keep mix {algorithm.mix:.3g} and lower the step size to {_two_digits(lr_detail.low / margin)} or less."
+            f"No step size is known to break, but the linearised network is right up to {_two_digits(lr_detail.scanned[1])} "
+            "only, and says nothing beyond: stay below, or predict with mode='thorough'."
         )
     if mix_detail.found and mix_detail.low > 0:
         said.append(

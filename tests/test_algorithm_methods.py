@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -182,6 +183,46 @@ def test_the_l1_pull_falls_to_zero_over_the_run():
     bare = run(problem, algorithm.replace(penalty=0.0), stop_on_divergence=False)
     assert torch.equal(final_vector(problem, bare), final_vector(problem, plain))
     assert float(theta.abs().sum()) < float(final_vector(problem, plain).abs().sum())
+
+
+# ------------------------------------------------------------------ shorter runs
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        GradDiff(steps=30, lr_schedule="cosine", forget_schedule="linear", forget_every=4),
+        GradDiff(steps=30, lr_schedule="warmup"),
+        GradDiff(steps=30, forget_schedule=[1 - k / 60 for k in range(30)]),
+        SCRUB(steps=30),
+        SCRUB(steps=30, forget_share=0.0),
+        SFROn(steps=30),
+        L1Sparse(steps=30, penalty=0.0),
+    ],
+    ids=lambda a: a.name,
+)
+def test_a_shortened_run_is_the_beginning_of_the_longer_one(algorithm):
+    for steps in range(1, 31):
+        cut = algorithm.shortened(steps)
+        assert type(cut) is type(algorithm)
+        assert cut.plan() == algorithm.plan()[:steps]
+    assert algorithm.shortened(30) is algorithm
+
+
+def test_a_run_that_no_settings_shorten_is_not_shortened():
+    class FromTheEnd(GradDiff):
+        name = "from_the_end"
+
+        def plan(self):
+            return tuple(dataclasses.replace(p, lr=self.steps - k) for k, p in enumerate(super().plan()))
+
+    for algorithm in (L1Sparse(steps=30), FromTheEnd(steps=30)):
+        assert algorithm.shortened(8) is None
+        assert algorithm.shortened(30) is algorithm
+    with pytest.raises(
+        ValueError, match=r"`steps` of `GradDiff.shortened` must be .* in \[1, 30\]; got 31. The run has 30"
+    ):
+        GradDiff(steps=30).shortened(31)
 
 
 # ------------------------------------------------------------------ SCRUB

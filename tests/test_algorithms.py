@@ -57,6 +57,12 @@ def small_problem(n_forget=4, n_retain=9):
         ("mix", -1e-9, ValueError, r"got -1e-09"),
         ("mix", None, TypeError, r"got None"),
         ("steps", 0, ValueError, r"`steps` of `{}` must be a whole number >= 1; got 0"),
+        (
+            "steps",
+            10**9,
+            ValueError,
+            r"`steps` of `{}` must be a whole number in \[1, 1000000\]; got 1000000000\. Each is taken",
+        ),
         ("steps", 2.0, TypeError, r"`steps` of `{}` must be a whole number >= 1; got 2\.0"),
         ("batch_size", 0, ValueError, r"`batch_size` of `{}` must be a whole number >= 1; got 0"),
         ("batch_size", "8", TypeError, r"got '8'"),

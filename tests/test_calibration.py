@@ -105,7 +105,10 @@ def test_a_report_weighs_both(digits_mlp, random_deletion):
     step = float(re.search(r"lower the step size to (\S+) or less", said.advice[0])[1])
     assert 0.9 * bound < step <= bound  # two digits, rounded down
     near = report.at(lr=0.8 * report.critical_lr)
-    assert f"within a factor {margin:.2g} of the critical one" in near.advice[1]
+    times = near.critical_lr / near.run.lr
+    assert (
+        f"{near.critical_lr:.3g}, is {times:.2g} times this one: leave a margin of {margin:.2g} times" in near.advice[1]
+    )
     assert near.probability > near.rollout.probability + 0.05
 
 
@@ -176,6 +179,7 @@ def test_where_no_step_size_breaks_the_linearised_network_its_reach_is_told():
     assert report.at(lr=0.9 * reach).probability == report.at(lr=0.9 * reach).rollout.probability < 0.01
     assert beyond_it.probability == (beyond_it.rollout.probability + 0.5) / 2
     assert (beyond_it.verdict, beyond_it.confidence) == ("marginal", "low")
+    assert beyond_it.advice[0].startswith("No step size is known to break, but the linearised network is right up to ")
     problem = UnlearningProblem(model, forget, retain)
     assert run(problem, algorithm.replace(lr=100 * reach)).diverged
     for item in report.at(lr=20 * reach).recommend().items:

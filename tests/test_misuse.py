@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +17,7 @@ import stabkit
 from stabkit.algorithms import ALGORITHMS
 from stabkit.curvature import linearise
 from stabkit.data import as_samples
+from stabkit.frontier import Outcome
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.training import train
@@ -172,8 +176,19 @@ def test_algorithms_with_a_mix_of_their_own_have_no_critical_one(model, name, mo
     detail = report.critical_mix_detail
     assert not detail.found
     assert detail.scanned == (detail.value, detail.value)
-    assert f"{name} has a mix of its own, {detail.value:g}" in report.summary()
-    assert not any("lower the mix" in line for line in report.advice)
+    assert report.fixed_mix
+    # Nothing is said of what cannot be chosen, but in the list of settings and in words for the curvature.
+    told = [line for line in report.summary().splitlines() if not line.lstrip().startswith(("algorithm ", "mixed σ"))]
+    assert not re.search(r"\bmix\b", "\n".join(told))
+    front = report.frontier()
+    assert front.mix.tolist() == [detail.value]
+    assert 0 <= front.probability.min() < front.probability.max() <= 1
+    figure, axes = front.plot(outcomes=[Outcome(lr=2.0, mix=detail.value, diverged=True)])
+    np.testing.assert_array_equal(axes.get_lines()[0].get_ydata(), front.probability[:, 0])
+    assert "mix" not in f"{axes.get_xlabel()}{axes.get_title()}"
+    plt.close(figure)
+    with pytest.raises(ValueError, match=rf"`mix` of `Report.frontier` must be left out for '{name}'.*; got 0\.5"):
+        report.frontier(mix=[0.5])
 
 
 def test_a_rank_that_is_found_has_a_bound(model):

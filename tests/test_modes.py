@@ -15,7 +15,16 @@ from stabkit.calibration import beyond, calibration, kind_at
 from stabkit.checks import MARGIN, margin_check
 from stabkit.curvature import forward_size, rows_pay
 from stabkit.models import SmallCNN
-from stabkit.modes import MODES, OPERATIONS_A_SECOND, SMALL_WORK, Sizes, estimate_cost, small_work
+from stabkit.modes import (
+    MODES,
+    OPERATIONS_A_SECOND,
+    ROLLOUTS,
+    SMALL_WORK,
+    STEP_SECONDS,
+    Sizes,
+    estimate_cost,
+    small_work,
+)
 from stabkit.problem import UnlearningProblem
 from stabkit.training import train
 
@@ -123,11 +132,11 @@ def test_without_a_budget_small_networks_and_runs_are_predicted_thoroughly(case)
     parameters = sum(p.numel() for p in case[0].parameters())
     assert thorough.gradient_equivalents * parameters < SMALL_WORK
     # Staged rollouts cost by the step, so that a long enough run is predicted by one linearisation.
-    steps = int(SMALL_WORK / parameters)
-    assert stabkit.predict_cost(*case, **{**_settings(), "steps": steps}).mode == "standard"
+    long = {**_settings(), "steps": 10**6, "batch_size": 64}
+    assert stabkit.predict_cost(*case, **long).mode == "standard"
     with pytest.MonkeyPatch.context() as patch:  # a GPU does a hundred times as much in the time
         patch.setattr("stabkit.modes.small_work", lambda device: small_work(torch.device("cuda", 0)))
-        assert stabkit.predict_cost(*case, **{**_settings(), "steps": steps}).mode == "thorough"
+        assert stabkit.predict_cost(*case, **long).mode == "thorough"
     assert stabkit.predict(*case, **SMALL).mode == "thorough"
 
 
@@ -152,6 +161,26 @@ def test_the_estimate_is_near_what_the_report_tells(case):
     assert estimate.seconds > 0
     assert "30 steps" in str(estimate)
     assert "<table" in estimate._repr_html_()
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")
+def test_long_runs_of_small_networks_cost_their_calls(case):
+    """Which take the longer part of their seconds, though they compute next to nothing."""
+    told = [
+        next(
+            s
+            for s in stabkit.predict_cost(*case, mode="fast", **{**SMALL, "steps": steps}).stages
+            if "theory" in s.stage
+        )
+        for steps in (1000, 3000)
+    ]
+    calls = ROLLOUTS * STEP_SECONDS * 2  # a step on both sets
+    assert told[1].seconds - told[0].seconds > 2000 * calls
+    assert told[1].gradient_equivalents == told[0].gradient_equivalents
+    settings = {**SMALL, "steps": 1000, "lr": 1e-4}
+    report = stabkit.predict(*case, mode="fast", **settings)
+    took = next(cost for cost in report.costs if "theory" in cost.stage)
+    assert took.seconds / 10 < told[0].seconds < 10 * took.seconds  # on machines of all kinds
 
 
 @pytest.mark.filterwarnings("ignore::stabkit.LowConfidenceWarning")

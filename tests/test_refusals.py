@@ -246,7 +246,7 @@ def test_tune_says_so_where_the_target_is_reached_before_the_run():
     with warnings.catch_warnings():
         warnings.simplefilter("error", category=UserWarning)
         warnings.filterwarnings("ignore", category=stabkit.LowConfidenceWarning)
-        warnings.filterwarnings("ignore", message="no setting that is predicted")
+        warnings.filterwarnings("ignore", message="the forget loss is predicted to come to")
         stabkit.tune(model, forget, retain, forget_loss=0.8, batch_size=8, mode="fast", steps=10)
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import warnings
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
 
 import stabkit
-from stabkit.algorithms import FineTune, GradientAscent
+from stabkit.algorithms import FineTune, GradientAscent, L1Sparse
 from stabkit.calibration import calibration
 from stabkit.curvature import linearise
 from stabkit.modes import MODES
 from stabkit.problem import UnlearningProblem
-from stabkit.recommendations import Recommendations
+from stabkit.recommendations import ParetoPoint, Recommendations
 from stabkit.remedy import algorithm_at
 from stabkit.runner import run
 
@@ -231,6 +233,96 @@ def test_tuning_reaches_its_target_without_breaking(digits_mlp, class_deletion):
     assert not real.diverged
     assert real.trajectory[-1].forget_loss > 1.0  # from 0.1 or so: most of the way on the logarithm
     assert real.trajectory[-1].retain_loss < 0.5
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.TargetWarning")
+@pytest.mark.parametrize("schedule", ["linear", "given"])
+def test_a_tuned_run_is_the_one_that_was_predicted(digits_mlp, class_deletion, schedule, monkeypatch):
+    """Fewer steps keep the factors that they had in the longer run, which a name would squeeze."""
+    options = {key: value for key, value in QUICK.items() if key != "steps"}
+    factors = [1 - k / 30 for k in range(30)]
+    asked = stabkit.GradDiff(steps=30, batch_size=32, forget_schedule="linear" if schedule == "linear" else factors)
+    mode = "standard" if schedule == "linear" else "thorough"
+    point = ParetoPoint(lr=0.02, mix=0.3, steps=8, probability=0.0, retain_loss=0.1, forget_loss=2.0)
+    monkeypatch.setattr(Recommendations, "reaching", lambda found, forget_loss: point)
+    tuned = stabkit.tune(digits_mlp, *class_deletion, algorithm=asked, forget_loss=2.0, mode=mode, **options)
+    assert tuned.steps == 8
+    assert list(tuned.forget_schedule) == pytest.approx(factors[: tuned.steps])
+
+
+def test_points_of_fewer_steps_are_beginnings_of_the_run(digits_mlp, random_deletion):
+    asked = stabkit.GradDiff(lr=0.1, lr_schedule="cosine", steps=40)
+    settings = {**QUICK, "steps": 40}
+    report = stabkit.predict(digits_mlp, *random_deletion, algorithm=asked, mode="standard", **settings)
+    point = next(p for p in report.recommend().front if p.steps < 40)
+    cut = algorithm_at(asked, point)
+    changes = {name: getattr(cut, name) for name in ("lr", "mix", "steps", "lr_schedule")}
+    said = report.at(**changes).rollout
+    assert np.mean(said.score) < 0
+    both = said.retain_low[-1], said.retain_high[-1]  # of two seeds
+    assert sum(both) / 2 == pytest.approx(point.retain_loss, rel=1e-3)
+
+
+def test_a_plan_that_cannot_be_cut_is_offered_whole(digits_mlp, class_deletion):
+    asked = L1Sparse(lr=0.01, penalty=1e-2)
+    found = stabkit.predict(digits_mlp, *class_deletion, algorithm=asked, mode="standard", **QUICK).recommend()
+    assert {p.steps for p in found.front} == {40}
+    point = dataclasses.replace(found.front[0], steps=8)
+    with pytest.raises(ValueError, match=r"`point` of `algorithm_at` must have the 40 steps of L1Sparse.*; got 8\."):
+        algorithm_at(asked.replace(steps=40), point)
+
+
+def test_fewer_steps_cut_a_schedule_that_was_given_factor_by_factor(report):
+    falling = [1 - k / 80 for k in range(40)]
+    scheduled = report.at(lr_schedule=falling, forget_schedule=falling)
+    shorter = scheduled.at(steps=10)
+    assert shorter.run.settings["lr_schedule"] == pytest.approx(falling[:10])
+    assert shorter.rollout.retain_loss == pytest.approx(scheduled.rollout.retain_loss[:11])
+    with pytest.raises(
+        ValueError, match=r"`lr_schedule` of `GradDiff` must hold one factor for each of the 50 steps; got 40"
+    ):
+        scheduled.at(steps=50)
+
+
+@pytest.mark.parametrize("mode", ["standard", "thorough"])
+def test_what_is_tuned_has_a_report_that_holds(digits_mlp, class_deletion, mode, monkeypatch):
+    """The front alone has no margin, and a point of it may break: then a part of its step size is taken, and said to be."""
+    options = {**{key: value for key, value in QUICK.items() if key != "steps"}, "mode": mode}
+    asked = stabkit.GradDiff(steps=40, batch_size=32)
+    edge = ParetoPoint(lr=0.05, mix=0.5, steps=40, probability=0.01, retain_loss=1.0, forget_loss=30.0)
+    monkeypatch.setattr(Recommendations, "reaching", lambda found, forget_loss: edge)
+    with pytest.warns(
+        stabkit.TargetWarning, match=r"to its target, 20: the step size that does, 0\.05, may break the run"
+    ):
+        tuned = stabkit.tune(digits_mlp, *class_deletion, algorithm=asked, forget_loss=20.0, **options)
+    assert tuned.lr < 0.05
+    said = stabkit.predict(digits_mlp, *class_deletion, algorithm=tuned, **options)
+    assert said.probability <= 0.07  # of 0.05, with eigenvalues of other samples
+    problem = UnlearningProblem(digits_mlp, *class_deletion)
+    assert not any(run(problem, tuned, seed=seed).diverged for seed in range(10, 14))
+
+
+def test_tuning_that_finds_nothing_sure_says_so(digits_mlp, class_deletion, monkeypatch):
+    """Looked at with a check that no step size passes; and nothing is said of the settings looked at on the way."""
+    judged = stabkit.Report.at
+
+    def doubtful(report, **changes):
+        found = judged(report, **changes)
+        check = stabkit.report.Check(
+            name="likeness", value=2.0, threshold=1.0, passed=False, meaning="", remedy="Look."
+        )
+        return dataclasses.replace(found, checks=(*found.checks, check))
+
+    monkeypatch.setattr(stabkit.Report, "at", doubtful)
+    options = {**{key: value for key, value in QUICK.items() if key != "steps"}, "mode": "standard", "steps": 20}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tuned = stabkit.tune(digits_mlp, *class_deletion, forget_loss=0.2, **options)
+    unsure = [str(w.message) for w in said if w.category is stabkit.LowConfidenceWarning]
+    assert len(unsure) == 1
+    assert f"step size {tuned.lr:.3g}, " in unsure[0]
+    assert "likeness 2 (Look.)" in unsure[0]
+    assert "mode='thorough'" in unsure[0]
 
 
 def test_held_out_data_are_the_target(digits_mlp, random_deletion, digits_data):

@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 
 import stabkit
 from stabkit._table import Table, number
+from stabkit.checks import MARGIN
 from stabkit.frontier import Outcome
 from stabkit.render import MECHANISMS, headline, sections
 from stabkit.report import Check, LayerGate, Report, Run, Share
@@ -370,6 +371,59 @@ def test_values_that_are_not_finite_leave_the_drawing_at_its_top(report):
     (arrow,) = (line for line in axes[0].get_lines() if line.get_marker() == "^")
     assert (arrow.get_xdata()[0], arrow.get_ydata()[0]) == (report.rollout.steps[2], drawn[2])
     assert axes[0].get_xlim() == (0, report.rollout.steps[-1])
+    plt.close(figure)
+
+
+def test_a_run_that_its_stop_rule_ends_is_said_to_end(report):
+    settings = {**report.run.settings, "drift_tolerance": None, "leakage_bound": 0.05}
+    ends = dataclasses.replace(
+        report,
+        run=dataclasses.replace(report.run, settings=settings),
+        rollout=dataclasses.replace(report.rollout, stopped_step=7.0),
+    )
+    assert headline(ends).endswith(" Its stop rule (leakage above 0.05) is predicted to end it after step 7 of 30.")
+    assert re.search(r"last step +7  \(of 30, by its stop rule \(leakage above 0\.05\): median of ", str(ends))
+    figure, axes = ends.plot()
+    (line,) = (line for line in axes[0].get_lines() if line.get_label() == "predicted early stop")
+    assert list(line.get_xdata()) == [7, 7]
+    plt.close(figure)
+    whole = dataclasses.replace(report, rollout=dataclasses.replace(report.rollout, stopped_step=30.0))
+    assert "stop rule" not in str(whole)
+    assert "last step" not in str(whole)
+
+
+def test_losses_begin_as_the_curve_does_and_say_where_they_cross(report):
+    rollout = dataclasses.replace(
+        report.rollout, retain_loss=(0.25, 9.0, 3.0), forget_loss=(0.5, 8.0, 4.0), steps=(0, 1, 30), samples=(96, 48)
+    )
+    broken = dataclasses.replace(report, rollout=rollout, divergence_step=1.0)
+    level = number(report.run.divergence_level)
+    assert re.search(r"retain loss +0\.25 → 9 at most  \(crosses", str(broken))
+    assert f"crosses {level}, from where on it counts as diverged, near step 1; 3 where it ends or is given up" in str(
+        broken
+    )
+    held = str(dataclasses.replace(broken, divergence_step=None))
+    assert re.search(
+        r"retain loss +0\.25 → 3  \(predicted end, mean of the 96 samples linearised; diverged from ", held
+    )
+
+
+def test_words_fit_the_verdict(report):
+    """What grows need not break a run, and a run may be near the edge where nothing grows."""
+    slides = dataclasses.replace(report.cause, mechanism="saddle")
+    still = dataclasses.replace(report.cause, mechanism="none")
+    words = "what grows, but is not predicted to break the run: the retain loss itself"
+    assert words in str(dataclasses.replace(report, verdict="stable", cause=slides))
+    assert words not in str(dataclasses.replace(report, verdict="diverges", cause=slides))
+    for probability, words in ((0.2, "but the critical step size may lie below"), (0.8, "the run breaks on its way")):
+        rollout = dataclasses.replace(report.rollout, probability=probability)
+        edge = dataclasses.replace(report, verdict="marginal", cause=still, rollout=rollout)
+        assert f"a factor e within the run; {words}" in str(edge)
+        assert "–  (A marginal verdict claims neither side.)" in str(edge)
+    assert MARGIN in str(report)
+    assert "claims neither side" not in str(dataclasses.replace(report, verdict="stable"))
+    figure, axes = edge.plot()
+    assert axes[1].get_title() == "which layers"
     plt.close(figure)
 
 

@@ -132,6 +132,9 @@ def test_the_plot_draws_every_run(checked):
     from matplotlib import pyplot as plt
 
     figure, ax = checked.plot()
+    figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1  # beside the curves, and all of it drawn
+    assert ax.get_legend().get_window_extent().x1 <= figure.bbox.x1
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert sum(label.startswith("above, lr") for label in labels) == 2
     plt.close(figure)

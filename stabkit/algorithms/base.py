@@ -27,6 +27,8 @@ from stabkit.reading import READS
 from stabkit.sampling import SAMPLINGS
 
 OPTIMIZERS = ("sgd", "adamw")
+# Own bound: a prediction's rollouts of a million steps take most of an hour and 1 GB for their looks, whatever the network.
+MOST_STEPS = 10**6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,7 +94,7 @@ class Algorithm(abc.ABC):
     Attributes:
         lr: Step size η > 0.
         mix: α in [0, 1]: 0 descends on the retain set alone, 1 ascends on the forget set alone.
-        steps: Number of steps K >= 1.
+        steps: Number of steps K, in [1, 10⁶]; a plan of a hundred thousand takes some 20 MB.
         batch_size: Retain samples a step, B_R.
         forget_batch_size: Forget samples a step, B_F; the smaller of `batch_size` and the forget set when None.
         sampling: "without_replacement" (a shuffling loader that drops a last short batch), "with_replacement" or
@@ -171,7 +173,9 @@ class Algorithm(abc.ABC):
         remedy = "0 is retain only, 1 is forget only."
         mix = check_real(self.mix, name="mix", owner=owner, low=0, high=1, remedy=remedy)
         plain: dict[str, object] = {"lr": lr, "mix": mix}
-        plain["steps"] = check_int(self.steps, name="steps", owner=owner, low=1)
+        steps = check_int(self.steps, name="steps", owner=owner, low=1)
+        remedy = "Each is taken, by a run and by every rollout of it: ask about the first ones."
+        plain["steps"] = check_int(steps, name="steps", owner=owner, low=1, high=MOST_STEPS, remedy=remedy)
         plain["batch_size"] = check_int(self.batch_size, name="batch_size", owner=owner, low=1)
         if self.forget_batch_size is not None:
             size = check_int(self.forget_batch_size, name="forget_batch_size", owner=owner, low=1)
@@ -496,6 +500,40 @@ class Algorithm(abc.ABC):
             if key not in known:
                 raise TypeError(f"`{type(self).__name__}` has no setting {key!r}; it has {', '.join(sorted(known))}.")
         return type(self)(**{**self.settings(), **changes})  # type: ignore[arg-type]
+
+    def shortened(self, steps: int) -> Algorithm | None:
+        """The same run, ended after fewer steps: schedules keep the factors they begin with and are not squeezed.
+
+        `replace(steps=...)` asks for another run where a schedule has a name, or is counted from the run's length otherwise.
+
+        Args:
+            steps: How many, in [1, K].
+
+        Returns:
+            A new algorithm of the same class; None where no settings make such a run, as of `L1Sparse`, whose penalty always
+            falls to 0. Cost: both plans, where a class has its own.
+
+        Raises:
+            ValueError: If there are fewer steps than that.
+        """
+        remedy = f"The run has {self.steps}."
+        check_int(steps, name="steps", owner=f"{type(self).__name__}.shortened", low=1, high=self.steps, remedy=remedy)
+        if steps == self.steps:
+            return self
+        beginning = self._beginning(steps)
+        if beginning is None:
+            return None
+        cut = self.replace(**beginning)
+        # A class's own plan may count from the end in ways that no setting follows.
+        if type(self).plan is not Algorithm.plan and cut.plan() != self.plan()[:steps]:
+            return None
+        return cut
+
+    def _beginning(self, steps: int) -> dict[str, object] | None:
+        """What to set for the run's first steps alone: a class adds what else its plan counts from the run's length."""
+        given = {key: getattr(self, key) for key in ("lr_schedule", "forget_schedule")}
+        cut = {key: factors_of(value, self.steps)[:steps] for key, value in given.items() if value is not None}
+        return {"steps": steps, **cut}
 
     def settings(self) -> dict[str, object]:
         """All settings by name.

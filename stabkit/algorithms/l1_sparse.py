@@ -45,6 +45,10 @@ class L1Sparse(FineTune):
         plans = super().plan()
         return tuple(replace(p, pull=self.penalty * (1 - k / self.steps)) for k, p in enumerate(plans))
 
+    def _beginning(self, steps: int) -> dict[str, object] | None:
+        """None with a penalty, which falls to 0 within any run."""
+        return None if self.penalty else super()._beginning(steps)
+
     def preconditioner(self, problem: UnlearningProblem) -> Preconditioner:
         """The identity, with the signs that the pull goes against.
 

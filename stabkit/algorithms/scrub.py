@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -72,6 +73,15 @@ class SCRUB(Algorithm):
             replace(p, retain=2 * p.retain, forget=2 * p.forget) if k < last else replace(p, retain=2.0, forget=0.0)
             for k, p in enumerate(super().plan())
         )
+
+    def _beginning(self, steps: int) -> dict[str, object] | None:
+        """The same max steps, which are a larger share of fewer steps."""
+        beginning = super()._beginning(steps)
+        last = math.ceil(self.forget_share * self.steps)
+        share = (
+            min(1.0, (last - 0.5) / steps) if last else 0.0
+        )  # half a step below the edge, which rounding cannot reach
+        return None if beginning is None else {**beginning, "forget_share": share}
 
     def retain_residual(self, loss: Loss, batch: Batch) -> Tensor:
         """Derivative of γ ℓ + δ τ² KL.
