@@ -25,6 +25,7 @@ from stabkit.curvature import (
     row_budget,
     rows_pay,
 )
+from stabkit.curvature.dormant import SAMPLES
 from stabkit.measure import (
     COHERENCE_ROWS,
     COHERENCE_SAMPLES,
@@ -260,9 +261,9 @@ def estimate_cost(
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
     if settings.staged:
         share = TYPICAL_SHARE if problem.size < LARGE else LARGE_SHARE
-        # First steps and those before each place, at the two ends of which there is a pass beside the place's own.
+        # First steps, and those before each place with two passes over few samples.
         each_rollout = share * run + (1 + PLACES) * PATH_STEPS * sum(algorithm.batch_sizes(problem))
-        each_rollout += (3 * PLACES + share * looks) * sum(held) / 3
+        each_rollout += (PLACES + share * looks) * sum(held) / 3 + PLACES * 2 * sum(min(SAMPLES, m) for m in held) / 3
         if algorithm.adaptive or coupled:
             each_rollout = (COUPLED_SHARE if coupled else REAL_SHARE) * (run + looks * sum(held) / 3)
         scans = 1 if algorithm.fixed_mix else 2

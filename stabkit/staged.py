@@ -10,6 +10,7 @@ statistics it knows other batches than the run's, whose places are elsewhere: al
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -110,10 +111,10 @@ def staged_rollout(
         progress: Whether to show a progress bar.
 
     Returns:
-        The rollout. Cost of a seed: the first steps (`first_look`), forward passes over the linearised samples at up to
-        log2(steps) + 4 places, four steps before each and two such passes for them, and then what the rest of the run costs,
-        with such passes at each look; gradients of up to 128 samples at each of those places where the network has dormant
-        tensors. Of AdamW, and with batchnorm="batch", all steps are real.
+        The rollout. Cost of a seed: the first steps (`first_look`); forward passes over the linearised samples at up to
+        log2(steps) + 3 places, at most of them with four real steps and two passes over up to 128 samples; then what the rest
+        of the run costs, with passes over all of them at each look; gradients of up to 128 samples at each of those places
+        where the network has dormant tensors. Of AdamW, and with batchnorm="batch", all steps are real.
 
     Raises:
         ValueError: If an argument is out of its domain, or batches may have no variance to be normalised by.
@@ -293,21 +294,38 @@ class _Run:
         before = step - PATH_STEPS
         if before <= 0:
             return 0.0  # the first steps have been looked at
-        network, start = self._network, self._position(before)
-        at = start
+        at = start = self._position(before)
         for at in self._steps(start):
             if at.step == step or at.stopped:
                 break
+        network = self._few
+        there, here = (self._evaluated(self._problem.unflatten(place.theta), network)[0] for place in (start, at))
         self.gradients += at.gradient_equivalents
-        there, here = (self._evaluated(self._problem.unflatten(place.theta))[0] for place in (start, at))
         reached, began = self.path[at.step][0], self.path[before][0]
-        least = math.sqrt(sum(float(part.features.matmul(reached).double().square().sum()) for part in self._parts()))
+        gone = math.sqrt(
+            sum(float((part.features @ reached).double().square().sum()) for part in (network.retain, network.forget))
+        )
+        share = (at.step - before) / at.step
         return network.output_error(
-            reached - began, here, before=there, least=rounding(self._theta), moved=least * (at.step - before) / at.step
+            reached - began, here, before=there, least=rounding(self._theta), moved=gone * share
         )
 
-    def _parts(self) -> tuple[LinearisedSet, LinearisedSet]:
-        return self._network.retain, self._network.forget
+    @functools.cached_property
+    def _few(self) -> LinearisedNetwork:
+        """The network with few samples of each set, which tell whether steps are alike."""
+
+        def part(whole: LinearisedSet) -> LinearisedSet:
+            chosen = torch.linspace(0, whole.samples - 1, min(SAMPLES, whole.samples)).round().long()
+            here = chosen.to(whole.outputs.device)
+            return replace(
+                whole,
+                outputs=whole.outputs[here],
+                features=whole.features[here],
+                targets=whole.targets[here],
+                indices=whole.indices[chosen.to(whole.indices.device)],
+            )
+
+        return replace(self._network, retain=part(self._network.retain), forget=part(self._network.forget))
 
     def _believed(self, rolled: Rollout, ahead: list[int], bounds: tuple[float, float, float]) -> tuple[int, _Seen]:
         """Last step up to which the linearisation is right, and the real network there."""
@@ -318,7 +336,7 @@ class _Run:
             looks = [(float(loss), k) for k, loss in zip(rolled.steps.tolist(), rolled.retain_loss[0, 0], strict=True)]
             peak = max((look for look in looks if look[1] in set(ahead)), default=(0.0, candidates[-1]))[1]
             half = candidates[len(candidates) // 2]
-            if peak != candidates[-1] and not self._seen(peak).within(bounds):
+            if peak != candidates[-1] and not self._seen(peak, path=False).within(bounds):
                 candidates = candidates[: candidates.index(peak) + 1]
             elif self._recent_error(half) > bounds[2]:
                 candidates = candidates[: candidates.index(half) + 1]
@@ -398,8 +416,8 @@ class _Run:
             return SCORE_CAP
         return float(self._scale.score(torch.tensor(losses[0], dtype=torch.float64)))
 
-    def _seen(self, step: int) -> _Seen:
-        """The real network at the parameters predicted for a step."""
+    def _seen(self, step: int, *, path: bool = True) -> _Seen:
+        """The real network at the parameters predicted for a step, and whether the run comes there."""
         network, coordinates = self._network, self.path[step][0]
         if not bool(torch.isfinite(coordinates).all()):
             return _Seen(loss_error=math.inf, output_error=math.inf, losses=(math.inf, math.inf))
@@ -416,16 +434,15 @@ class _Run:
             output_error=network.output_error(coordinates, outputs),
             losses=losses,
             awakened=awakened(self._problem, network, moved),
-            path_error=self._recent_error(step),
+            path_error=self._recent_error(step) if path else 0.0,
         )
 
-    def _evaluated(self, parameters: Parameters) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
-        """The real network's outputs and mean losses on the linearised samples."""
-        outputs, means = [], []
-        for samples, part in (
-            (self._problem.retain, self._network.retain),
-            (self._problem.forget, self._network.forget),
-        ):
+    def _evaluated(
+        self, parameters: Parameters, on: LinearisedNetwork | None = None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
+        """The real network's outputs and mean losses on the linearised samples, or those of another network."""
+        outputs, means, held = [], [], on or self._network
+        for samples, part in ((self._problem.retain, held.retain), (self._problem.forget, held.forget)):
             found, _, losses = self._problem.evaluate(samples, parameters, part.indices)
             mean = float(losses.double().mean())
             outputs.append(found)
