@@ -112,9 +112,9 @@ def staged_rollout(
 
     Returns:
         The rollout. Cost of a seed: the first steps (`first_look`); forward passes over the linearised samples at up to
-        log2(steps) + 3 places, at most of them with four real steps and two passes over up to 128 samples; then what the rest
-        of the run costs, with passes over all of them at each look; gradients of up to 128 samples at each of those places
-        where the network has dormant tensors. Of AdamW, and with batchnorm="batch", all steps are real.
+        log2(steps) + 3 places, at most of them with four real steps and two passes over up to 128 samples; then what the
+        rest of the run costs, with passes over all of them at each look; gradients of up to 128 samples at each of those
+        places where the network has dormant tensors. Of AdamW, and with batchnorm="batch", all steps are real.
 
     Raises:
         ValueError: If an argument is out of its domain, or batches may have no variance to be normalised by.
