@@ -124,7 +124,9 @@ def tune(
     elif short and (target is not None or _way(report, reached, report.run.divergence_level) < LITTLE):
         why = "no setting that is predicted to hold does"
         if tuned.lr < point.lr:
-            why = f"the step size that does, {point.lr:.3g}, may break the run, and {tuned.lr:.3g} is taken"
+            why = f"the step size that comes nearest, {point.lr:.3g}, may break the run, and {tuned.lr:.3g} is taken"
+        elif point.forget_loss >= wanted:
+            why = f"the one linearisation that the front rests on says {point.forget_loss:.4g} of the setting chosen"
         warnings.warn(
             f"the forget loss is predicted to come to {reached:.4g} and not to its target, {wanted:.4g}: {why}. Raise "
             f"`risk` or `steps`, {_closer(report)}or lower the target.",
@@ -170,7 +172,7 @@ def _closer(report: Report) -> str:
     return (
         ""
         if report.mode == "thorough"
-        else "take mode='thorough', which leaves the linearised network where it is wrong, "
+        else "take mode='thorough', which takes real steps where the linearised network is wrong, "
     )
 
 

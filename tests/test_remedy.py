@@ -292,7 +292,7 @@ def test_what_is_tuned_has_a_report_that_holds(digits_mlp, class_deletion, mode,
     edge = ParetoPoint(lr=0.05, mix=0.5, steps=40, probability=0.01, retain_loss=1.0, forget_loss=30.0)
     monkeypatch.setattr(Recommendations, "reaching", lambda found, forget_loss: edge)
     with pytest.warns(
-        stabkit.TargetWarning, match=r"to its target, 20: the step size that does, 0\.05, may break the run"
+        stabkit.TargetWarning, match=r"to its target, 20: the step size that comes nearest, 0\.05, may break the run"
     ):
         tuned = stabkit.tune(digits_mlp, *class_deletion, algorithm=asked, forget_loss=20.0, **options)
     assert tuned.lr < 0.05
