@@ -32,7 +32,7 @@ class ProbabilityWarning(StabkitWarning):
 
 
 class LowConfidenceWarning(StabkitWarning):
-    """A number was computed but should not be trusted far; the message says why."""
+    """A number or a model was computed but should not be trusted far; the message says why."""
 
 
 class TargetWarning(StabkitWarning):

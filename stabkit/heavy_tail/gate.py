@@ -72,7 +72,7 @@ class LayerGates:
             ax.text(1.03, place, text, verticalalignment="center", fontsize="small")
         ax.set_yticks(range(len(rows)), [row.name for row in rows], fontsize="small")
         ax.set_ylim(len(rows) - 0.4, -0.6)  # in the network's order, from above
-        ax.set_xlim(0, 1.5)  # with room for the exponents
+        ax.set_xlim(0, 1.7)  # with room for the exponents
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
         ax.axvline(NEUTRAL, color="black", linewidth=1, linestyle=":")
         ax.set_xlabel("gate ν; 1 leaves a layer as it is")
