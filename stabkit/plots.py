@@ -157,6 +157,7 @@ def _plot_step_sizes(frontier: Frontier, ax: Axes, outcomes: Sequence[Outcome]) 
             (drawn,) = ax.plot(lrs, [float(diverged)] * len(lrs), marker, linestyle="", label=label, zorder=3)
             drawn.set(markersize=9, markerfacecolor="white", markeredgecolor="black", markeredgewidth=1.2)
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(NullFormatter())  # labels between decades run into one another
     ax.set_ylim(-0.05, 1.05)
     ax.set_xlabel("step size η")
     ax.set_ylabel("P(diverge)")
