@@ -315,15 +315,7 @@ class _Run:
         """The network with few samples of each set, which tell whether steps are alike."""
 
         def part(whole: LinearisedSet) -> LinearisedSet:
-            chosen = torch.linspace(0, whole.samples - 1, min(SAMPLES, whole.samples)).round().long()
-            here = chosen.to(whole.outputs.device)
-            return replace(
-                whole,
-                outputs=whole.outputs[here],
-                features=whole.features[here],
-                targets=whole.targets[here],
-                indices=whole.indices[chosen.to(whole.indices.device)],
-            )
+            return whole.picked(torch.linspace(0, whole.samples - 1, min(SAMPLES, whole.samples)).round().long())
 
         return replace(self._network, retain=part(self._network.retain), forget=part(self._network.forget))
 

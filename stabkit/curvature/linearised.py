@@ -61,18 +61,28 @@ class LinearisedSet:
             The part, the same at every call.
         """
         kept = torch.randperm(self.samples, generator=torch.Generator().manual_seed(0))
-        kept = kept[: math.ceil(share * self.samples)].sort().values.to(self.outputs.device)
+        return self.picked(kept[: math.ceil(share * self.samples)].sort().values)
 
-        def of(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[kept.to(values.device)]
+    def picked(self, places: Tensor) -> LinearisedSet:
+        """Some of the samples, which stand for the same set.
+
+        Args:
+            places: Which of the samples held, shape (m',), on the CPU.
+
+        Returns:
+            The part.
+        """
+
+        def of(values: Tensor) -> Tensor:
+            return values[places.to(values.device)]
 
         return replace(
             self,
-            outputs=self.outputs[kept],
-            features=self.features[kept],
-            targets=self.targets[kept],
-            indices=self.indices[kept.to(self.indices.device)],
-            original=of(self.original),
+            outputs=of(self.outputs),
+            features=of(self.features),
+            targets=of(self.targets),
+            indices=of(self.indices),
+            original=None if self.original is None else of(self.original),
         )
 
     def on_host(self) -> LinearisedSet:
