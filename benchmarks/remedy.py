@@ -83,7 +83,7 @@ def _algorithm(
     """One algorithm: tuned, as it comes, and over the grid."""
     batch = min(BATCH, problem.retain.size)
     start = time.process_time()
-    tuned = stabkit.tune(*data, algorithm=name, steps=STEPS, batch_size=batch, seed=seed, mode="standard", **target)
+    tuned = stabkit.tune(*data, algorithm=name, steps=STEPS, batch_size=batch, seed=seed, **target)
     tuning = time.process_time() - start
     default = resolve_algorithm(name, batch_size=batch)
     settings: dict[str, Algorithm] = {"tuned": tuned, "default": default}
@@ -130,8 +130,10 @@ def _algorithm(
     held = [point for point in grid if point["gap"] is not None]
     sizes = {"steps": STEPS, "batch_size": batch, "spectrum_samples": SPECTRUM_SAMPLES}
     cost = stabkit.predict_cost(*data, algorithm=name, mode="standard", **sizes)  # as `tune` predicts
-    # And the report about the setting chosen, of another mix; of smaller steps than that it makes few, without a spectrum.
+    # And the report about the setting chosen, of another mix, with a staged rollout where that has doubts: a run at most. Of
+    # smaller steps than that it makes few.
     again = sum(s.gradient_equivalents for s in cost.stages if s.stage in {"spectrum", "rollouts and theory"})
+    again += cost.run.gradient_equivalents
     return {
         "tuned": measured("tuned"),
         "default": measured("default"),

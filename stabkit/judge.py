@@ -185,6 +185,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         _frontier=lambda **grid: _frontier(measurement, seeds, lr_detail, **grid),
         _at=lambda **changes: _at(measurement, seeds, limits, **changes),
         _recommend=lambda *, risk: _recommended(measurement, seeds, risk, used.kind),
+        _staged=lambda: _staged_probability(measurement, seeds[0]),
         _preconditioner=measurement.preconditioner,
     )
 
@@ -262,6 +263,17 @@ def _changed(algorithm: Algorithm, changes: dict[str, object]) -> Algorithm:
 def _recommended(measurement: Measurement, seeds: Sequence[int], risk: float, kind: str) -> Recommendations:
     with arithmetic(measurement.settings.precision):
         return recommend(measurement, seeds, risk=risk, kind=kind)
+
+
+def _staged_probability(measurement: Measurement, seed: int) -> float:
+    """P(diverge) by one staged rollout, whatever the report's mode."""
+    algorithm = measurement.algorithm
+    batch_sizes = algorithm.batch_sizes(measurement.problem)
+    with arithmetic(measurement.settings.precision), preserved_rng():
+        found = staged_rollout(
+            measurement.problem, measurement.network, algorithm, batch_sizes=batch_sizes, seeds=[seed]
+        )
+    return float(found.rollout.probability[0])
 
 
 def _frontier(

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
     from stabkit.preconditioner import Preconditioner
 
-HELD = ("_frontier", "_at", "_recommend", "_preconditioner")  # what a report asks again with, in its own process
+HELD = (
+    "_frontier",
+    "_at",
+    "_recommend",
+    "_staged",
+    "_preconditioner",
+)  # what a report asks again with, in its own process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +363,7 @@ class Report(Shown, Stored):
     _frontier: Callable[..., Frontier] | None = field(default=None, compare=False, repr=False)
     _at: Callable[..., Report] | None = field(default=None, compare=False, repr=False)
     _recommend: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+    _staged: Callable[[], float] | None = field(default=None, compare=False, repr=False)
     _preconditioner: Any = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:

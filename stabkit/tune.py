@@ -16,7 +16,7 @@ from stabkit._errors import LowConfidenceWarning, TargetWarning, caller_level
 from stabkit._validate import check_real
 from stabkit.algorithms import Algorithm, resolve_algorithm
 from stabkit.calibration import RISK
-from stabkit.checks import CAPTURED
+from stabkit.checks import CAPTURED, MARGIN, SAMPLES
 from stabkit.data import Data
 from stabkit.losses import CrossEntropy, Loss, PerSampleLoss
 from stabkit.metrics.audit import check_held_out
@@ -28,8 +28,9 @@ from stabkit.report import Report
 SPECTRUM_SAMPLES = 8  # of each set: the eigenvalues only say where to begin the scan of step sizes
 LITTLE = 0.05  # of the way to the best constant prediction's loss, where no target is given
 NEAR = 0.9  # of the way to the target, from where on it counts as reached where staged rollouts say another loss
-# Of a report's checks those that a smaller step cannot pass: they are about what was measured, not about the run.
-OF_THE_MEASUREMENT = frozenset({CAPTURED, "relative eigen-residual", "error of TF32"})
+# Of a report's checks those that say nothing of the run itself: a smaller step cannot pass them, as they are about what was
+# measured, or only a much smaller one, which keeps a margin and forgets little.
+NOT_OF_THE_RUN = frozenset({CAPTURED, SAMPLES, MARGIN, "relative eigen-residual", "error of TF32"})
 
 
 def tune(
@@ -48,7 +49,8 @@ def tune(
 
     Of all that hold, the setting that harms the retain set least while the forget loss reaches a target. The front has no
     margin in the step size, as the ways out of `recommend` have, and rests on one linearisation: so a report is made of what
-    was chosen, and while its P(diverge) is above the risk, or a check says that the run may break, the step size is lowered.
+    was chosen, and the step size lowered while its rollouts are above the risk, or while a check says that the linearised
+    network may be wrong there and a staged rollout, which takes real steps then, is above it.
     Forgetting has gone far enough where the forget samples look like samples that were never seen: hence the held-out loss
     as the target.
 
@@ -63,16 +65,18 @@ def tune(
             The forget set's mean loss is what is to reach it.
         forget_loss: The target itself, in place of `test`. With neither it is the best constant predictor's loss, as near as
             can be; a `TargetWarning` says where a given target is not reached, and where next to nothing is forgotten.
-        risk: Largest P(diverge) of a report about what is chosen, in (0, 1). A `LowConfidenceWarning` says so where even the
-            smallest step size that was tried is above it, or its report has low confidence.
+        risk: Largest P(diverge) by the rollouts alone, in (0, 1): what is chosen may lie close to the boundary, where a
+            report's P, which also weighs how uncertain that is, is larger. A `LowConfidenceWarning` says where even the
+            smallest step size that was tried is above it, and where the report about what was chosen has low confidence.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         **settings: Anything else that `predict` takes but for `lr` and `mix`, which are chosen here: batch_size, steps,
-            seed, progress, and mode, which is "auto" as there: thorough where network and run are small.
+            seed, progress; its mode is "standard" unless it or a budget is given.
 
     Returns:
         The algorithm, ready for `run`. Cost: one linearisation, the eigenvalues of few samples, rollouts of some 450
-        settings, and one to six times what `Report.at` takes, at most one of them with a new mix; in a thorough mode staged
-        rollouts of the ways out that `recommend` has, and of those reports.
+        settings, and one to six times what `Report.at` takes, at most one of them with a new mix, each with a staged rollout
+        of one seed, about a run at most, where the linearised network may be wrong; in mode="thorough" staged rollouts of
+        the ways out that `recommend` has, and those of such reports.
 
     Raises:
         TypeError: If an argument is none of `predict`'s, or is to be chosen here.
@@ -96,7 +100,8 @@ def tune(
         )
     target = None if forget_loss is None else check_real(forget_loss, name="forget_loss", owner="tune")
     chosen = resolve_algorithm(algorithm, owner="tune")
-    settings = {"spectrum_samples": SPECTRUM_SAMPLES, **settings}
+    mode = "auto" if "budget" in settings else "standard"
+    settings = {"mode": mode, "spectrum_samples": SPECTRUM_SAMPLES, **settings}
     if target is None and test is not None:
         problem = UnlearningProblem(
             model, forget, retain, loss=loss, test=test, device=settings.get("device"), dtype=settings.get("dtype")
@@ -133,7 +138,8 @@ def tune(
             TargetWarning,
             stacklevel=caller_level(),
         )
-    doubts = [f"P(diverge) {said.probability:.2g} where at most {risk:.2g} is wanted"] * (said.probability > risk)
+    rolled = said.rollout.probability
+    doubts = [f"P(diverge) {rolled:.2g} where at most {risk:.2g} is wanted"] * (rolled > risk)
     doubts += [f"{check.name} {_number(check.value)} ({check.remedy})" for check in said.checks if not check.passed]
     if doubts:
         warnings.warn(
@@ -152,11 +158,21 @@ def _holding(report: Report, asked: Algorithm, tuned: Algorithm, risk: float) ->
     with _unwarned():
         said = report.at(**{name: value for name, value in after.items() if value != before[name]})
         for factor in BACKING_OFF[1:]:
-            if said.probability <= risk and all(c.passed or c.name in OF_THE_MEASUREMENT for c in said.checks):
+            if _holds(said, risk):
                 break
             tuned = tuned.replace(lr=factor * lr)
             said = said.at(lr=tuned.lr)
     return tuned, said
+
+
+def _holds(said: Report, risk: float) -> bool:
+    """Whether the rollouts of a setting hold, and a staged one too where the linearised network may be wrong there."""
+    if said.rollout.probability > risk:
+        return False
+    if said.mode == "thorough" or all(check.passed or check.name in NOT_OF_THE_RUN for check in said.checks):
+        return True
+    assert said._staged is not None  # as it was made here
+    return said._staged() <= risk
 
 
 @contextmanager
