@@ -184,10 +184,11 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
         report = stabkit.predict(model, forget, retain, algorithm=algorithm.replace(lr=0.02), device=device, **SIZES)
         roll.HOST_WORK = 0
         waits.clear()
-        frontier = report.frontier(lr=[1e-6, 1.0], mix=[0.5])
+        mix = [algorithm.mix if algorithm.fixed_mix else 0.5]
+        frontier = report.frontier(lr=[1e-6, 1.0], mix=mix)
         rolling, roll.HOST_WORK = dict(waits), little
         waits.clear()
-        near = report.frontier(lr=[1e-6, 1.0], mix=[0.5])
+        near = report.frontier(lr=[1e-6, 1.0], mix=mix)
         moving = dict(waits)
         chosen = algorithm.replace(lr=1e-3)
         preconditioner = chosen.step_preconditioner(problem)

@@ -28,7 +28,7 @@ def vector(model):
 def test_it_is_sgd_from_a_fresh_network():
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(20, 4, generator=g), torch.randint(0, 3, (20,), generator=g)
-    problem = UnlearningProblem(MLP(4, 3, hidden=(5,)), (x[:6], y[:6]), (x[6:], y[6:]))
+    problem = UnlearningProblem(MLP(4, 3, hidden=(5,), seed=1), (x[:6], y[:6]), (x[6:], y[6:]))
     training = FineTune(
         lr=0.1,
         steps=8,
@@ -70,7 +70,7 @@ def test_layers_have_step_sizes_and_decays_of_their_own(optimizer):
     with torch.random.fork_rng():
         torch.manual_seed(3)
         fresh = MLP(4, 3, hidden=(5,))
-    problem = UnlearningProblem(MLP(4, 3, hidden=(5,)), (x[:6], y[:6]), (x[6:], y[6:]))
+    problem = UnlearningProblem(MLP(4, 3, hidden=(5,), seed=1), (x[:6], y[:6]), (x[6:], y[6:]))
     first, last = (layer for layer in fresh.modules() if isinstance(layer, nn.Linear))
     names = {id(module): name for name, module in fresh.named_modules()}
     training = FineTune(
@@ -110,7 +110,7 @@ def test_the_pull_towards_sparse_weights_is_part_of_it(optimizer):
     with torch.random.fork_rng():
         torch.manual_seed(3)
         fresh = MLP(4, 3, hidden=(5,))
-    problem = UnlearningProblem(MLP(4, 3, hidden=(5,)), (x[:6], y[:6]), (x[6:], y[6:]))
+    problem = UnlearningProblem(MLP(4, 3, hidden=(5,), seed=1), (x[:6], y[:6]), (x[6:], y[6:]))
     training = L1Sparse(
         lr=0.1, steps=6, batch_size=14, penalty=0.2, weight_decay=0.01, max_gradient_norm=0.3, optimizer=optimizer
     )
@@ -163,7 +163,7 @@ class Scaled(FineTune):
 def test_what_training_from_scratch_would_leave_out_is_refused(kind, settings, got):
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(12, 4, generator=g), torch.arange(12) % 3
-    problem = UnlearningProblem(MLP(4, 3, hidden=(5,)), (x[:3], y[:3]), (x[3:], y[3:]))
+    problem = UnlearningProblem(MLP(4, 3, hidden=(5,), seed=1), (x[:3], y[:3]), (x[3:], y[3:]))
     with pytest.raises(
         ValueError, match=f"`training` of `retrain` must take plain steps .*; got {got}, .* Use FineTune"
     ):
@@ -179,7 +179,7 @@ def test_starting_from_the_trained_weights_is_warned_of():
     with pytest.warns(LowConfidenceWarning, match="has seen the forget set.* Pass a freshly initialised") as caught:
         retrain(problem, training, initial=model)
     assert [w.filename for w in caught] == [__file__]
-    retrain(problem, training, initial=MLP(4, 3, hidden=(5,)))
+    retrain(problem, training, initial=MLP(4, 3, hidden=(5,), seed=1))
 
 
 def test_it_forgets_and_learns(digits_mlp, class_deletion, digits_data):
