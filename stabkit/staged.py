@@ -303,7 +303,10 @@ class _Run:
         self.gradients += at.gradient_equivalents
         reached, began = self.path[at.step][0], self.path[before][0]
         gone = math.sqrt(
-            sum(float((part.features @ reached).double().square().sum()) for part in (network.retain, network.forget))
+            sum(
+                float((part.features @ reached.to(part.features)).double().square().sum())
+                for part in (network.retain, network.forget)
+            )
         )
         share = (at.step - before) / at.step
         return network.output_error(
