@@ -67,7 +67,8 @@ def tune(
             can be; a `TargetWarning` says where a given target is not reached, and where next to nothing is forgotten.
         risk: Largest P(diverge) by the rollouts alone, in (0, 1): what is chosen may lie close to the boundary, where a
             report's P, which also weighs how uncertain that is, is larger. A `LowConfidenceWarning` says where even the
-            smallest step size that was tried is above it, and where the report about what was chosen has low confidence.
+            smallest step size that was tried is above it, and where a check of the report about what was chosen fails, but
+            for that of the margin.
         loss: "cross_entropy", "causal_lm", "mse" or a callable giving per-sample losses.
         **settings: Anything else that `predict` takes but for `lr` and `mix`, which are chosen here: batch_size, steps,
             seed, progress; its mode is "standard" unless it or a budget is given.
@@ -140,7 +141,11 @@ def tune(
         )
     rolled = said.rollout.probability
     doubts = [f"P(diverge) {rolled:.2g} where at most {risk:.2g} is wanted"] * (rolled > risk)
-    doubts += [f"{check.name} {_number(check.value)} ({check.remedy})" for check in said.checks if not check.passed]
+    doubts += [
+        f"{check.name} {_number(check.value)} ({check.remedy})"
+        for check in said.checks
+        if not check.passed and check.name != MARGIN  # near the boundary it may be
+    ]
     if doubts:
         warnings.warn(
             f"the setting that was chosen, step size {tuned.lr:.3g}, mix {tuned.mix:.3g} and {tuned.steps} steps, is "
