@@ -10,7 +10,7 @@ from stabkit._errors import LowConfidenceWarning, caller_level
 from stabkit.calibration import FAR_ERROR, MAX_AWAKENED, RISK
 from stabkit.curvature import LinearisedNetwork
 from stabkit.measure import Measurement
-from stabkit.report import Check
+from stabkit.report import MARGIN, Check
 from stabkit.rollout import Rollout, rollout
 from stabkit.staged import MAX_PATH_ERROR
 
@@ -31,7 +31,6 @@ MAX_CHANGE = 0.5  # of P(diverge), with half the rank or half the samples
 CAPTURED = "captured output sensitivity"
 SAMPLES = "linearised samples"
 LEAST = (CAPTURED, SAMPLES)  # checks of what must not be less
-MARGIN = "critical step size on the other side"
 MAX_SEEDS_AGAINST = 0.2  # share of the staged rollouts that end otherwise than the interval says; own choice
 
 

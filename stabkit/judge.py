@@ -98,7 +98,8 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     theory = Cost(
         stage="rollouts and theory",
         seconds=time.perf_counter() - start - spent.seconds,
-        gradient_equivalents=(network.retain.samples + network.forget.samples) / 3 * (1 + looked_below)
+        gradient_equivalents=((network.retain.samples + network.forget.samples) / 3 + network.displacement_gradients)
+        * (1 + looked_below)
         + (2 * SAMPLES if network.dormant and not measurement.settings.staged else 0)
         + (first_look(algorithm) * sum(batch_sizes) if algorithm.adaptive else 0),
     )
@@ -127,7 +128,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
     interval = _interval(used, lr_detail)
     # Where the scan found nothing that holds, or nothing that breaks.
     past = float(lr_detail.found or algorithm.lr > interval[0])
-    if not lr_detail.found and past:
+    if past and not lr_detail.found and used.kind == "one":  # a staged rollout of the run itself knows
         probability = (probability + UNKNOWN) / 2
     if lr_detail.bracketed:
         past = beyond(algorithm.lr, lr_detail.value, interval)

@@ -30,9 +30,9 @@ class Recommendation:
         forget_loss: The same for the forget set.
         further_probability: The same at `Recommendations.margin` times the step size; None where it was not asked for, as
             staged rollouts do not hold here.
-        error: Relative error of the linearised outputs at the end of the run, of the first seed, which knows nothing of a
-            network that it is not the likeness of; None where that was not looked at, as with staged rollouts, which look
-            by themselves, and where either probability is beyond the risk.
+        error: Relative error of the linearised outputs at the end of the run, of the first seed; infinite where parameters
+            come to matter that were dormant. None where that was not looked at: with staged rollouts, which look by
+            themselves, of AdamW, and where either probability is beyond the risk.
         holds: Whether both probabilities are within the risk, and the error within what a stable run's may be.
     """
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from stabkit._table import Table, number, setting
 from stabkit.calibration import FAR_ERROR, beyond
 from stabkit.frontier import Frontier, Outcome
-from stabkit.report import Report
+from stabkit.report import MARGIN, Report
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -29,7 +29,6 @@ MECHANISMS = {
 }
 GROWING = ("overshoot", "ascent", "saddle", "noise")  # by the linear theory, whatever the verdict is
 TOP_LAYERS = 5
-OTHER_SIDE = "critical step size on the other side"  # the check's name, which is of a higher layer
 STOP_SETTINGS = {"drift_tolerance": "drift below {}", "leakage_bound": "leakage above {}"}
 
 
@@ -366,7 +365,7 @@ def _trust(report: Report) -> Section:
             note=check.meaning + ("" if check.passed else f" {check.remedy}"),
         )
         # A marginal verdict says that it may lie on either side.
-        if not (check.name == OTHER_SIDE and report.verdict == "marginal")
+        if not (check.name == MARGIN and report.verdict == "marginal")
         else Row(label=check.name, value="–", note="A marginal verdict claims neither side.")
         for check in report.checks
     ]

@@ -22,13 +22,11 @@ if TYPE_CHECKING:
 
     from stabkit.preconditioner import Preconditioner
 
-HELD = (
-    "_frontier",
-    "_at",
-    "_recommend",
-    "_staged",
-    "_preconditioner",
-)  # what a report asks again with, in its own process
+# What a report asks again with, in its own process.
+HELD = ("_frontier", "_at", "_recommend", "_staged", "_preconditioner")
+MARGIN = (
+    "critical step size on the other side"  # name of the check that a marginal verdict passes, as it claims neither
+)
 
 
 @dataclass(frozen=True, kw_only=True)

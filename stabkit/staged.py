@@ -282,10 +282,15 @@ class _Run:
         coordinates, carried = self.path[step]
         return Position(
             step=step,
-            theta=self._theta + self._network.displacement(coordinates),
-            moments=Moments(first=self._network.displacement(carried.first)),
+            theta=self._theta + self._displaced(coordinates),
+            moments=Moments(first=self._displaced(carried.first)),
             statistics={},
         )
+
+    def _displaced(self, coordinates: Tensor) -> Tensor:
+        """A displacement, which takes gradients where the basis is not held."""
+        self.gradients += self._network.displacement_gradients
+        return self._network.displacement(coordinates)
 
     def _recent_error(self, step: int) -> float:
         """Error of the linearised change of the outputs over the steps before a place, against real steps from there."""
@@ -416,7 +421,7 @@ class _Run:
         network, coordinates = self._network, self.path[step][0]
         if not bool(torch.isfinite(coordinates).all()):
             return _Seen(loss_error=math.inf, output_error=math.inf, losses=(math.inf, math.inf))
-        moved = self._problem.unflatten(self._theta + network.displacement(coordinates))
+        moved = self._problem.unflatten(self._theta + self._displaced(coordinates))
         outputs, losses = self._evaluated(moved)
         self.gradients += 2 * SAMPLES if network.dormant else 0
         part = network.retain

@@ -443,8 +443,10 @@ def test_the_frontier_draws_probability_boundary_and_runs(report):
 
 
 def test_a_frontier_of_one_cell_draws(report):
-    figure, _ = report.frontier(lr=[0.1], mix=[0.5]).plot()
+    figure, ax = report.frontier(lr=[0.1], mix=[0.5]).plot()
     figure.canvas.draw()
+    ((x, y),) = ax.get_lines()[0].get_xydata()  # one mix is a curve over step sizes, here of one
+    assert (x, y) == (0.1, pytest.approx(report.frontier(lr=[0.1], mix=[0.5]).probability[0, 0]))
     plt.close(figure)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stabkit._validate import check_choice, check_int, check_real
+from stabkit.algorithms.layers import checked_factors, is_within, layer_factor
 from stabkit.algorithms.plan import StepPlan, StopRule, checked_schedule, factors_of
 from stabkit.losses import Loss
 from stabkit.preconditioner import Diagonal, Identity, Preconditioner, check_preconditioner
@@ -27,7 +28,7 @@ from stabkit.reading import READS
 from stabkit.sampling import SAMPLINGS
 
 OPTIMIZERS = ("sgd", "adamw")
-# Own bound: a prediction's rollouts of a million steps take most of an hour and 1 GB for their looks, whatever the network.
+# Own bound: every rollout takes each of them, whatever the network, and a plan holds them all.
 MOST_STEPS = 10**6
 
 
@@ -94,7 +95,7 @@ class Algorithm(abc.ABC):
     Attributes:
         lr: Step size η > 0.
         mix: α in [0, 1]: 0 descends on the retain set alone, 1 ascends on the forget set alone.
-        steps: Number of steps K, in [1, 10⁶]; a plan of a hundred thousand takes some 20 MB.
+        steps: Number of steps K, in [1, 10⁶].
         batch_size: Retain samples a step, B_R.
         forget_batch_size: Forget samples a step, B_F; the smaller of `batch_size` and the forget set when None.
         sampling: "without_replacement" (a shuffling loader that drops a last short batch), "with_replacement" or
@@ -173,9 +174,8 @@ class Algorithm(abc.ABC):
         remedy = "0 is retain only, 1 is forget only."
         mix = check_real(self.mix, name="mix", owner=owner, low=0, high=1, remedy=remedy)
         plain: dict[str, object] = {"lr": lr, "mix": mix}
-        steps = check_int(self.steps, name="steps", owner=owner, low=1)
         remedy = "Each is taken, by a run and by every rollout of it: ask about the first ones."
-        plain["steps"] = check_int(steps, name="steps", owner=owner, low=1, high=MOST_STEPS, remedy=remedy)
+        plain["steps"] = check_int(self.steps, name="steps", owner=owner, low=1, high=MOST_STEPS, remedy=remedy)
         plain["batch_size"] = check_int(self.batch_size, name="batch_size", owner=owner, low=1)
         if self.forget_batch_size is not None:
             size = check_int(self.forget_batch_size, name="forget_batch_size", owner=owner, low=1)
@@ -211,7 +211,7 @@ class Algorithm(abc.ABC):
             every = check_int(self.forget_every, name="forget_every", owner=owner, low=2, remedy=remedy)
             plain["forget_every"] = every
         for key in ("layer_lr", "layer_weight_decay"):
-            plain[key] = _checked_factors(getattr(self, key), key, owner)
+            plain[key] = checked_factors(getattr(self, key), key, owner)
         still = [name for name, factor in (self.layer_lr or {}).items() if factor == 0]
         if still and self.max_gradient_norm is not None and not self.adaptive:
             raise ValueError(
@@ -354,7 +354,7 @@ class Algorithm(abc.ABC):
         if factors is None:
             return None
         for name in factors:
-            if not any(_within(parameter, name) for parameter in (*problem.parameters, *problem.unreached)):
+            if not any(is_within(parameter, name) for parameter in (*problem.parameters, *problem.unreached)):
                 layers = ", ".join(dict.fromkeys(problem.layer_of().values()))
                 raise ValueError(
                     f"`{setting}` of `{type(self).__name__}` must name layers of the model; got {name!r}, which no "
@@ -569,36 +569,3 @@ def checked_residual(algorithm: Algorithm, loss: Loss, batch: Batch, *, forget: 
             f"tensor of their shape {tuple(batch.outputs.shape)}; got {got:.80}."
         )
     return found
-
-
-def _checked_factors(given: object, setting: str, owner: str) -> dict[str, float] | None:
-    """Factors of layers in plain values."""
-    if given is None:
-        return None
-    if not isinstance(given, Mapping) or not given:
-        raise TypeError(
-            f"`{setting}` of `{owner}` must map beginnings of parameter names to factors; got {given!r:.80}. "
-            'For instance {"layer4": 0.1}, or None.'
-        )
-    return {
-        str(name): check_real(factor, name=f"{setting}[{name!r}]", owner=owner, low=0) for name, factor in given.items()
-    }
-
-
-def _within(parameter: str, name: str) -> bool:
-    """Whether a parameter belongs to a layer."""
-    return parameter == name or parameter.startswith(f"{name}.")
-
-
-def layer_factor(parameter: str, factors: Mapping[str, float] | None) -> float:
-    """A parameter's factor.
-
-    Args:
-        parameter: Its name.
-        factors: Factors by the beginning of names, as `layer_lr` has them.
-
-    Returns:
-        That of the longest name that fits; 1 where none does.
-    """
-    fitting = [name for name in factors or {} if _within(parameter, name)]
-    return (factors or {})[max(fitting, key=len)] if fitting else 1.0

@@ -14,8 +14,9 @@ from stabkit._errors import LowConfidenceWarning, caller_level
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_seed
-from stabkit.algorithms.base import Algorithm, layer_factor
+from stabkit.algorithms.base import Algorithm
 from stabkit.algorithms.fine_tune import FineTune
+from stabkit.algorithms.layers import layer_factor
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Inputs

@@ -201,6 +201,11 @@ class LinearisedNetwork:
         return self.basis.shape[0]
 
     @property
+    def displacement_gradients(self) -> float:
+        """Per-sample gradients that a displacement takes: none of a basis that is held."""
+        return 0.0
+
+    @property
     def run_preconditioner(self) -> Preconditioner:
         """P as the steps of a run apply it."""
         return self.preconditioner

@@ -324,8 +324,8 @@ def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, pr
 
     Returns:
         Residuals of shape (r,), float64; of landmarks' directions too, which are no singular ones. Cost: min(O, r)·m
-        per-sample gradients; memory: twice the columns of the
-        basis that there are at a time.
+        per-sample gradients; memory: twice the columns
+        that there are at a time. Of a basis that is not held r·m, and r pulls over the samples that it is drawn from.
 
     Raises:
         ValueError: If the linearisation is of another problem.
@@ -340,11 +340,15 @@ def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, pr
         )
     energies, found = network.singular_values.square(), []
 
+    jacobians = [
+        ScaledJacobian(problem, samples, held.indices, network.preconditioner, coupled=held.coupled)
+        for samples, held in pairs
+    ]
+
     def walk() -> Iterator[int]:
         for place, block in network.columns():
             image = torch.zeros_like(block)
-            for samples, held in pairs:
-                jacobian = ScaledJacobian(problem, samples, held.indices, network.preconditioner, coupled=held.coupled)
+            for jacobian, (_, held) in zip(jacobians, pairs, strict=True):
                 before = 0
                 for done in jacobian.add_transposed(held.features[..., place] / held.samples, image):
                     yield (done - before) * block.shape[1]
@@ -419,8 +423,8 @@ def _one_by_one(counts: Iterable[int]) -> Iterator[None]:
 
 def _leading(sketch: RowSketch | PulledSketch, rank: int, drawn_from: Sequence[int]) -> tuple[Tensor, Tensor, float]:
     """Squared singular values of A Q, descending; the rotation of Q to their directions; the share that they capture."""
-    features = sketch.features[0]
-    gram = torch.zeros(features.shape[2], features.shape[2], dtype=torch.float64, device=features.device)
+    like = sketch.features[0]
+    gram = torch.zeros(like.shape[2], like.shape[2], dtype=torch.float64, device=like.device)
     for features in sketch.features:
         for part in features.flatten(0, 1).split(ROWS_AT_ONCE):
             gram += part.double().T @ part.double() / len(features)
@@ -429,7 +433,7 @@ def _leading(sketch: RowSketch | PulledSketch, rank: int, drawn_from: Sequence[i
         features.shape[0] * features.shape[1] for features in sketch.features
     )  # past as many there is only rounding
     energies = energies.flip(0)[: min(rank, rows)].clamp_min(0)
-    keep = max(1, int((energies > energies[0] * torch.finfo(features.dtype).eps ** 2).sum()))
+    keep = max(1, int((energies > energies[0] * torch.finfo(like.dtype).eps ** 2).sum()))
     rotation = rotation.flip(1)[:, :keep]
     # E‖P^{1/2} J^T u‖² over random signs u is the squared norm, and E‖V^T P^{1/2} J^T u‖² the part inside (Hutchinson).
     overlaps, whole = sketch.probed

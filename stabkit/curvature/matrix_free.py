@@ -163,6 +163,11 @@ class MatrixFreeNetwork(LinearisedNetwork):
         """Number d of parameters."""
         return self.directions.beside.shape[0]
 
+    @property
+    def displacement_gradients(self) -> float:
+        """Per-sample gradients that a displacement takes."""
+        return float(sum(map(len, self.directions.cotangents)))
+
     def columns(self) -> Iterator[tuple[slice, Tensor]]:
         """V, a few columns at a time.
 
