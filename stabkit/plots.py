@@ -24,11 +24,8 @@ from stabkit.spectrum import SpectralDensity
 from stabkit.stability import StabilityMap
 
 HIGHEST = 1e3  # of the divergence level: losses beyond ten times that are drawn at the top
-BEHIND: dict[str, Any] = {
-    "frameon": True,
-    "framealpha": 0.7,
-    "edgecolor": "none",
-}  # of a legend that may lie on curves
+# Of a legend that may lie on curves.
+BEHIND: dict[str, Any] = {"frameon": True, "framealpha": 0.7, "edgecolor": "none"}
 COLOURS = {"stable": "#2a7f62", "marginal": "#b7791f", "diverges": "#b3382c"}
 
 

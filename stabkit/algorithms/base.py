@@ -174,8 +174,9 @@ class Algorithm(abc.ABC):
         remedy = "0 is retain only, 1 is forget only."
         mix = check_real(self.mix, name="mix", owner=owner, low=0, high=1, remedy=remedy)
         plain: dict[str, object] = {"lr": lr, "mix": mix}
-        remedy = "Each is taken, by a run and by every rollout of it: ask about the first ones."
-        plain["steps"] = check_int(self.steps, name="steps", owner=owner, low=1, high=MOST_STEPS, remedy=remedy)
+        steps = check_int(self.steps, name="steps", owner=owner, low=1)
+        remedy = "Each is taken, by a run and by every rollout of it: ask about the first ones."  # of too many
+        plain["steps"] = check_int(steps, name="steps", owner=owner, low=1, high=MOST_STEPS, remedy=remedy)
         plain["batch_size"] = check_int(self.batch_size, name="batch_size", owner=owner, low=1)
         if self.forget_batch_size is not None:
             size = check_int(self.forget_batch_size, name="forget_batch_size", owner=owner, low=1)

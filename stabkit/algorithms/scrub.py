@@ -78,9 +78,8 @@ class SCRUB(Algorithm):
         """The same max steps, which are a larger share of fewer steps."""
         beginning = super()._beginning(steps)
         last = math.ceil(self.forget_share * self.steps)
-        share = (
-            min(1.0, (last - 0.5) / steps) if last else 0.0
-        )  # half a step below the edge, which rounding cannot reach
+        # Half a step below the edge, which rounding cannot reach.
+        share = min(1.0, (last - 0.5) / steps) if last else 0.0
         return None if beginning is None else {**beginning, "forget_share": share}
 
     def retain_residual(self, loss: Loss, batch: Batch) -> Tensor:
