@@ -18,6 +18,7 @@ from stabkit.coherence import Coherence
 from stabkit.frontier import Frontier, Outcome
 from stabkit.heavy_tail import LayerSpectrum
 from stabkit.metrics import Audit, Estimate, ModelAudit
+from stabkit.metrics.membership import SETS
 from stabkit.recommendations import Recommendations
 from stabkit.report import Report
 from stabkit.spectrum import SpectralDensity
@@ -467,43 +468,45 @@ def plot_audit(audit: Audit, *, axes: Sequence[Axes] | None = None) -> tuple[Fig
 
     Args:
         audit: The audit.
-        axes: Five axes to draw in; a new figure when None.
+        axes: One axes to draw in for each of `Audit.panels`; a new figure when None.
 
     Returns:
         Figure and axes. Rates are in per cent; lines are intervals, and bands those of the gold model. The last axes hold
-        KL(gold ‖ model) on each set, or the mean loss without a gold model. A model whose outputs are not finite has its
+        KL(gold ‖ model) on each set, or the mean loss without a gold model. Where the loss has no classes the mean losses on
+        the sets take the places of the accuracies, and there are no last axes. A model whose outputs are not finite has its
         row and no marks in it.
     """
     models = [model for model in audit.models if model.name != "gold"]
     gold = next((model for model in audit.models if model.name == "gold"), None)
+    panels = audit.panels
     if axes is None:
-        size = (12.5, 1.5 + 0.34 * len(models))
-        figure, new = plt.subplots(1, 5, figsize=size, layout="constrained", width_ratios=(1, 1, 1, 1, 1.5))
+        widths = [1.5 if panel == "distance" else 1 for panel in panels]
+        size = (2.25 * sum(widths) + 0.2, 1.5 + 0.34 * len(models))
+        figure, new = plt.subplots(1, len(panels), figsize=size, layout="constrained", width_ratios=widths)
         axes = list(new)
         band = "" if gold is None else "; the band is the gold model's"
         figure.suptitle(f"{100 * audit.level:g} % bootstrap intervals{band}", fontsize="medium")
     else:
         figure = axes[0].get_figure()  # type: ignore[assignment]
     finite = [model.forget.loss is not None for model in models]
-    for ax, rate in zip(axes, ("FA", "RA", "TA", "MIA"), strict=False):
-        found = None if gold is None else _rate(gold, rate, audit.gap_attack)
-        if found is not None:
-            ax.axvspan(100 * found.low, 100 * found.high, color="#b7791f", alpha=0.2, linewidth=0)
-            ax.axvline(100 * found.value, color="#b7791f", linewidth=1.6)
-        rates = [
-            _rate(model, rate, audit.gap_attack) if fine else None for model, fine in zip(models, finite, strict=True)
+    for ax, panel in zip(axes, panels, strict=True):
+        if panel == "distance":
+            _distances_to_gold(ax, models, gold is not None)
+            continue
+        losses = panel.endswith("loss")
+        scale = 1 if losses else 100
+        of_gold = None if gold is None else _found(gold, panel, audit.gap_attack)
+        if of_gold is not None:
+            ax.axvspan(scale * of_gold.low, scale * of_gold.high, color="#b7791f", alpha=0.2, linewidth=0)
+            ax.axvline(scale * of_gold.value, color="#b7791f", linewidth=1.6)
+        of_models = [
+            _found(model, panel, audit.gap_attack) if fine else None for model, fine in zip(models, finite, strict=True)
         ]
-        _intervals(ax, rates, scale=100, color="#333333", fmt="o")
-        ax.set_title(f"{rate}, %")
-        ax.set_xlabel(f"called member\n{audit.gap_attack}" if rate == "MIA" else "")
-    for place, (name, fmt) in enumerate((("forget", "o"), ("retain", "s"), ("test", "^"))):
-        found_on = [_distance(model, name, gold is not None) for model in models]
-        _intervals(axes[4], found_on, offset=0.22 * (place - 1), color=f"C{place}", fmt=fmt, label=name)
-    _log_scale(
-        axes[4], [v for m in models for n in ("forget", "retain", "test") if (v := _distance(m, n, gold is not None))]
-    )
-    axes[4].set_title("mean loss" if gold is None else "KL(gold ‖ model), nats")
-    axes[4].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
+        _intervals(ax, of_models, scale=scale, color="#333333", fmt="o")
+        if losses:
+            _log_scale(ax, [found for found in (*of_models, of_gold) if found is not None])
+        ax.set_title(panel if losses else f"{panel}, %")
+        ax.set_xlabel(f"called member\n{audit.gap_attack}" if panel == "MIA" else "")
     names = [model.name + ("" if fine else "\n(not finite)") for model, fine in zip(models, finite, strict=True)]
     for ax in axes:
         ax.set_yticks(range(len(models)), names if ax is axes[0] else [""] * len(models))
@@ -512,13 +515,25 @@ def plot_audit(audit: Audit, *, axes: Sequence[Axes] | None = None) -> tuple[Fig
     return figure, axes
 
 
-def _rate(model: ModelAudit, rate: str, attack: str) -> Estimate | None:
-    """FA, RA, TA or MIA of a model."""
-    if rate == "MIA":
-        found = model.attack(attack)
-        return None if found is None else found.forget_called_member
-    part = model.on({"FA": "forget", "RA": "retain", "TA": "test"}[rate])
-    return None if part is None else part.accuracy
+def _found(model: ModelAudit, panel: str, attack: str) -> Estimate | None:
+    """What a panel shows of a model: FA, RA, TA, MIA or the mean loss on a set."""
+    if panel == "MIA":
+        membership = model.attack(attack)
+        return None if membership is None else membership.forget_called_member
+    part = model.on({"FA": "forget", "RA": "retain", "TA": "test"}.get(panel) or panel.split()[0])
+    if part is None:
+        return None
+    return part.loss if panel.endswith("loss") else part.accuracy
+
+
+def _distances_to_gold(ax: Axes, models: Sequence[ModelAudit], to_gold: bool) -> None:
+    """KL(gold ‖ model) of every model on each set, or its mean loss without a gold model."""
+    found = {name: [_distance(model, name, to_gold) for model in models] for name in SETS}
+    for place, (name, fmt) in enumerate(zip(SETS, "os^", strict=True)):
+        _intervals(ax, found[name], offset=0.22 * (place - 1), color=f"C{place}", fmt=fmt, label=name)
+    _log_scale(ax, [value for values in found.values() for value in values if value is not None])
+    ax.set_title("KL(gold ‖ model), nats" if to_gold else "mean loss")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
 
 
 def _distance(model: ModelAudit, name: str, to_gold: bool) -> Estimate | None:

@@ -277,9 +277,18 @@ def test_a_loss_without_classes():
     assert found._repr_html_().count("<table") == 1
     assert found.distance_table().columns == ("model", "set", "loss")
     assert found.to_markdown()
+    figure, axes = found.plot()
+    for ax, place in zip(axes, ("forget", "retain", "test"), strict=True):
+        assert ax.get_title() == f"{place} loss"
+        assert ax.containers[0].lines[0].get_xdata()[1] == model.on(place).loss.value
+        assert any(np.allclose(line.get_xdata(), found["gold"].on(place).loss.value) for line in ax.lines)
+    plt.close(figure)
     asked = audit(problem, {}, test=test, gap_attack="loss/logistic", relearn_lr=0.1, relearn_limit=2, replicates=20)
     assert asked.table().columns[4:] == ("MIA: called member %", "relearn, steps")
     assert "MIA by loss/logistic" in str(asked)
+    figure, axes = asked.plot()
+    assert [ax.get_title() for ax in axes] == ["forget loss", "retain loss", "test loss", "MIA, %"]
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("online", [True, False])
@@ -419,9 +428,9 @@ def test_the_plot_in_given_axes_without_gold(nets):
     assert given[4].get_title() == "mean loss"
     (points, *_), *_ = given[4].containers
     assert points.get_xdata()[1] == found["graddiff"].forget.loss.value
-    with pytest.raises(TypeError, match=r"`axes` of `Audit.plot` must be five axes; got one Axes\."):
+    with pytest.raises(TypeError, match=r"`axes` of `Audit.plot` must be 5 axes, for FA, .*; got one Axes\."):
         found.plot(axes=given[0])
-    with pytest.raises(TypeError, match=r"`axes` of `Audit.plot` must be five axes; got 2 of them\."):
+    with pytest.raises(TypeError, match=r"`axes` of `Audit.plot` must be 5 axes, .*; got 2 of them\."):
         found.plot(axes=given[:2])
     plt.close(figure)
 

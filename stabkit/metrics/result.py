@@ -218,24 +218,35 @@ class Audit(Stored):
         """
         return "\n\n".join(map(markdown, self.tables())) + "\n"
 
+    @property
+    def panels(self) -> tuple[str, ...]:
+        """What the axes of `plot` hold, in their order; without classes the sets' losses, and MIA if it was possible."""
+        if has_classes(self):
+            return ("FA", "RA", "TA", "MIA", "distance")
+        losses = [f"{name} loss" for name, size in zip(SETS, self.sizes, strict=True) if size]
+        attacked = any(model.attack(self.gap_attack) is not None for model in self.models)
+        return (*losses, "MIA") if attacked else tuple(losses)
+
     def plot(self, axes: Sequence[Axes] | None = None) -> tuple[Figure, Sequence[Axes]]:
         """Every model's rates beside the gold model's, and its distance from it, with their intervals.
 
         Args:
-            axes: Five axes to draw in; a new figure when None.
+            axes: One axes to draw in for each of `panels`; a new figure when None.
 
         Returns:
-            Figure and the five axes.
+            Figure and the axes.
 
         Raises:
-            TypeError: If these are not five axes.
+            TypeError: If these are not so many axes.
         """
         from stabkit.plots import plot_audit  # plots are loaded only when drawn
 
-        if axes is not None and (not hasattr(axes, "__len__") or len(axes) != 5):
+        number = len(self.panels)
+        if axes is not None and (not hasattr(axes, "__len__") or len(axes) != number):
             got = f"{len(axes)} of them" if hasattr(axes, "__len__") else f"one {type(axes).__name__}"
             raise TypeError(
-                f"`axes` of `Audit.plot` must be five axes; got {got}. Make them with matplotlib's subplots(1, 5)."
+                f"`axes` of `Audit.plot` must be {number} axes, for {', '.join(self.panels)}; got {got}. Make them with "
+                f"matplotlib's subplots(1, {number})."
             )
         return plot_audit(self, axes=axes)
 
