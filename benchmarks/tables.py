@@ -786,8 +786,7 @@ def remedy(found: dict[str, Any]) -> str:
         "many of the runs diverged. The best of a grid of 20 real runs is picked by the first of these gaps itself; a",
         "second gold differs from the first by its seed. Cost: `tune`'s gradients and CPU seconds over those of the 20",
         f"runs, which are short here. In {spoilt} of {len(rows)} rows the untouched original is nearer to the gold than",
-        "the tuned model. The rows are from before `tune` asked a report of what it chose, and where that has doubts a",
-        "staged rollout: step sizes can be smaller now, and the cost larger by a report and up to a run.",
+        "the tuned model.",
         "",
         table(
             (
