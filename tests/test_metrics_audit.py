@@ -15,7 +15,7 @@ from torch import nn
 
 from stabkit.algorithms import GradDiff
 from stabkit.deletion import random_fraction
-from stabkit.metrics import Accuracies, Audit, Shadows, accuracies, audit, average_gap, relearn_time
+from stabkit.metrics import Accuracies, Audit, Estimate, Shadows, accuracies, audit, average_gap, relearn_time
 from stabkit.metrics.tables import markdown, steps
 from stabkit.models import MLP
 from stabkit.problem import UnlearningProblem
@@ -399,6 +399,22 @@ def test_an_unknown_name(found):
     with pytest.raises(KeyError, match=r"no model 'salun' in the audit; there are \['original', 'gold', 'graddiff'"):
         found["salun"]
     assert found["gold"].attack("lira/threshold") is None
+
+
+def test_the_table_says_where_the_attack_is_at_chance(found):
+    def with_auc(model, low, high):
+        auc = Estimate(value=(low + high) / 2, low=low, high=high)
+        attacks = tuple(dataclasses.replace(a, auc=auc) if a.name == found.gap_attack else a for a in model.membership)
+        return dataclasses.replace(model, membership=attacks)
+
+    def footer(*at_chance):
+        models = tuple(with_auc(m, *((0.48, 0.53) if m.name in at_chance else (0.52, 0.6))) for m in found.models)
+        return dataclasses.replace(found, models=models).table().footer
+
+    assert "chance" not in footer()
+    assert "which on gold, graddiff does no better than chance" in footer("gold", "graddiff")
+    assert "which on every model does" in footer("original", "gold", "graddiff")  # the broken one has no attack
+    assert not any(a.at_chance for a in with_auc(found["gold"], 0.4, 0.49).membership if a.name == found.gap_attack)
 
 
 def test_the_plot_shows_intervals_beside_golds(found, monkeypatch):

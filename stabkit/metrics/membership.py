@@ -69,6 +69,11 @@ class Attack:
         """Feature and classifier, as in "entropy/logistic"."""
         return f"{self.feature}/{self.classifier}"
 
+    @property
+    def at_chance(self) -> bool:
+        """Whether the interval of the AUC holds one half: the shares may then be those of a coin's side."""
+        return self.auc.low <= 0.5 <= self.auc.high
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drawn:

@@ -46,7 +46,20 @@ def summary_table(audit: Audit) -> Table:
         title=f"Audit on {forget} forget, {retain} retain and {test} test samples",
         columns=("model", *rates, "avg gap, points", "relearn, steps"),
         rows=tuple(rows),
-        footer=f"MIA by {audit.gap_attack}; {100 * audit.level:g} % bootstrap intervals over samples in brackets",
+        footer=f"MIA by {_attack(audit)}; {100 * audit.level:g} % bootstrap intervals over samples in brackets",
+    )
+
+
+def _attack(audit: Audit) -> str:
+    """The attack behind the MIA, and on which models it does no better than chance."""
+    tried = {model.name: found for model in audit.models if (found := model.attack(audit.gap_attack)) is not None}
+    chance = [name for name, found in tried.items() if found.at_chance]
+    if not chance:
+        return audit.gap_attack
+    where = "every model" if len(chance) == len(tried) else ", ".join(chance)
+    return (
+        f"{audit.gap_attack}, which on {where} does no better than chance by its AUC, so that the MIA and its part of a gap "
+        "say little there"
     )
 
 
@@ -75,7 +88,7 @@ def _loss_summary(audit: Audit) -> Table:
     if any(attack is not None for attack in attacks):
         shown = [NOT_FINITE if attack is None else percent(attack.forget_called_member) for attack in attacks]
         columns["MIA: called member %"] = shown
-        notes.append(f"MIA by {audit.gap_attack}")
+        notes.append(f"MIA by {_attack(audit)}")
     if any(model.relearning is not None for model in audit.models):
         columns["relearn, steps"] = [steps(model.relearning) for model in audit.models]
     notes.append(f"{100 * audit.level:g} % bootstrap intervals over samples in brackets")
