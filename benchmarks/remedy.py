@@ -126,6 +126,8 @@ def _algorithm(
             "accuracy_gap": average_gap(_accuracies(found[model]), _accuracies(found["gold"])),
         }
 
+    attack = found["original"].attack(ATTACK)
+    assert attack is not None
     grid = [measured(key) for key in settings if key.startswith("grid")]
     held = [point for point in grid if point["gap"] is not None]
     sizes = {"steps": STEPS, "batch_size": batch, "spectrum_samples": SPECTRUM_SAMPLES}
@@ -139,7 +141,7 @@ def _algorithm(
         "default": measured("default"),
         "best_of_grid": min(held, key=lambda p: p["gap"]) if held else None,
         "best_accuracy_of_grid": min(held, key=lambda p: p["accuracy_gap"]) if held else None,
-        "original": beside("original"),
+        "original": {**beside("original"), "attack_auc": attack.auc.value},
         "second_gold": beside(AGAIN),
         "grid_diverged": sum(p["diverged"] for p in grid),
         "tuning_gradients_over_grid": (cost.gradient_equivalents + again) / (cost.run.gradient_equivalents * len(grid)),

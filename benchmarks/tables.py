@@ -752,11 +752,13 @@ def remedy(found: dict[str, Any]) -> str:
         return f"{percent(entries)} ({sum(e['diverged'] for e in runs)} of {sum(e['runs'] for e in runs)})"
 
     rows, spoilt = [], 0
+    aucs: list[float] = []  # of the attack on the untouched originals
     attack: dict[str, dict[str, list[float]]] = {}  # MIA's difference to the gold, by data set
     near: dict[str, list[float]] = {"gap": [], "accuracy_gap": []}  # of the tuned over the best of the grid, a row each
     for cell, seeds in found["cells"].items():
         for name in next(iter(seeds.values())):
             runs = [by[name] for by in seeds.values()]
+            aucs += [r["original"]["attack_auc"] for r in runs]
             gaps = [r["tuned"]["gap"] for r in runs if r["tuned"]["gap"] is not None]
             spoilt += not gaps or sum(r["original"]["gap"] for r in runs) / len(runs) < sum(gaps) / len(gaps)
             for of, best in (("gap", "best_of_grid"), ("accuracy_gap", "best_accuracy_of_grid")):
@@ -821,7 +823,10 @@ def remedy(found: dict[str, Any]) -> str:
             f"{' and '.join(f'{100 * sum(values) / len(values):.0f}' for values in told.values())} points on {data}"
             for data, told in attack.items()
         )
-        + ".",
+        + ". The attack itself",
+        f"tells an untouched original's retain set from held-out data with an AUC of {min(aucs):.2f} to {max(aucs):.2f}, "
+        f"{statistics.median(aucs):.2f} in the median, where 0.5",
+        "is chance: whom it calls a member, and with it a quarter of the gap over all four, says little here.",
     ])
 
 
