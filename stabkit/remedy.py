@@ -21,6 +21,7 @@ from stabkit.preconditioner import Diagonal, Identity
 from stabkit.recommendations import ParetoPoint, Recommendation, Recommendations
 from stabkit.rollout import Rollout, loss_scale, rollout
 from stabkit.staged import staged_rollout
+from stabkit.theory import step_guess
 
 POINTS = 24  # of a line of step sizes, mixes or clipping norms
 REACH = 100.0  # how far below the critical step size the line begins
@@ -171,9 +172,10 @@ class _Search:
     def _steps(self) -> list[float]:
         """Step sizes from the critical one down; from where the linearised network is right, where none is critical."""
         batch_sizes = self._algorithm.batch_sizes(self._problem)
-        found = critical_lr(
-            self._network, self._algorithm, batch_sizes=batch_sizes, seeds=self._seeds, guess=self._algorithm.lr
-        )
+        for guess in (self._algorithm.lr, step_guess(self._measurement)):  # what is asked about may be far too small
+            found = critical_lr(self._network, self._algorithm, batch_sizes=batch_sizes, seeds=self._seeds, guess=guess)
+            if found.found:
+                break
         end = found.value
         if not found.found and self.kind != "staged" and not self._algorithm.adaptive:
             end = reach(

@@ -146,6 +146,14 @@ def test_what_holds_is_about_within_the_risk_in_a_report_too(mode, digits_mlp, c
             assert report.at(**item.changes).probability <= 1.2 * found.risk, item.remedy
 
 
+def test_step_sizes_reach_the_boundary_from_however_far_below(digits_mlp, class_deletion, found):
+    """A report about a step size far too small offered a hundred times that, and a run that forgets nothing."""
+    tiny = stabkit.predict(digits_mlp, *class_deletion, lr=1e-7, mix=0.5, **QUICK).recommend()
+    step, usual = (next(i for i in of.items if i.remedy == "step size").changes["lr"] for of in (tiny, found))
+    assert step == pytest.approx(usual, rel=0.3)
+    assert tiny.front[-1].forget_loss == pytest.approx(found.front[-1].forget_loss, rel=0.3)
+
+
 def test_a_recommended_step_survives_for_real(digits_mlp, class_deletion, found):
     problem = UnlearningProblem(digits_mlp, *class_deletion)
     asked = stabkit.GradDiff(lr=0.8, mix=0.5, steps=40)
