@@ -176,7 +176,7 @@ class _Search:
         )
         end = found.value
         if not found.found and self.kind != "staged" and not self._algorithm.adaptive:
-            end = reach(
+            end, _ = reach(
                 self._problem,
                 self._network,
                 self._algorithm,

@@ -279,3 +279,38 @@ def test_a_cost_estimate_knows_that_there_is_no_room(request, digits_mlp, random
     free = told()
     assert free[0] < held[0]
     assert free[1] > held[1]
+
+
+@pytest.mark.parametrize("kept", ["mask", "signs"])
+def test_what_every_rollout_asks_of_a_mask_or_of_signs_takes_walks_once(monkeypatch, kept):
+    problem = wide_problem()
+    vector = torch.linspace(-1, 1, problem.size).sign()
+    mask = (vector > 0).float()
+    network = linearise(problem, Identity(), rank=9, retain_samples=30, sketch_samples=10, hold=False)
+
+    def asked(of):
+        return of.masked(mask) if kept == "mask" else of.gradient_along(vector)
+
+    first, fewer = asked(network), network.thinned(rank=5)
+    fresh = linearise(problem, Identity(), rank=9, retain_samples=30, sketch_samples=10, hold=False).thinned(rank=5)
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(asked(fewer), asked(fresh), **near)
+    monkeypatch.setattr(matrix_free_module.PulledBasis, "inner", None)  # no more walks
+    assert asked(network) is first
+    assert asked(fewer).shape[0] == 5
+    with pytest.raises(TypeError):  # of another mask it does
+        network.masked(mask.clone())
+
+
+def test_the_walks_of_a_mask_and_of_the_cause_are_told(request, digits_mlp, random_deletion):
+    request.getfixturevalue("no_room")
+    reports = {
+        name: stabkit.predict(
+            digits_mlp, *random_deletion, algorithm=name, lr=0.05, mix=0.5, steps=20, seeds=1, mode="fast"
+        )
+        for name in ("graddiff", "sfr_on")
+    }
+    told = {name: next(c for c in found.costs if c.stage == "rollouts and theory") for name, found in reports.items()}
+    again = next(c for c in reports["sfr_on"].at(lr=0.04).costs if c.stage == "rollouts and theory")
+    assert told["sfr_on"].gradient_equivalents > told["graddiff"].gradient_equivalents + 40 * 40
+    assert again.gradient_equivalents < told["graddiff"].gradient_equivalents + 1

@@ -8,8 +8,9 @@ that there ever is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -158,6 +159,19 @@ class MatrixFreeNetwork(LinearisedNetwork):
 
     directions: PulledBasis
 
+    @cached_property
+    def _found(self) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        """Products with a mask or with signs, which every rollout asks for: by kind and vector, with the vector itself."""
+        return {}
+
+    def _once(self, kind: str, vector: Tensor, product: Callable[[], Tensor]) -> Tensor:
+        """A product that is made the first time that it is asked for."""
+        key = kind, id(vector)
+        known = self._found.get(key)
+        if known is None or known[0] is not vector:
+            known = self._found[key] = vector, product()
+        return known[1]
+
     @property
     def parameters(self) -> int:
         """Number d of parameters."""
@@ -183,12 +197,16 @@ class MatrixFreeNetwork(LinearisedNetwork):
             mask: Shape (d,).
 
         Returns:
-            V^T M V, shape (r, r). Cost: r pulls and pushes over the samples that directions are drawn from.
+            V^T M V, shape (r, r). Cost: r pulls and pushes over the samples that directions are drawn from, once for a mask.
         """
-        found = torch.empty(self.rank, self.rank, dtype=torch.float64, device=self.basis.device)
-        for place, block in self.columns():
-            found[:, place] = self.directions.inner(block * mask.to(block).unsqueeze(1))
-        return ((found + found.T) / 2).to(self.basis)
+
+        def product() -> Tensor:
+            found = torch.empty(self.rank, self.rank, dtype=torch.float64, device=self.basis.device)
+            for place, block in self.columns():
+                found[:, place] = self.directions.inner(block * mask.to(block).unsqueeze(1))
+            return ((found + found.T) / 2).to(self.basis)
+
+        return self._once("mask", mask, product)
 
     def gradient_along(self, vector: Tensor) -> Tensor:
         """A gradient in the coordinates, where P = I.
@@ -197,9 +215,13 @@ class MatrixFreeNetwork(LinearisedNetwork):
             vector: Shape (d,).
 
         Returns:
-            V^T u, shape (r,). Cost: one push over the samples that directions are drawn from.
+            V^T u, shape (r,). Cost: one push over the samples that directions are drawn from, once for a vector.
         """
-        return self.directions.inner(vector.to(self.basis).unsqueeze(1)).squeeze(1).to(self.basis)
+        return self._once(
+            "gradient",
+            vector,
+            lambda: self.directions.inner(vector.to(self.basis).unsqueeze(1)).squeeze(1).to(self.basis),
+        )
 
     def inside(self, vector: Tensor) -> Tensor:
         """Coordinates of a direction of the preconditioned problem.
@@ -235,7 +257,11 @@ class MatrixFreeNetwork(LinearisedNetwork):
         """
         found = super().thinned(rank=rank, samples=samples)
         assert isinstance(found, MatrixFreeNetwork)  # as `replace` keeps the class
-        return replace(found, directions=self.directions.kept(self.kept_columns(rank)))
+        kept = self.kept_columns(rank)
+        found = replace(found, directions=self.directions.kept(kept))
+        for key, (vector, product) in self._found.items():
+            found._found[key] = vector, product[kept][:, kept] if key[0] == "mask" else product[kept]
+        return found
 
 
 class PulledSketch:
