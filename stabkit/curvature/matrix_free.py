@@ -3,7 +3,7 @@
 Of a network with so many parameters that r vectors of them do not fit into memory. The directions are those that a held
 basis has: U is of the samples that they are drawn from, and the few columns of E are the mean gradients and the landmarks.
 VᵀV and the like follow from pushed columns, (P^{1/2} Jᵀ U)ᵀ x = Uᵀ J P^{1/2} x, so that a few columns at a time are all
-that there ever is.
+that there ever is. Directions whose share of the squared sensitivity a Gram matrix cannot tell from rounding are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from stabkit.curvature.sketch import PROBES, gaussian_columns, random_signs
 from stabkit.preconditioner import Identity, Preconditioner
 
 COPIES = 6  # that a walk holds of each column of a block: the block, its root, and what the passes need
-FLOOR = 100.0  # eigenvalues of a Gram matrix up to so many times the rounding unit of the largest one are rounding
+# Eigenvalues of a Gram matrix up to so many times the rounding unit of the largest one are rounding: of a first round in
+# float32 all directions that are sensitive to less than a hundred-thousandth of the leading one's square.
+FLOOR = 100.0
 
 
 def columns_at_once(size: int, like: Tensor) -> int:
@@ -456,10 +458,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _orthonormalising(gram: Tensor, eps: float) -> Tensor:
-    """W with WᵀGW = I, shape (c, c'), of what is not rounding in a Gram matrix of columns of any lengths."""
+    """W with WᵀGW = I, shape (c, c'), of what is not rounding in a Gram matrix of columns of any lengths; 0 where all is."""
     sizes = gram.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
     values, vectors = torch.linalg.eigh(inverse.unsqueeze(1) * gram * inverse)
+    if not bool(values[-1] > 0):  # nothing is sensitive; as of a basis that is held, one direction is left
+        return torch.zeros_like(gram[:, :1])
     keep = values > FLOOR * eps * values[-1]
     return inverse.unsqueeze(1) * vectors[:, keep] / values[keep].sqrt()
 
