@@ -28,6 +28,7 @@ from stabkit.checks import change_checks, margin_check, seeds_check, trust_check
 from stabkit.curvature.dormant import SAMPLES
 from stabkit.frontier import Frontier, frontier
 from stabkit.measure import Measurement
+from stabkit.network import check_modes
 from stabkit.precision import arithmetic
 from stabkit.problem import UnlearningProblem
 from stabkit.recommendations import Recommendations
@@ -250,6 +251,7 @@ def check_batches(problem: UnlearningProblem, algorithm: Algorithm) -> None:
 
 def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, /, **changes: object) -> Report:
     """Judge other settings; only the mix needs new curvature products."""
+    check_modes("Report.at")
     algorithm = _changed(measurement.algorithm, changes)
     check_batches(measurement.problem, algorithm)
     with preserved_rng():
@@ -269,12 +271,14 @@ def _changed(algorithm: Algorithm, changes: dict[str, object]) -> Algorithm:
 
 
 def _recommended(measurement: Measurement, seeds: Sequence[int], risk: float, kind: str) -> Recommendations:
+    check_modes("Report.recommend")
     with arithmetic(measurement.settings.precision):
         return recommend(measurement, seeds, risk=risk, kind=kind)
 
 
 def _staged_probability(measurement: Measurement, seed: int) -> float:
     """P(diverge) by one staged rollout, whatever the report's mode."""
+    check_modes("tune")
     algorithm = measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
     with arithmetic(measurement.settings.precision), preserved_rng():
@@ -293,6 +297,7 @@ def _frontier(
     mix: Sequence[float] | None,
     progress: bool,
 ) -> Frontier:
+    check_modes("Report.frontier")
     algorithm = measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
     every = np.array([algorithm.mix]) if algorithm.fixed_mix else np.linspace(0, 1, FRONTIER_POINTS)
