@@ -35,7 +35,8 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
         mean_square_growth: K·ln ρ(T_η) (T8), which is that of plain steps: with momentum it names no mechanism.
 
     Returns:
-        The cause. Cost: none on the network.
+        The cause. Cost: none on the network, but a pull and a push over the samples that directions are drawn from where
+        the basis is not held.
     """
     problem, spectrum, algorithm = measurement.problem, measurement.spectrum, measurement.algorithm
     values = spectrum.pairs.values
@@ -129,7 +130,7 @@ def reach(
     *,
     batch_sizes: tuple[int, int],
     seed: int,
-) -> float:
+) -> tuple[float, int]:
     """Step size up to which the linearised network is right to the end of a run, where no scanned one breaks.
 
     Args:
@@ -142,7 +143,8 @@ def reach(
 
     Returns:
         The upper end where it is right there, the lower end where it is wrong even there, and otherwise what halving the
-        scan's logarithm finds, to a tenth. Cost: up to eight rollouts, each with a forward pass over what is linearised.
+        scan's logarithm finds, to a tenth; and how many rollouts that took, up to eight. Cost: those, each with a look as
+        `linearisation_errors` has it.
     """
 
     def right(lr: float) -> bool:
@@ -151,12 +153,14 @@ def reach(
         return error <= FAR_ERROR and awake <= MAX_AWAKENED
 
     low, high = scanned
+    looks = 1
     if right(high):
-        return high
+        return high, looks
     while high > 1.1 * low:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if right(middle) else (low, middle)
-    return low
+        looks += 1
+    return low, looks
 
 
 def start_errors(

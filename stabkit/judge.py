@@ -15,6 +15,7 @@ import torch
 from stabkit._rng import preserved_rng
 from stabkit._version import __version__
 from stabkit.algorithms import ALGORITHMS, Algorithm
+from stabkit.algorithms.base import PlainSteps
 from stabkit.boundary import (
     CriticalValue,
     staged_critical_lr,
@@ -27,6 +28,7 @@ from stabkit.checks import change_checks, margin_check, seeds_check, trust_check
 from stabkit.curvature.dormant import SAMPLES
 from stabkit.frontier import Frontier, frontier
 from stabkit.measure import Measurement
+from stabkit.network import check_modes
 from stabkit.precision import arithmetic
 from stabkit.problem import UnlearningProblem
 from stabkit.recommendations import Recommendations
@@ -53,6 +55,7 @@ class _Limits:
     staged: Cost
     error_below: float | None
     awake_below: float = 0.0
+    looks: int = 0  # runs of other step sizes at whose end the real outputs were looked at
 
 
 def judge(
@@ -87,20 +90,22 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         progress=progress,
     )
     spent = Cost(stage="staged rollouts", seconds=0.0, gradient_equivalents=0.0)  # on the critical step size
-    looked_below = False
+    looks = 1  # at the real outputs at predicted parameters
     if limits is None:
         assert one_lr is not None
         limits = _limits(measurement, batch_sizes, seeds, one_lr)
-        spent, looked_below = limits.staged, limits.error_below is not None
+        spent, looks = limits.staged, looks + limits.looks
     theory_says = thresholds(
         measurement, batch_sizes, mean_square_lr=limits.mean_square_lr, horizon_lr=limits.horizon_lr
     )
+    each_look = (network.retain.samples + network.forget.samples) / 3 + network.displacement_gradients
+    if network.dormant and not measurement.settings.staged:
+        each_look += 2 * SAMPLES
     theory = Cost(
         stage="rollouts and theory",
         seconds=time.perf_counter() - start - spent.seconds,
-        gradient_equivalents=((network.retain.samples + network.forget.samples) / 3 + network.displacement_gradients)
-        * (1 + looked_below)
-        + (2 * SAMPLES if network.dormant and not measurement.settings.staged else 0)
+        gradient_equivalents=looks * each_look
+        + _walks(measurement) * network.displacement_gradients
         + (first_look(algorithm) * sum(batch_sizes) if algorithm.adaptive else 0),
     )
     verdict_by = _verdict_by(measurement, rolled, mix_detail, seeds, progress=progress)
@@ -140,6 +145,9 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         margin_check(past, interval, verdict, staged=measurement.settings.staged),
         *seeds_check(verdict_by.rollout, algorithm.lr, _interval(used, limits.lr)),
     )
+    cause = find_cause(measurement, rolled, mean_square_growth=theory_says.growth)
+    if not measurement.settings.staged:  # all that is left to be timed
+        theory = replace(theory, seconds=time.perf_counter() - start)
     return Report(
         verdict=verdict,
         probability=probability,
@@ -156,7 +164,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
         thresholds=theory_says,
         coherence=_coherence(measurement),
         rollout=_rollout_summary(verdict_by, measurement, len(seeds)),
-        cause=find_cause(measurement, rolled, mean_square_growth=theory_says.growth),
+        cause=cause,
         layers=measurement.layers,
         checks=checks,
         linearisation_error=error,
@@ -243,6 +251,7 @@ def check_batches(problem: UnlearningProblem, algorithm: Algorithm) -> None:
 
 def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, /, **changes: object) -> Report:
     """Judge other settings; only the mix needs new curvature products."""
+    check_modes("Report.at")
     algorithm = _changed(measurement.algorithm, changes)
     check_batches(measurement.problem, algorithm)
     with preserved_rng():
@@ -262,12 +271,14 @@ def _changed(algorithm: Algorithm, changes: dict[str, object]) -> Algorithm:
 
 
 def _recommended(measurement: Measurement, seeds: Sequence[int], risk: float, kind: str) -> Recommendations:
+    check_modes("Report.recommend")
     with arithmetic(measurement.settings.precision):
         return recommend(measurement, seeds, risk=risk, kind=kind)
 
 
 def _staged_probability(measurement: Measurement, seed: int) -> float:
     """P(diverge) by one staged rollout, whatever the report's mode."""
+    check_modes("tune")
     algorithm = measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
     with arithmetic(measurement.settings.precision), preserved_rng():
@@ -286,6 +297,7 @@ def _frontier(
     mix: Sequence[float] | None,
     progress: bool,
 ) -> Frontier:
+    check_modes("Report.frontier")
     algorithm = measurement.algorithm
     batch_sizes = algorithm.batch_sizes(measurement.problem)
     every = np.array([algorithm.mix]) if algorithm.fixed_mix else np.linspace(0, 1, FRONTIER_POINTS)
@@ -364,16 +376,17 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
             guess=lr.value,
         )
         lr = found.with_spread_of(lr)
-    problem, network, error, awake = measurement.problem, measurement.network, None, 0.0
+    staged = Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent)
+    problem, network, error, awake, looks = measurement.problem, measurement.network, None, 0.0, 0
     if not (measurement.settings.staged or algorithm.adaptive):
         setting: dict[str, Any] = {"batch_sizes": batch_sizes, "seed": seeds[0]}
         if lr.bracketed:
             error, awake = errors_below(problem, network, algorithm, lr.value, **setting)
+            looks = 1
         elif not lr.found:
             # Beyond it a run that holds in the linearised network says nothing of the real one.
-            end = reach(problem, network, algorithm, lr.scanned, **setting)
+            end, looks = reach(problem, network, algorithm, lr.scanned, **setting)
             lr = CriticalValue(value=end, low=end, high=end, found=False, scanned=(lr.scanned[0], end))
-    staged = Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent)
     mean_square_lr, horizon_lr = critical_steps(measurement, batch_sizes)
     return _Limits(
         lr=lr,
@@ -382,7 +395,17 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
         horizon_lr=horizon_lr,
         error_below=error,
         awake_below=awake,
+        looks=looks,
     )
+
+
+def _walks(measurement: Measurement) -> int:
+    """Pulls and pushes of a vector that a basis which is not held takes: for the named cause, for a mask and for signs."""
+    marks = measurement.network.run_preconditioner
+    new = any(cost.stage == "linearisation" and cost.gradient_equivalents for cost in measurement.costs)
+    if not (new and isinstance(marks, PlainSteps)):  # those of an earlier report are kept
+        return 2
+    return 2 + 2 * measurement.network.rank * (marks.forget_mask is not None) + (marks.signs is not None)
 
 
 def _interval(used: Calibration, lr: CriticalValue) -> tuple[float, float]:

@@ -105,14 +105,21 @@ def normalises(model: nn.Module) -> bool:
 
 
 def check_modes(owner: str) -> None:
-    """Refuse modes of PyTorch in which derivatives are not taken, or numbers are not what they are said to be.
+    """Refuse modes of PyTorch in which derivatives or random numbers are not to be had, or numbers are not what they seem.
 
     Args:
         owner: Function or class that is called, for messages.
 
     Raises:
-        RuntimeError: Under torch.inference_mode() or torch.autocast.
+        RuntimeError: Under torch.inference_mode() or torch.autocast, or with another default device than the CPU.
     """
+    home = torch.get_default_device().type
+    if home != "cpu":
+        raise RuntimeError(
+            f"`{owner}` must be called with the CPU as PyTorch's default device, on which batches and samples are drawn; "
+            f"got {home!r}. Call torch.set_default_device('cpu') before; `device`, or where the model lies, says where to "
+            "compute."
+        )
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"`{owner}` must be called where derivatives can be taken; got torch.inference_mode(). Leave that block; "

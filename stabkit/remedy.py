@@ -178,7 +178,7 @@ class _Search:
                 break
         end = found.value
         if not found.found and self.kind != "staged" and not self._algorithm.adaptive:
-            end = reach(
+            end, _ = reach(
                 self._problem,
                 self._network,
                 self._algorithm,

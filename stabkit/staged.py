@@ -283,7 +283,9 @@ class _Run:
         return Position(
             step=step,
             theta=self._theta + self._displaced(coordinates),
-            moments=Moments(first=self._displaced(carried.first)),
+            moments=Moments(
+                first=self._displaced(carried.first) if self._algorithm.momentum else torch.zeros_like(self._theta)
+            ),
             statistics={},
         )
 

@@ -69,8 +69,8 @@ def advice(
         said.append(f"L{lower}" if algorithm.fixed_mix else f"Keep mix {algorithm.mix:.3g} and l{lower}")
     if not lr_detail.found and algorithm.lr > lr_detail.scanned[1]:
         said.append(
-            f"No step size is known to break, but the linearised network is right up to {_two_digits(lr_detail.scanned[1])} "
-            "only, and says nothing beyond: stay below, or predict with mode='thorough'."
+            f"No step size up to {_two_digits(lr_detail.scanned[1])} is predicted to break, and of larger ones one "
+            "linearisation says nothing to rely on: stay below, or predict with mode='thorough'."
         )
     if mix_detail.found and mix_detail.low > 0:
         said.append(

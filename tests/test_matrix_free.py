@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -279,3 +280,62 @@ def test_a_cost_estimate_knows_that_there_is_no_room(request, digits_mlp, random
     free = told()
     assert free[0] < held[0]
     assert free[1] > held[1]
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_where_nothing_is_sensitive_one_direction_is_left(hold):
+    problem = wide_problem()
+    found = linearise(problem, Diagonal(torch.zeros(problem.size)), rank=5, hold=hold)
+    assert found.rank == 1
+    assert found.singular_values.tolist() == [0.0]
+    assert float(found.displacement(torch.ones(1)).norm()) == 0
+    assert not any(bool(part.features.any()) for part in (found.retain, found.forget))
+
+
+def test_directions_that_float32_does_not_tell_from_rounding_are_left_out():
+    """All others stay, and what the network captures with them."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 40, generator=g) * torch.arange(1, 41).float() ** -2
+    y = torch.randint(0, 3, (120,), generator=g)
+    problem = UnlearningProblem(MLP(40, 3, hidden=(16,), activation=nn.Tanh), (x[:40], y[:40]), (x[40:], y[40:]))
+    held, free = (linearise(problem, Identity(), rank=60, hold=hold) for hold in (True, False))
+    shares = (held.singular_values / held.singular_values[0]).square()
+    assert float(shares[-1]) < 1e-5
+    assert free.rank < held.rank == 60
+    assert free.rank >= int((shares > 2e-5).sum())
+    assert free.captured == pytest.approx(held.captured, abs=1e-3)
+
+
+@pytest.mark.parametrize("kept", ["mask", "signs"])
+def test_what_every_rollout_asks_of_a_mask_or_of_signs_takes_walks_once(monkeypatch, kept):
+    problem = wide_problem()
+    vector = torch.linspace(-1, 1, problem.size).sign()
+    mask = (vector > 0).float()
+    network = linearise(problem, Identity(), rank=9, retain_samples=30, sketch_samples=10, hold=False)
+
+    def asked(of):
+        return of.masked(mask) if kept == "mask" else of.gradient_along(vector)
+
+    first, fewer = asked(network), network.thinned(rank=5)
+    fresh = linearise(problem, Identity(), rank=9, retain_samples=30, sketch_samples=10, hold=False).thinned(rank=5)
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(asked(fewer), asked(fresh), **near)
+    monkeypatch.setattr(matrix_free_module.PulledBasis, "inner", None)  # no more walks
+    assert asked(network) is first
+    assert asked(fewer).shape[0] == 5
+    with pytest.raises(TypeError):  # of another mask it does
+        network.masked(mask.clone())
+
+
+def test_the_walks_of_a_mask_and_of_the_cause_are_told(request, digits_mlp, random_deletion):
+    request.getfixturevalue("no_room")
+    reports = {
+        name: stabkit.predict(
+            digits_mlp, *random_deletion, algorithm=name, lr=0.05, mix=0.5, steps=20, seeds=1, mode="fast"
+        )
+        for name in ("graddiff", "sfr_on")
+    }
+    told = {name: next(c for c in found.costs if c.stage == "rollouts and theory") for name, found in reports.items()}
+    again = next(c for c in reports["sfr_on"].at(lr=0.04).costs if c.stage == "rollouts and theory")
+    assert told["sfr_on"].gradient_equivalents > told["graddiff"].gradient_equivalents + 40 * 40
+    assert again.gradient_equivalents < told["graddiff"].gradient_equivalents + 1

@@ -6,6 +6,7 @@ import math
 import pickle
 import random
 import subprocess
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import stabkit
+import stabkit.judge
 from stabkit.algorithms import GradDiff
 from stabkit.curvature import linearise
 from stabkit.models import MLP
@@ -132,6 +134,23 @@ def test_costs_are_stated_stage_by_stage(digits_mlp, class_deletion):
     assert costs["preconditioner"] == len(class_deletion[0][1])
     assert costs["linearisation"] == pytest.approx(2 * 10 * (96 + 48), rel=0.6)
     assert all(c.seconds >= 0 for c in report.costs)
+
+
+@unsure
+@pytest.mark.parametrize("what", ["errors_below", "linearisation_errors", "change_checks"])
+def test_seconds_of_looks_and_checks_are_told(digits_mlp, class_deletion, monkeypatch, what):
+    """Which need no gradient, or few, but take a part of the time."""
+    wrapped = getattr(stabkit.judge, what)
+
+    def slow(*given, **named):
+        time.sleep(2)
+        return wrapped(*given, **named)
+
+    monkeypatch.setattr(stabkit.judge, what, slow)
+    start = time.perf_counter()
+    report = stabkit.predict(digits_mlp, *class_deletion, lr=0.1, mode="fast", **QUICK)
+    taken, told = time.perf_counter() - start, sum(cost.seconds for cost in report.costs)
+    assert taken - 1 < told <= taken
 
 
 # ------------------------------------------------------------------ what is left alone

@@ -14,7 +14,7 @@ from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import SCORE_CAP, rollout
 from stabkit.runner import run
-from stabkit.staged import first_look, staged_rollout
+from stabkit.staged import _Run, first_look, staged_rollout
 
 STEPS = 14
 NOTHING = {"max_loss_error": 1e-15, "max_output_error": 1e-15}
@@ -374,3 +374,17 @@ def test_both_sets_have_a_part_in_the_steps_that_are_looked_at(monkeypatch):
         rolled_out(problem, narrow(problem, algorithm, 10_000), algorithm)
         assert seen[:last] == list(range(1, last + 1)), algorithm
         assert last + 1 not in seen[last : last + 1], algorithm
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_velocity_is_displaced_where_there_is_momentum_alone(momentum):
+    """Of a basis that is not held a displacement takes a walk over the samples."""
+    problem = small_problem(curved())
+    algorithm = GradDiff(lr=0.01, mix=0.3, steps=30, batch_size=8, momentum=momentum)
+    network, asked = everything(problem, Identity()), []
+    object.__setattr__(network, "displacement", lambda c: (asked.append(c), type(network).displacement(network, c))[1])
+    run_ = _Run(problem, network, algorithm, (8, 8), 3)
+    run_.linearised()
+    at = run_._position(20)
+    assert len(asked) == 1 + (momentum > 0)
+    assert bool(at.moments.first.any()) == (momentum > 0)

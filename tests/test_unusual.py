@@ -400,11 +400,25 @@ def test_passes_that_no_transform_goes_through_are_refused_with_a_remedy(points,
 def test_autocast_is_refused(points):
     model = fitted(plain(), points)
     problem = UnlearningProblem(model, *halves(points))
+    report = stabkit.predict(model, *halves(points), steps=5)
     for call in (
         lambda: stabkit.predict(model, *halves(points), steps=5),
         lambda: run(problem, GradDiff(lr=0.01, steps=5)),
+        lambda: linearise(problem, Identity()),
+        lambda: report.at(lr=0.02),
+        lambda: report.frontier(lr=[0.01], mix=[0.5]),
+        report.recommend,
     ):
         with pytest.raises(RuntimeError, match=r"outside of torch\.autocast.*'cpu'"), torch.autocast("cpu"):
+            call()
+
+
+def test_another_default_device_is_refused(points):
+    """Generators of batches are the CPU's, and PyTorch draws with them on the CPU alone."""
+    model = fitted(plain(), points)
+    report = stabkit.predict(model, *halves(points), steps=5)
+    for call in (lambda: stabkit.predict(model, *halves(points), steps=5), lambda: report.at(lr=0.02)):
+        with pytest.raises(RuntimeError, match=r"CPU as PyTorch's default device.*got 'meta'"), torch.device("meta"):
             call()
 
 

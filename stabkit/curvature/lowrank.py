@@ -29,6 +29,7 @@ from stabkit.curvature.matrix_free import MatrixFreeNetwork, PulledSketch
 from stabkit.curvature.orthonormal import ROWS_AT_ONCE, rotated
 from stabkit.curvature.room import EXTRA, WHOLE, Room, first_rank, holds_basis, samples_drawn_from
 from stabkit.curvature.sketch import PROBES, RowSketch
+from stabkit.network import check_modes
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
@@ -91,7 +92,8 @@ def linearise(
         memory: Bytes, or text such as "4GB", that basis, sketch, features and passes may take together; the activations of
             a pass come on top. When None, what is free.
         hold: Whether to hold the basis. One that is not held is made anew from the samples that its directions are drawn
-            from, a few columns at a time, wherever it is asked for: the same network to rounding, of a model of any size.
+            from, a few columns at a time, wherever it is asked for: the same network to rounding, of a model of any size,
+            without directions that in float32 have less than about 1e-5 of the leading one's squared singular value.
             When None, it is held where it fits into memory; and where the rank is found, power iterations are asked for or
             the state is to be written, which need it.
         seed: Seed of the sample and of the sketch.
@@ -112,10 +114,12 @@ def linearise(
         memory: m·O·(r + 28) numbers, and some ten vectors of d.
 
     Raises:
+        RuntimeError: Under torch.inference_mode() or torch.autocast, or with another default device than the CPU.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of its domain or a landmark of another shape, a basis that has to be held does not
             fit into memory, or the checkpoint is unreadable or of another problem or other settings.
     """
+    check_modes(OWNER)
     if rank is not None:
         check_int(rank, name="rank", owner=OWNER, low=1, remedy="None finds one.")
     check_real(tolerance, name="tolerance", owner=OWNER, low=0, high=1)

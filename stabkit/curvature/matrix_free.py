@@ -3,13 +3,14 @@
 Of a network with so many parameters that r vectors of them do not fit into memory. The directions are those that a held
 basis has: U is of the samples that they are drawn from, and the few columns of E are the mean gradients and the landmarks.
 VᵀV and the like follow from pushed columns, (P^{1/2} Jᵀ U)ᵀ x = Uᵀ J P^{1/2} x, so that a few columns at a time are all
-that there ever is.
+that there ever is. Directions whose share of the squared sensitivity a Gram matrix cannot tell from rounding are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from stabkit.curvature.sketch import PROBES, gaussian_columns, random_signs
 from stabkit.preconditioner import Identity, Preconditioner
 
 COPIES = 6  # that a walk holds of each column of a block: the block, its root, and what the passes need
-FLOOR = 100.0  # eigenvalues of a Gram matrix up to so many times the rounding unit of the largest one are rounding
+# Eigenvalues of a Gram matrix up to so many times the rounding unit of the largest one are rounding: of a first round in
+# float32 all directions that are sensitive to less than a hundred-thousandth of the leading one's square.
+FLOOR = 100.0
 
 
 def columns_at_once(size: int, like: Tensor) -> int:
@@ -158,6 +161,19 @@ class MatrixFreeNetwork(LinearisedNetwork):
 
     directions: PulledBasis
 
+    @cached_property
+    def _found(self) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        """Products with a mask or with signs, which every rollout asks for: by kind and vector, with the vector itself."""
+        return {}
+
+    def _once(self, kind: str, vector: Tensor, product: Callable[[], Tensor]) -> Tensor:
+        """A product that is made the first time that it is asked for."""
+        key = kind, id(vector)
+        known = self._found.get(key)
+        if known is None or known[0] is not vector:
+            known = self._found[key] = vector, product()
+        return known[1]
+
     @property
     def parameters(self) -> int:
         """Number d of parameters."""
@@ -183,12 +199,16 @@ class MatrixFreeNetwork(LinearisedNetwork):
             mask: Shape (d,).
 
         Returns:
-            V^T M V, shape (r, r). Cost: r pulls and pushes over the samples that directions are drawn from.
+            V^T M V, shape (r, r). Cost: r pulls and pushes over the samples that directions are drawn from, once for a mask.
         """
-        found = torch.empty(self.rank, self.rank, dtype=torch.float64, device=self.basis.device)
-        for place, block in self.columns():
-            found[:, place] = self.directions.inner(block * mask.to(block).unsqueeze(1))
-        return ((found + found.T) / 2).to(self.basis)
+
+        def product() -> Tensor:
+            found = torch.empty(self.rank, self.rank, dtype=torch.float64, device=self.basis.device)
+            for place, block in self.columns():
+                found[:, place] = self.directions.inner(block * mask.to(block).unsqueeze(1))
+            return ((found + found.T) / 2).to(self.basis)
+
+        return self._once("mask", mask, product)
 
     def gradient_along(self, vector: Tensor) -> Tensor:
         """A gradient in the coordinates, where P = I.
@@ -197,9 +217,13 @@ class MatrixFreeNetwork(LinearisedNetwork):
             vector: Shape (d,).
 
         Returns:
-            V^T u, shape (r,). Cost: one push over the samples that directions are drawn from.
+            V^T u, shape (r,). Cost: one push over the samples that directions are drawn from, once for a vector.
         """
-        return self.directions.inner(vector.to(self.basis).unsqueeze(1)).squeeze(1).to(self.basis)
+        return self._once(
+            "gradient",
+            vector,
+            lambda: self.directions.inner(vector.to(self.basis).unsqueeze(1)).squeeze(1).to(self.basis),
+        )
 
     def inside(self, vector: Tensor) -> Tensor:
         """Coordinates of a direction of the preconditioned problem.
@@ -235,7 +259,11 @@ class MatrixFreeNetwork(LinearisedNetwork):
         """
         found = super().thinned(rank=rank, samples=samples)
         assert isinstance(found, MatrixFreeNetwork)  # as `replace` keeps the class
-        return replace(found, directions=self.directions.kept(self.kept_columns(rank)))
+        kept = self.kept_columns(rank)
+        found = replace(found, directions=self.directions.kept(kept))
+        for key, (vector, product) in self._found.items():
+            found._found[key] = vector, product[kept][:, kept] if key[0] == "mask" else product[kept]
+        return found
 
 
 class PulledSketch:
@@ -430,10 +458,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _orthonormalising(gram: Tensor, eps: float) -> Tensor:
-    """W with WᵀGW = I, shape (c, c'), of what is not rounding in a Gram matrix of columns of any lengths."""
+    """W with WᵀGW = I, shape (c, c'), of what is not rounding in a Gram matrix of columns of any lengths; 0 where all is."""
     sizes = gram.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
     values, vectors = torch.linalg.eigh(inverse.unsqueeze(1) * gram * inverse)
+    if not bool(values[-1] > 0):  # nothing is sensitive; as of a basis that is held, one direction is left
+        return torch.zeros_like(gram[:, :1])
     keep = values > FLOOR * eps * values[-1]
     return inverse.unsqueeze(1) * vectors[:, keep] / values[keep].sqrt()
 
