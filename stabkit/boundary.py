@@ -109,20 +109,20 @@ def critical_lr(
 
     Args:
         network: The compressed network.
-        algorithm: Everything but the step size is read from it.
+        algorithm: The algorithm; its own step size says how far to look where nothing breaks.
         batch_sizes: B_R and B_F.
         seeds: One rollout each.
         guess: A step size of the right order, such as 2/λ_max(D); the scan reaches from 1/1000 to 100 times it.
 
     Returns:
-        The critical value. Cost: rollouts of 40 settings a seed, and of 15 more for every three decades further down that
-        even the smallest step diverges.
+        The critical value. Cost: rollouts of 40 settings a seed, of 15 more for every three decades further down that even
+        the smallest step diverges, and of 5 for every decade up to the algorithm's own step size where none diverges.
 
     Raises:
         ValueError: If the guess is not a finite number above 0.
     """
     check_real(guess, name="guess", owner="critical_lr", low=0, low_open=True)
-    return _alone(_search_lr(algorithm.mix, guess), network, algorithm, batch_sizes, seeds)
+    return _alone(_search_lr(algorithm.mix, guess, algorithm.lr), network, algorithm, batch_sizes, seeds)
 
 
 def critical_mix(
@@ -188,7 +188,7 @@ def surroundings(
     rolled, lr, mix = _together(
         (
             _search_one(algorithm.lr, algorithm.mix),
-            _nothing() if guess is None else _search_lr(algorithm.mix, guess),
+            _nothing() if guess is None else _search_lr(algorithm.mix, guess, algorithm.lr),
             _nothing() if algorithm.fixed_mix else _search_mix(algorithm.lr),
         ),
         network,
@@ -339,8 +339,8 @@ def _nothing() -> Search[None]:
     yield []
 
 
-def _search_lr(mix: float, guess: float) -> Search[CriticalValue]:
-    """Scan step sizes around a guess, further down while even the smallest diverges, then refine."""
+def _search_lr(mix: float, guess: float, asked: float) -> Search[CriticalValue]:
+    """Scan step sizes around a guess, down while even the smallest diverges or up to the asked one, then refine."""
     below, above = DECADES_AROUND
     low = guess * 10.0**-below
     scan = _Scan(lambda value: (value, mix))
@@ -350,6 +350,10 @@ def _search_lr(mix: float, guess: float) -> Search[CriticalValue]:
             break
         low = scan.values[0]
         yield from scan.add(np.geomspace(low * 1e-3, low, 1 + POINTS_PER_DECADE * 3)[:-1])
+    top = scan.values[-1]
+    if asked > top and not scan.pooled.any():
+        decades = math.ceil(math.log10(asked / top))
+        yield from scan.add(np.geomspace(top, asked, 1 + POINTS_PER_DECADE * decades)[1:])
     return (yield from scan.first_crossing(np.geomspace))
 
 

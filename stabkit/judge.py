@@ -55,6 +55,7 @@ class _Limits:
     staged: Cost
     error_below: float | None
     awake_below: float = 0.0
+    scanned_to: float = math.inf  # the largest step size of the scan
     looks: int = 0  # runs of other step sizes at whose end the real outputs were looked at
 
 
@@ -255,7 +256,9 @@ def _at(measurement: Measurement, seeds: Sequence[int], limits: _Limits, /, **ch
     algorithm = _changed(measurement.algorithm, changes)
     check_batches(measurement.problem, algorithm)
     with preserved_rng():
-        kept = limits if set(changes) <= {"lr"} - algorithm.preconditioner_reads else None
+        alike = set(changes) <= {"lr"} - algorithm.preconditioner_reads
+        known = limits.lr.found or algorithm.lr <= limits.scanned_to
+        kept = limits if alike and known else None
         report = judge(measurement.with_algorithm(algorithm), seeds, limits=kept)
     warn_if_unsure(report.checks)
     return report
@@ -377,6 +380,7 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
         )
         lr = found.with_spread_of(lr)
     staged = Cost(stage="staged rollouts", seconds=time.perf_counter() - start, gradient_equivalents=spent)
+    top = lr.scanned[1]
     problem, network, error, awake, looks = measurement.problem, measurement.network, None, 0.0, 0
     if not (measurement.settings.staged or algorithm.adaptive):
         setting: dict[str, Any] = {"batch_sizes": batch_sizes, "seed": seeds[0]}
@@ -395,6 +399,7 @@ def _limits(measurement: Measurement, batch_sizes: tuple[int, int], seeds: Seque
         horizon_lr=horizon_lr,
         error_below=error,
         awake_below=awake,
+        scanned_to=top,
         looks=looks,
     )
 

@@ -158,12 +158,28 @@ def known(crosses, seeds):
     return fake, asked
 
 
-def scan_lr(crosses, seeds=(0,), guess=1.0):
+def scan_lr(crosses, seeds=(0,), guess=1.0, lr=0.01):
     fake, asked = known(crosses, seeds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stabkit.boundary, "rollout", fake)
-        found = critical_lr(None, GradDiff(mix=0.3), batch_sizes=(1, 1), seeds=list(seeds), guess=guess)
+        found = critical_lr(None, GradDiff(lr=lr, mix=0.3), batch_sizes=(1, 1), seeds=list(seeds), guess=guess)
     return found, asked
+
+
+@given(threshold=st.floats(-5.9, 5.9).map(lambda x: 10**x), lr=st.sampled_from((1e-7, 1e-3, 1.0, 1e5)))
+def test_the_scan_reaches_the_step_size_that_is_asked_about(threshold, lr):
+    """Where none breaks around the guess: a run that breaks has a critical step size at or below its own."""
+    found, asked = scan_lr(lambda s, v: v >= threshold, guess=1e-5, lr=lr)
+    usual = 1e-3 * (1 + 1e-9)
+    top = max(1e-3, lr) if threshold > usual else 1e-3
+    assert found.scanned == pytest.approx((1e-8, top))
+    assert found.found == (threshold <= top * (1 + 1e-9))
+    if found.found:
+        assert found.value / REFINED * (1 - 1e-9) <= threshold <= found.value * (1 + 1e-9)
+    else:
+        assert found.value == pytest.approx(top)
+    if min(threshold, lr) <= usual:  # something breaks without it, or there is nothing to reach
+        assert asked == scan_lr(lambda s, v: v >= threshold, guess=1e-5, lr=1e-9)[1]
 
 
 @given(
