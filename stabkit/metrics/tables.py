@@ -57,10 +57,7 @@ def _attack(audit: Audit) -> str:
     if not chance:
         return audit.gap_attack
     where = "every model" if len(chance) == len(tried) else ", ".join(chance)
-    return (
-        f"{audit.gap_attack}, which on {where} does no better than chance by its AUC, so that the MIA and its part of a gap "
-        "say little there"
-    )
+    return f"{audit.gap_attack}, by its AUC at chance on {where}: the MIA and its part of a gap say little there"
 
 
 def has_classes(audit: Audit) -> bool:
