@@ -378,7 +378,7 @@ def test_a_killed_run_resumes_bit_for_bit(digits_mlp, random_deletion, tmp_path,
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({"lr": 0.2}, {}, r"with settings .*'lr': 0\.1"),
+        ({"lr": 0.2}, {}, r"with settings {'lr': 0\.1}, not {'lr': 0\.2}"),
         ({}, {"seed": 1}, "with seed 0, not 1"),
         ({}, {"check_every": 3}, "with check_every 10, not 3"),
         ({"steps": 9}, {}, "'steps': 5"),
