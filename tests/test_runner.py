@@ -690,6 +690,22 @@ def test_a_users_algorithm_runs(digits_mlp, random_deletion):
     assert list(moved.values()) == [False, False, True, True]
 
 
+def test_a_users_residual_may_come_from_autograd(digits_mlp, random_deletion):
+    class Ascent(GradDiff):
+        name = "ascent"
+
+        def forget_residual(self, loss, batch):
+            outputs = batch.outputs.clone().requires_grad_()
+            total = torch.nn.functional.cross_entropy(outputs, batch.targets, reduction="sum")
+            return torch.autograd.grad(total, outputs)[0]
+
+    problem = UnlearningProblem(digits_mlp, *random_deletion)
+    with torch.no_grad():
+        own = run(problem, Ascent(lr=0.1, steps=3, batch_size=16))
+    plain = run(problem, GradDiff(lr=0.1, steps=3, batch_size=16))
+    torch.testing.assert_close(final_vector(problem, own), final_vector(problem, plain))
+
+
 @untrained
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),

@@ -278,6 +278,8 @@ class Algorithm(abc.ABC):
     def preconditioner(self, problem: UnlearningProblem) -> Preconditioner:
         """P, computed once at the trained parameters.
 
+        A subclass whose P goes by one of the settings above names it in `preconditioner_reads`; its own go without saying.
+
         Args:
             problem: The unlearning problem.
 
@@ -630,11 +632,12 @@ def checked_residual(algorithm: Algorithm, loss: Loss, batch: Batch, *, forget: 
         ValueError: If that is no tensor of the outputs' shape.
     """
     chosen = algorithm.forget_residual if forget else algorithm.retain_residual
-    found: object = chosen(loss, batch)
+    with torch.enable_grad():  # a class of the caller's own may have its derivative from autograd
+        found: object = chosen(loss, batch)
     if not isinstance(found, Tensor) or found.shape != batch.outputs.shape:
         got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
         raise ValueError(
             f"`{chosen.__name__}` of `{type(algorithm).__name__}` must return the loss's derivative in the outputs, a "
             f"tensor of their shape {tuple(batch.outputs.shape)}; got {got:.80}."
         )
-    return found
+    return found.detach()
