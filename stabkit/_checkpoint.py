@@ -72,10 +72,14 @@ class Checkpoint:
                 f"({type(error).__name__}: {error}). Delete it, or name another."
             ) from error
         for key, ours in self._identity.items():
-            if identity.get(key) != ours:
+            theirs = identity.get(key)
+            if theirs != ours:
+                if isinstance(theirs, dict) and isinstance(ours, dict):  # say what differs, and not all that does not
+                    names = [k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k)]
+                    theirs, ours = ({k: side.get(k) for k in sorted(names)} for side in (theirs, ours))
                 raise ValueError(
                     f"`checkpoint` of `{self._owner}` must belong to the same computation and settings; got {name!r} "
-                    f"with {key} {identity.get(key)!r}, not {ours!r}. Name another file, or delete this one to begin anew."
+                    f"with {key} {theirs!r}, not {ours!r}. Name another file, or delete this one to begin anew."
                 )
         return state
 

@@ -19,11 +19,12 @@ SHOWN = 200  # characters of a path or text in a message
 _NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, *, name: str = "") -> Any:
     """Dictionaries, lists, strings, numbers and None from nested dataclasses; strict JSON, so infinity becomes a string.
 
     Args:
         value: A dataclass, or what one holds. Fields that take no part in comparison are left out.
+        name: Of the field or key that holds it, for the message.
 
     Returns:
         Plain values.
@@ -32,16 +33,20 @@ def to_plain(value: Any) -> Any:
         TypeError: If a value has no plain form.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+        return {f.name: to_plain(getattr(value, f.name), name=f.name) for f in dataclasses.fields(value) if f.compare}
     if isinstance(value, dict):
-        return {str(key): to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item, name=str(key)) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [to_plain(item) for item in value]
+        return [to_plain(item, name=name) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a report holds plain values only; got {type(value).__name__}.")
+    place = f" as {name!r}" if name else ""
+    raise TypeError(
+        f"a file holds plain values only; got {type(value).__name__}{place}. Settings of an algorithm that is written, in a "
+        "report or a checkpoint, are numbers, texts, and lists or dictionaries of them."
+    )
 
 
 def from_plain(kind: Any, value: Any) -> Any:

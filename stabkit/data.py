@@ -156,7 +156,7 @@ def _split(batch: Any, name: str) -> tuple[Any, Tensor]:
         return _tensor(first, inputs_of), targets
     raise TypeError(
         f"`{name}` must give (inputs, targets) pairs or dicts with labels; got a batch of type {type(batch).__name__}. "
-        "Pass two tensors as a tuple (x, y)."
+        "Pass two tensors as a tuple (x, y), and several inputs as ((x, z), y)."
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from stabkit._rng import preserved_rng
 from stabkit._version import __version__
 from stabkit.algorithms import ALGORITHMS, Algorithm
-from stabkit.algorithms.base import PlainSteps
+from stabkit.algorithms.base import PlainSteps, check_plan
 from stabkit.boundary import (
     CriticalValue,
     staged_critical_lr,
@@ -236,15 +236,17 @@ def _verdict_by(
 
 
 def check_batches(problem: UnlearningProblem, algorithm: Algorithm) -> None:
-    """Refuse batches that `run` would refuse.
+    """Refuse batches, and steps, that `run` would refuse.
 
     Args:
         problem: The unlearning problem.
         algorithm: The algorithm.
 
     Raises:
-        ValueError: If batches are larger than the sets, or have no variance to be normalised by.
+        TypeError: If the algorithm's own plan or stop rule is of another kind.
+        ValueError: If batches are larger than the sets, or have no variance to be normalised by, or its plan is none.
     """
+    check_plan(algorithm)
     batch_sizes = algorithm.batch_sizes(problem)
     if problem.batchnorm == "batch":
         check_coupled(algorithm, batch_sizes)

@@ -171,7 +171,9 @@ class Measurement:
             plain = plain and algorithm.layer_weight_decay == self.algorithm.layer_weight_decay
             plain = plain and algorithm.adaptive == self.algorithm.adaptive
             return measure(self.problem, algorithm, self.settings, reuse=self if plain else None)
-        changed = {key for key, value in algorithm.settings().items() if self.algorithm.settings()[key] != value}
+        before, after = self.algorithm.settings(), algorithm.settings()
+        # A tensor, whose comparison is one of its entries, is the same where it is the same object.
+        changed = {key for key, value in after.items() if before[key] is not value and _differ(before[key], value)}
         sizes = {"batch_size", "forget_batch_size"} if self.problem.batchnorm == "batch" else set()
         if begins or changed & (algorithm.preconditioner_reads | sizes):
             return measure(self.problem, algorithm, self.settings)
@@ -180,6 +182,14 @@ class Measurement:
             return replace(self, algorithm=algorithm, costs=free)
         reuse = self if changed <= {*FREE_SETTINGS, "mix"} else None
         return measure(self.problem, algorithm, self.settings, reuse=reuse)
+
+
+def _differ(before: object, after: object) -> bool:
+    """Whether a setting has changed; one that cannot be compared as a whole has."""
+    try:
+        return bool(before != after)
+    except (RuntimeError, ValueError):
+        return True
 
 
 def measure(

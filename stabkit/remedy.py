@@ -29,6 +29,7 @@ FRONT_STEPS, FRONT_MIXES = 16, 9  # step sizes and mixes behind the Pareto front
 LARGEST_BATCH = 8  # times the one asked about
 DAMPING = (0.3, 0.1)  # factors of the step size of the layers that break
 DAMPED_SHARE = 0.8  # of the predicted displacement that those layers hold together
+PLANNED = frozenset({"lr_schedule", "forget_schedule", "max_gradient_norm"})  # settings that nothing but the plan reads
 BACKING_OFF = (1.0, 0.7, 0.5, 0.35, 0.25, 0.12)  # factors of the step size that staged rollouts try
 
 
@@ -207,6 +208,9 @@ class _Search:
         if all(getattr(self._algorithm, name) == value for name, value in changes.items()):
             return None
         changed = self._algorithm.replace(**changes)
+        # A plan of a class's own need not read them.
+        if changes.keys() <= PLANNED and changed.plan() == self._algorithm.plan():
+            return None
         rolled, further = self._with_margin(changed, [changed.lr], [changed.mix])
         return self._item(remedy, changes, rolled, 0, further[0])
 

@@ -17,7 +17,7 @@ from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._serialise import to_plain
 from stabkit._validate import check_choice, check_int, check_seed
-from stabkit.algorithms.base import Algorithm
+from stabkit.algorithms.base import Algorithm, check_plan
 from stabkit.graphs import NetworkGraphs, check_graphs
 from stabkit.network import check_modes
 from stabkit.preconditioner import Preconditioner
@@ -221,6 +221,7 @@ def run(
         check_graphs(problem)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"`on_step` of `run` must be a function of a StepRecord or None; got {on_step!r}.")
+    check_plan(algorithm)
     batches = algorithm.batch_sizes(problem)
     if problem.batchnorm == "batch":
         check_coupled(algorithm, batches)

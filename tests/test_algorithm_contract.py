@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from torch import nn
 
 import stabkit
 from stabkit._serialise import to_plain
-from stabkit.algorithms import AGU, ALGORITHMS, SRAGU, Algorithm, GradDiff, L1Sparse, resolve_algorithm
+from stabkit.algorithms import AGU, ALGORITHMS, SRAGU, Algorithm, GradDiff, L1Sparse, StepPlan, resolve_algorithm
 from stabkit.curvature import linearise
 from stabkit.directions import LowRank
+from stabkit.judge import check_batches
 from stabkit.preconditioner import Diagonal, Identity, Preconditioner, check_preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout
@@ -358,3 +359,92 @@ def test_preconditioners_that_are_ones_pass(dtype, seed, rank):
 def test_the_base_class_itself_is_no_algorithm():
     with pytest.raises(TypeError, match="`Algorithm` is what algorithms are made from and none itself"):
         Algorithm(lr=0.05)
+
+
+class _Hidden(GradDiff):
+    name = "hidden"
+
+    def __init__(self, gamma=1.0, **settings):
+        super().__init__(**settings)
+        object.__setattr__(self, "gamma", gamma)
+
+
+class _Undecorated(GradDiff):
+    name = "undecorated"
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unannotated(GradDiff):
+    name = "unannotated"
+    momentum = 0.9
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _Hidden(gamma=0.2), "`gamma` of `_Hidden` must be a field .* got an argument of `__init__` alone"),
+        (_Undecorated, "`momentum` of `_Undecorated` must be a field .* got an attribute of the class alone"),
+        (_Unannotated, "`momentum` of `_Unannotated` must be a field .* got an attribute of the class alone"),
+    ],
+)
+def test_settings_that_copies_would_lose_are_refused(make, message):
+    """A prediction asks copies with other step sizes, which are made of the fields: of these with gamma=1, momentum=0."""
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_what_is_made_of_the_settings_is_none():
+    @dataclass(frozen=True, kw_only=True)
+    class Derived(GradDiff):
+        name = "derived"
+        gamma: float = 2.0
+        square: float = field(init=False)
+
+        def __post_init__(self):
+            super().__post_init__()
+            object.__setattr__(self, "square", self.gamma**2)
+
+    again = Derived(gamma=3.0).replace(lr=0.5)
+    assert (again.lr, again.gamma, again.square) == (0.5, 3.0, 9.0)
+    assert "square" not in again.settings()
+    with pytest.raises(TypeError, match="`Derived` has no setting 'square'"):
+        again.replace(square=4.0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "message"),
+    [
+        ((StepPlan(),) * 3, ValueError, "`plan` of `Own` must hold one entry for each of the 4 steps; got 3"),
+        ([{"lr": 1.0}] * 4, TypeError, "`plan` of `Own` must hold .*StepPlan objects; got {'lr': 1.0} at place 0"),
+        ([StepPlan(lr=-1.0)] * 4, ValueError, r"`plan\(\)\[0\].lr` of `Own` must be a finite number in .* got -1.0"),
+        ([StepPlan(forget=float("nan"))] * 4, ValueError, r"`plan\(\)\[0\].forget` of `Own` .* got nan"),
+        ([StepPlan(max_norm=0.0)] * 4, ValueError, r"`plan\(\)\[0\].max_norm` of `Own` .* got 0.0"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_before_anything_is_measured(plan, error, message):
+    class Own(GradDiff):
+        name = "own"
+
+        def plan(self):
+            return plan
+
+    _refused(Own(steps=4, batch_size=2), error, message)
+
+
+def test_a_stop_rule_that_is_none_is_refused_before_anything_is_measured():
+    class Own(GradDiff):
+        name = "own"
+
+        def stop_rule(self):
+            return None
+
+    _refused(Own(steps=4, batch_size=2), TypeError, "`stop_rule` of `Own` must return a stabkit.StopRule; got None")
+
+
+def _refused(algorithm, error, message):
+    problem = CASES[0].problem()
+    with pytest.raises(error, match=message):
+        run(problem, algorithm)
+    with pytest.raises(error, match=message):
+        check_batches(problem, algorithm)  # the first thing that a prediction does with an algorithm

@@ -287,6 +287,9 @@ def test_a_cut_off_benchmark_goes_on(tmp_path, monkeypatch, quick):
     assert found["roles"]["evaluation"]["pooled"]["settings"] == 24
     with pytest.raises(ValueError, match=r"`folder` of `verify_cells` must hold .*; got '.*empty'"):
         bench.verify_cells(tmp_path / "empty", **arguments, stored=True)
+    with pytest.raises(ValueError, match="must name cells; got 'no-such'"):
+        bench.verify_cells(tmp_path / "empty", cells=["no-such"])
+    assert not (tmp_path / "empty").exists()
     (tmp_path / "digits-vit-class-graddiff-s0-quick.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"'.*digits-vit-class-graddiff-s0-quick\.json' must be a cell's file of schema 5"

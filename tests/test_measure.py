@@ -355,3 +355,21 @@ def test_a_progress_bar_is_drawn_on_request(capsys):
     assert capsys.readouterr().err == ""
     measure(problem_of(0), GradDiff(), SMALL, progress=True)
     assert "measure" in capsys.readouterr().err
+
+
+def test_a_setting_may_be_a_tensor():
+    """As a mask that an algorithm of the caller's own is given: its comparison is no truth value."""
+
+    @dataclass(frozen=True, kw_only=True, eq=False)
+    class Masked(GradDiff):
+        name = "masked"
+        mask: torch.Tensor
+
+        def preconditioner(self, problem):
+            return Diagonal(self.mask)
+
+    problem = problem_of(0)
+    first = measure(problem, Masked(mask=torch.ones(problem.size).double()), SMALL)
+    assert first.with_algorithm(first.algorithm.replace(lr=0.5)).network is first.network
+    again = first.with_algorithm(first.algorithm.replace(mask=torch.zeros(problem.size).double()))
+    assert again.network is not first.network

@@ -4,6 +4,7 @@ import copy
 import random
 import threading
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -598,6 +599,13 @@ SHARED = TensorDataset(X, Y)
     ("arguments", "error", "message"),
     [
         ({"model": lambda x: x}, TypeError, "`model` of `UnlearningProblem` must be a torch.nn.Module; got function"),
+        (
+            {"model": FROZEN.state_dict()},
+            TypeError,
+            "got OrderedDict. Load a state_dict, or a file of one, into a network",
+        ),
+        ({"model": SimpleNamespace(model=FROZEN)}, TypeError, "got SimpleNamespace. Its `.model` is one"),
+        ({"forget": (X[:4], X[:4], Y[:4])}, TypeError, r"several inputs as \(\(x, z\), y\)"),
         ({"model": FROZEN}, ValueError, "must have a trainable parameter; got none with requires_grad=True"),
         (
             {"batchnorm": "train"},

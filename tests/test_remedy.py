@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import stabkit
-from stabkit.algorithms import FineTune, GradientAscent, L1Sparse
+from stabkit.algorithms import FineTune, GradientAscent, L1Sparse, StepPlan
 from stabkit.calibration import calibration
 from stabkit.curvature import linearise
 from stabkit.modes import MODES
@@ -210,6 +210,20 @@ def test_a_mix_that_is_fixed_is_left_alone(digits_mlp, class_deletion, algorithm
     assert "mix" not in {item.remedy for item in found.items}
     assert {p.mix for p in found.front} == {algorithm.mix}
     assert algorithm_at(algorithm, found.front[0]).mix == algorithm.mix
+
+
+def test_a_plan_that_reads_no_schedule_is_offered_none(digits_mlp, class_deletion):
+    class Halved(stabkit.GradDiff):
+        name = "halved"
+
+        def plan(self):
+            return tuple(StepPlan(lr=0.99**k) for k in range(self.steps))
+
+    algorithm = Halved(lr=0.8, mix=0.5, batch_size=32)
+    found = stabkit.predict(digits_mlp, *class_deletion, algorithm=algorithm, **QUICK).recommend()
+    offered = {item.remedy for item in found.items}
+    assert {"step size", "mix", "batch size"} <= offered
+    assert not offered & {"warm-up", "decay", "forget decay", "clipping"}
 
 
 def test_a_report_from_a_file_cannot_recommend(report):

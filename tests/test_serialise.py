@@ -115,7 +115,7 @@ def test_text_that_is_not_plain_is_refused():
 
 @pytest.mark.parametrize(("value", "kind"), [({1, 2}, "set"), (1j, "complex"), (Leaf, "type"), (b"x", "bytes")])
 def test_values_without_a_plain_form_are_refused(value, kind):
-    with pytest.raises(TypeError, match=f"a report holds plain values only; got {kind}"):
+    with pytest.raises(TypeError, match=f"a file holds plain values only; got {kind} as 'key'"):
         to_plain({"key": [value]})
 
 

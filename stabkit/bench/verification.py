@@ -61,21 +61,20 @@ def verify_cells(
     check_int(jobs, name="jobs", owner="verify_cells", low=-1)
     if jobs == 0:
         raise ValueError("`jobs` of `verify_cells` must be a number of processes, or -1 for one a core; got 0.")
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    chosen = cells_named(cells)
+    place, chosen = Path(folder), cells_named(cells)
     work = [
         (cell, seed, place / f"{cell.key}-s{seed}{'-quick' if quick else ''}.json") for cell in chosen for seed in seeds
     ]
     if stored:
         work = [(cell, seed, path) for cell, seed, path in work if path.exists()]
-    missing = [(cell, seed, path) for cell, seed, path in work if not path.exists()]
-    Parallel(n_jobs=jobs, verbose=0)(delayed(_one)(cell, seed, path, quick) for cell, seed, path in missing)
     if not work:
         raise ValueError(
             f"`folder` of `verify_cells` must hold a cell's file with stored=True; got {os.fspath(place)!r}, which holds "
             "none of these cells and seeds. Run them first."
         )
+    place.mkdir(parents=True, exist_ok=True)  # not of what was refused
+    missing = [(cell, seed, path) for cell, seed, path in work if not path.exists()]
+    Parallel(n_jobs=jobs, verbose=0)(delayed(_one)(cell, seed, path, quick) for cell, seed, path in missing)
     results = [read_cell(path) for _, _, path in work]
     summary = summarise(results)
     write_atomically(place / "summary.json", dumps(summary) + "\n")

@@ -128,7 +128,13 @@ class UnlearningProblem:
                 set has one sample where batches need two, or device or dtype cannot be used.
         """
         if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` of `UnlearningProblem` must be a torch.nn.Module; got {type(model).__name__}.")
+            held = isinstance(getattr(model, "model", None), nn.Module)  # what `run` and `retrain` return
+            remedy = (
+                "Its `.model` is one." if held else "Load a state_dict, or a file of one, into a network of its class."
+            )
+            raise TypeError(
+                f"`model` of `UnlearningProblem` must be a torch.nn.Module; got {type(model).__name__}. {remedy}"
+            )
         check_modes("UnlearningProblem")
         model = unwrapped(model)
         check_layers(model)
