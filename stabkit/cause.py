@@ -27,7 +27,8 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
     """The eigenvector of the mixed curvature that breaks first (T4), and where the rolled-out run goes.
 
     Growth a step is above 1 for η·λ > 2(1+β), with momentum β, and for λ < 0. A direction is named as the mechanism if it
-    grows by at least a factor e within the run.
+    grows by at least a factor e within the run; what creeps, along negative curvature or in the mean square, by the time
+    that the rollout breaks, if it does.
 
     Args:
         measurement: Spectrum and linearised network.
@@ -49,11 +50,13 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
 
     inside = measurement.network.inside(vector)
     factor = float(growth[place])
+    breaks = rolled.expected_divergence_step()[0]
+    lasts = breaks / algorithm.steps if breaks else 1.0  # share of the steps that there is to grow in
     mechanism = "none"
-    if factor > 1 and algorithm.steps * math.log(factor) >= 1:
+    if factor > 1 and algorithm.steps * math.log(factor) * (1 if value > 0 else lasts) >= 1:
         ascended = algorithm.mix * forget >= -min(0.0, (1 - algorithm.mix) * retain)
         mechanism = "overshoot" if value > 0 else "ascent" if ascended else "saddle"
-    elif algorithm.inertia == 0 and mean_square_growth >= 2:  # of the square: a factor e of the displacement
+    elif algorithm.inertia == 0 and mean_square_growth * lasts >= 2:  # of the square: a factor e of the displacement
         mechanism = "noise"
     elif float(rolled.probability[0]) >= 0.5:
         mechanism = "nonlinear"

@@ -23,7 +23,7 @@ MECHANISMS = {
     "overshoot": "the step overshoots along the sharpest direction of the mixed curvature",
     "ascent": "ascent on the forget set outweighs descent on the retain set along a direction of negative mixed curvature",
     "saddle": "the retain loss itself curves downward along a direction, and the run slides along it",
-    "noise": "batches differ so much in curvature that the mean square grows where the mean does not",
+    "noise": "batches differ so much in curvature that the mean square grows where the mean does not, or not in time",
     "nonlinear": "nothing grows near the trained weights; ascent makes the curvature that breaks the run on its way",
     "none": "nothing grows by more than a factor e within the run",
 }

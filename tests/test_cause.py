@@ -89,14 +89,22 @@ def test_ascent():
     problem = linear_problem()
     values = eigenvalues(problem, 0.9)
     algorithm = GradDiff(lr=0.5 / float(values.abs().max()), mix=0.9, steps=40, batch_size=20, forget_batch_size=10)
-    cause, rolled, _, _ = found_for(problem, algorithm)
+    cause, rolled, measurement, _ = found_for(problem, algorithm)
     assert cause.mechanism == "ascent"
     assert cause.eigenvalue == pytest.approx(float(values[0]), rel=1e-6)
     assert cause.eigenvalue == pytest.approx(0.1 * cause.retain_curvature - 0.9 * cause.forget_curvature, rel=1e-9)
     assert float(rolled.score[0, 0]) > 0
-    # The same direction in too few steps to grow by a factor e is no mechanism.
+    # The same direction in too few steps to grow by a factor e is no mechanism, be it that the run breaks before.
     growth = math.log(1 + algorithm.lr * abs(float(values[0])))
-    for steps, mechanism in ((math.floor(1 / growth), "none"), (math.ceil(1 / growth), "ascent")):
+    before, after = math.floor(1 / growth), math.ceil(1 / growth)
+    for last, squared, mechanism in (
+        (before, 79.0 / before, "nonlinear"),  # of the whole run's 40 steps
+        (before, 81.0 / before, "noise"),
+        (after, 0.0, "ascent"),
+    ):
+        early = replace(rolled, divergence_step=torch.full_like(rolled.divergence_step, last))
+        assert find_cause(measurement, early, mean_square_growth=squared).mechanism == mechanism
+    for steps, mechanism in ((before, "none"), (after, "ascent")):
         assert found_for(problem, algorithm.replace(steps=steps))[0].mechanism == mechanism
 
 
