@@ -196,6 +196,20 @@ def test_residuals_of_another_shape_are_named():
             stabkit.run(problem, Odd(lr=0.05, batch_size=8))
 
 
+def test_a_residual_that_needs_the_trained_outputs_is_told_how_to_ask_for_them():
+    class Moved(GradDiff):
+        def forget_residual(self, loss, batch):
+            return batch.outputs - batch.original
+
+    x, y = data()
+    problem = stabkit.UnlearningProblem(trained(), (x[:20], y[:20]), (x[20:], y[20:]))
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        stabkit.run(problem, Moved(lr=0.05, batch_size=8))
+    assert "`batch.original` is None, as `Moved` does not ask" in caught.value.__notes__[0]
+    Moved.needs_original = True
+    stabkit.run(problem, Moved(lr=0.05, batch_size=8, steps=2))
+
+
 class Halved(AGU):
     """Has the name that it inherits."""
 

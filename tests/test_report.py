@@ -310,6 +310,12 @@ def test_a_notebook_shows_the_verdict_without_script(report):
     assert re.search(rf'class="verdict {report.verdict}"', html)
 
 
+def test_calls_in_the_advice_are_code(report):
+    html = dataclasses.replace(report, advice=("Ask `report.recommend()` or <b>.", "Plain."))._repr_html_()
+    assert "<li>Ask <code>report.recommend()</code> or &lt;b&gt;.</li>" in html
+    assert "<li>Plain.</li>" in html
+
+
 def test_names_are_escaped(report):
     run = dataclasses.replace(report.run, model="<script>alert(1)</script>")
     page = Page(dataclasses.replace(report, run=run)._repr_html_())

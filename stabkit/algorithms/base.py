@@ -632,8 +632,16 @@ def checked_residual(algorithm: Algorithm, loss: Loss, batch: Batch, *, forget: 
         ValueError: If that is no tensor of the outputs' shape.
     """
     chosen = algorithm.forget_residual if forget else algorithm.retain_residual
-    with torch.enable_grad():  # a class of the caller's own may have its derivative from autograd
-        found: object = chosen(loss, batch)
+    try:
+        with torch.enable_grad():  # a class of the caller's own may have its derivative from autograd
+            found: object = chosen(loss, batch)
+    except (AttributeError, TypeError) as error:
+        if batch.original is None:
+            error.add_note(
+                f"`batch.original` is None, as `{type(algorithm).__name__}` does not ask for the outputs at the trained "
+                "parameters: with `needs_original: ClassVar[bool] = True` in the class it does."
+            )
+        raise
     if not isinstance(found, Tensor) or found.shape != batch.outputs.shape:
         got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
         raise ValueError(
