@@ -629,6 +629,8 @@ def checked_residual(algorithm: Algorithm, loss: Loss, batch: Batch, *, forget: 
         `forget_residual` or `retain_residual` of the batch.
 
     Raises:
+        AttributeError: As the algorithm's own method raises it.
+        TypeError: Likewise; both with a note where it may have read outputs that it has not asked for.
         ValueError: If that is no tensor of the outputs' shape.
     """
     chosen = algorithm.forget_residual if forget else algorithm.retain_residual
