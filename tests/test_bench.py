@@ -44,6 +44,7 @@ def result(records, *, role="evaluation", name="digits-cnn-class-graddiff", seed
         most_samples=(896, 448),
         captured=0.9,
         path_steps=4,
+        path_held=True,
     )
 
 
@@ -470,13 +471,14 @@ def test_records_from_before_the_look_at_the_path_are_read_and_named(tmp_path):
     records = [record(lr, 0.5, 0.5, lr > 0.3, score=lr) for lr in (0.1, 0.2, 0.4, 0.8)]
     found = result(records, boundaries=[(0.5, 0.3, 0.3, 0.3)])
     plain = {"schema": verification.SCHEMA, **to_plain(found)}
-    del plain["path_steps"]
+    del plain["path_held"]
     path = tmp_path / f"{NAME}-s0.json"
     path.write_text(dumps(plain), encoding="utf-8")
-    assert verification.read_cell(path).path_steps == 0
+    assert not verification.read_cell(path).path_held
     for kept, named in ((found, False), (verification.read_cell(path), True)):
         page = bench.write_page(verification.summarise([kept]), tmp_path / "page.md").read_text(encoding="utf-8")
-        assert ("Recorded before staged rollouts took the first steps of a run for real" in page) == named
+        assert ("1 of 1 records are from before staged rollouts held the last steps" in page) == named
+        assert (f"{found.cell.key} (seed 0)." in page) == named
 
 
 def test_evaluation_cells_are_no_calibration():

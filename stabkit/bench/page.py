@@ -61,9 +61,10 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         "eight instead of nine in ten of the evaluation's critical step sizes. That intervals of one linearisation hang on "
         "its error below was decided after misses on a network that is none of these. That "
         "staged rollouts take a run's first steps for real was decided after a trial on a network that is none of these, "
-        "and a look at those steps in a dozen cells. That AdamW's runs are rolled out in sampled parameters, and in how "
+        "and a look at those steps in a dozen cells, and that they hold the last steps before every place that they look at "
+        "against real ones after a trial on cells that are none of these. That AdamW's runs are rolled out in sampled parameters, and in how "
         "many, was decided after a look at some of the cells' networks, those of evaluation cells among them.",
-        *_without_path(summary["without_path"]),
+        *_without_path(summary["without_path"], summary["files"]),
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]
     for role, found in summary["roles"].items():
@@ -76,13 +77,13 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
     return write_atomically(target, "\n\n".join(parts) + "\n")
 
 
-def _without_path(keys: Sequence[str]) -> list[str]:
-    """Which cells were recorded when staged rollouts did not look at where a run goes."""
-    if not keys:
+def _without_path(names: Sequence[str], files: int) -> list[str]:
+    """Which records are of staged rollouts that looked less at where a run goes."""
+    if not names:
         return []
     return [
-        "Recorded before staged rollouts took the first steps of a run for real, to see whether it goes where it is "
-        f"predicted to go: {', '.join(dict.fromkeys(keys))}."
+        f"{len(names)} of {files} records are from before staged rollouts held the last steps before every place that they "
+        f"look at against real ones: {', '.join(names)}."
     ]
 
 

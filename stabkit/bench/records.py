@@ -128,7 +128,9 @@ class CellResult:
         linearised_samples: Retain and forget samples linearised.
         captured: Share of the outputs' sensitivity inside the linearisation.
         most_samples: Retain and forget samples to linearise at most.
-        path_steps: Real steps that staged rollouts took first, to see where the run goes; 0 in records from before they did.
+        path_steps: Real steps that staged rollouts took first, to see where the run goes.
+        path_held: Whether they also held the last steps before every place that they looked at against real ones; False in
+            records from before they did.
     """
 
     cell: Cell
@@ -145,6 +147,7 @@ class CellResult:
     captured: float
     most_samples: tuple[int, int]
     path_steps: int
+    path_held: bool
 
 
 def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
@@ -233,6 +236,7 @@ def record_cell(cell: Cell, seed: int, *, quick: bool = False) -> CellResult:
         captured=network.captured,
         most_samples=at.most_samples,
         path_steps=PATH_STEPS,
+        path_held=True,
     )
 
 

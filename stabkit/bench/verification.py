@@ -126,7 +126,8 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         "device": "cpu",
         "seeds": sorted({result.seed for result in results}),
         "missing": [cell.key for cell in CELLS if cell.key not in {result.cell.key for result in results}],
-        "without_path": [result.cell.key for result in results if not result.path_steps],
+        "files": len(results),
+        "without_path": [f"{result.cell.key} (seed {result.seed})" for result in results if not result.path_held],
         "grid_factor": float(np.median([_grid_factor(result) for result in results])),
         "roles": {},
     }
@@ -246,7 +247,7 @@ def read_cell(path: Path) -> CellResult:
         )
     cell = {"optimizer": "sgd", **plain["cell"]}  # of files from before AdamW's runs
     boundaries = [{"error_below": None, **boundary} for boundary in plain["boundaries"]]  # from before it was looked at
-    values = {"most_samples": EARLIER_SAMPLES, "path_steps": 0, **plain, "cell": cell, "boundaries": boundaries}
+    values = {"most_samples": EARLIER_SAMPLES, "path_held": False, **plain, "cell": cell, "boundaries": boundaries}
     found = from_plain(CellResult, values)
     return with_probabilities(found, _calibrations(found.cell))
 
