@@ -62,8 +62,9 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
         "its error below was decided after misses on a network that is none of these. That "
         "staged rollouts take a run's first steps for real was decided after a trial on a network that is none of these, "
         "and a look at those steps in a dozen cells, and that they hold the last steps before every place that they look at "
-        "against real ones after a trial on cells that are none of these. That AdamW's runs are rolled out in sampled parameters, and in how "
-        "many, was decided after a look at some of the cells' networks, those of evaluation cells among them.",
+        "against real ones after a trial on cells that are none of these. That AdamW's runs are rolled out in sampled "
+        "parameters, and in how many, was decided after a look at some of the cells' networks, those of evaluation cells "
+        "among them.",
         *_without_path(summary["without_path"], summary["files"]),
         *([f"Not run: {', '.join(summary['missing'])}."] if summary["missing"] else []),
     ]
