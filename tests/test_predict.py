@@ -265,10 +265,17 @@ class Warming(stabkit.Algorithm):
         return Diagonal(torch.full((problem.size,), 1 + 9 * self.mix, dtype=problem.dtype))
 
 
+class Silent(Warming):
+    """The same, which does not say so."""
+
+    preconditioner_reads = frozenset()
+
+
 @unsure
-def test_a_preconditioner_that_reads_a_setting_is_computed_anew(digits_mlp, class_deletion):
-    report = stabkit.predict(digits_mlp, *class_deletion, algorithm=Warming(lr=0.02, mix=0.1), **QUICK)
-    fresh = stabkit.predict(digits_mlp, *class_deletion, algorithm=Warming(lr=0.02, mix=0.6), **QUICK)
+@pytest.mark.parametrize("kind", [Warming, Silent])
+def test_a_preconditioner_that_reads_a_setting_is_computed_anew(digits_mlp, class_deletion, kind):
+    report = stabkit.predict(digits_mlp, *class_deletion, algorithm=kind(lr=0.02, mix=0.1), **QUICK)
+    fresh = stabkit.predict(digits_mlp, *class_deletion, algorithm=kind(lr=0.02, mix=0.6), **QUICK)
     assert report.at(mix=0.6).thresholds == fresh.thresholds
     assert report.at(lr=0.04).thresholds.largest == report.thresholds.largest
 

@@ -136,7 +136,8 @@ class Algorithm(abc.ABC):
     residual_reads: ClassVar[str] = "loss"
     # Whether the algorithm has but one mix, as gradient ascent has 1 and fine-tuning 0.
     fixed_mix: ClassVar[bool] = False
-    # Settings among those below that a subclass's preconditioner reads: a prediction for another value measures anew.
+    # Settings among those below that a subclass's preconditioner reads: a prediction for another value measures anew. Maps
+    # and critical values keep P as it is at the value asked about.
     preconditioner_reads: ClassVar[frozenset[str]] = frozenset()
 
     lr: float = 0.01
