@@ -478,7 +478,7 @@ def test_records_from_before_the_look_at_the_path_are_read_and_named(tmp_path):
     for kept, named in ((found, False), (verification.read_cell(path), True)):
         page = bench.write_page(verification.summarise([kept]), tmp_path / "page.md").read_text(encoding="utf-8")
         assert ("1 of 1 records are from before staged rollouts held the last steps" in page) == named
-        assert (f"{found.cell.key} (seed 0)." in page) == named
+        assert (f"real ones: {found.cell.key}." in page) == named
 
 
 def test_evaluation_cells_are_no_calibration():

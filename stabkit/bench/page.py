@@ -78,13 +78,13 @@ def write_page(summary: dict[str, Any], path: str | Path) -> Path:
     return write_atomically(target, "\n\n".join(parts) + "\n")
 
 
-def _without_path(names: Sequence[str], files: int) -> list[str]:
+def _without_path(keys: Sequence[str], files: int) -> list[str]:
     """Which records are of staged rollouts that looked less at where a run goes."""
-    if not names:
+    if not keys:
         return []
     return [
-        f"{len(names)} of {files} records are from before staged rollouts held the last steps before every place that they "
-        f"look at against real ones: {', '.join(names)}."
+        f"{len(keys)} of {files} records are from before staged rollouts held the last steps before every place that they "
+        f"look at against real ones: {', '.join(dict.fromkeys(keys))}."
     ]
 
 

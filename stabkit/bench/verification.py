@@ -127,7 +127,7 @@ def summarise(results: Sequence[CellResult]) -> dict[str, Any]:
         "seeds": sorted({result.seed for result in results}),
         "missing": [cell.key for cell in CELLS if cell.key not in {result.cell.key for result in results}],
         "files": len(results),
-        "without_path": [f"{result.cell.key} (seed {result.seed})" for result in results if not result.path_held],
+        "without_path": [result.cell.key for result in results if not result.path_held],
         "grid_factor": float(np.median([_grid_factor(result) for result in results])),
         "roles": {},
     }
