@@ -3,11 +3,12 @@
     STABKIT_DATA=... python benchmarks/algorithms.py            # some three hours on one core
     STABKIT_DATA=... python benchmarks/algorithms.py --quick    # one cell, one seed, to try it out
 
-Parts of MNIST, Adult and CIFAR-10. Writes one file for each cell and seed into benchmarks/results/algorithms, and sums up in
-benchmarks/results/algorithms.json; what is there is not made again, and algorithms that a file lacks are added to it, if the
-original and the gold that are trained for them anew are those of the file. Every algorithm runs 60 steps at the same mix
-and half the step size that `predict` finds safe, chosen before any run. AGU and SRAGU also run over a grid of step sizes
-from a tenth to ten times AGU's critical one: how many of them survive, and how near the best of them comes to the gold.
+Parts of MNIST, Adult and CIFAR-10. Writes one file for each cell and seed into benchmarks/results/algorithms, and sums up
+in benchmarks/results/algorithms.json; what is there is not made again, and algorithms that a file lacks are added to it,
+and the membership attack's AUC, if the original and the gold that are trained for them anew are those of the file. Every
+algorithm runs 60 steps at the same mix and half the step size that `predict` finds safe, chosen before any run. AGU and
+SRAGU also run over a grid of step sizes from a tenth to ten times AGU's critical one: how many of them survive, and how
+near the best of them comes to the gold.
 """
 
 from __future__ import annotations
@@ -57,7 +58,16 @@ CELLS = tuple(
     for dataset, model in (("mnist", "cnn"), ("mnist", "wide-mlp"), ("adult", "tabular"), ("cifar10", "cnn"))
     for deletion in ("random10", "subclass" if dataset == "adult" else "class", "influence")
 )
-MEASURES = ("forget_accuracy", "retain_accuracy", "test_accuracy", "mia", "average_gap", "kl_forget", "kl_retain")
+MEASURES = (
+    "forget_accuracy",
+    "retain_accuracy",
+    "test_accuracy",
+    "mia",
+    "attack_auc",
+    "average_gap",
+    "kl_forget",
+    "kl_retain",
+)
 
 
 def measured(found: ModelAudit) -> dict[str, Any]:
@@ -68,6 +78,7 @@ def measured(found: ModelAudit) -> dict[str, Any]:
         "retain_accuracy": found.retain.accuracy,
         "test_accuracy": found.test.accuracy if found.test else None,
         "mia": attack.forget_called_member if attack else None,
+        "attack_auc": attack.auc if attack else None,
         "average_gap": found.average_gap,
         "kl_forget": found.forget.distances.kl_from_gold if found.forget.distances else None,
         "kl_retain": found.retain.distances.kl_from_gold if found.retain.distances else None,
@@ -153,7 +164,7 @@ def one(cell: Cell, seed: int, names: Sequence[str], *, gridded: Sequence[str] =
 
 
 def added(stored: dict[str, Any], cell: Cell, seed: int, names: Sequence[str]) -> dict[str, Any]:
-    """A stored cell with further algorithms, against the same original and gold."""
+    """A stored cell with further algorithms against the same original and gold, and the attack's AUC on these two."""
     fresh = one(cell, seed, names, gridded=())
     for model in ("original", "gold"):
         for measure in ("forget_accuracy", "retain_accuracy", "test_accuracy"):
@@ -162,7 +173,8 @@ def added(stored: dict[str, Any], cell: Cell, seed: int, names: Sequence[str]) -
                     f"the {model} of {cell.key}, seed {seed}, is not the stored one: {measure} "
                     f"{fresh[model][measure]['value']:.4f}, stored {stored[model][measure]['value']:.4f}. Delete the file."
                 )
-    return {**stored, "algorithms": {**stored["algorithms"], **fresh["algorithms"]}}
+    known = {model: {**stored[model], "attack_auc": fresh[model]["attack_auc"]} for model in ("original", "gold")}
+    return {**stored, **known, "algorithms": {**stored["algorithms"], **fresh["algorithms"]}}
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -241,7 +253,7 @@ def main() -> None:
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             lacking = [name for name in options.algorithms if name not in stored["algorithms"]]
-            content = added(stored, cell, seed, lacking) if lacking else None
+            content = added(stored, cell, seed, lacking) if lacking or "attack_auc" not in stored["original"] else None
         else:
             content = one(cell, seed, options.algorithms)
         if content is not None:

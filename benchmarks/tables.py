@@ -627,7 +627,8 @@ def algorithms(found: dict[str, Any]) -> str:
         f"`STABKIT_DATA=... python benchmarks/algorithms.py`: {found['steps']} steps at mix {found['mix']} (its own for "
         "those that have one), each at",
         "half the step size that was predicted safe before any run; mean and range over seeds, in per cent. MIA is the",
-        'share of the forget set called member by the "entropy/logistic" attack; the gap is the mean difference to the gold',
+        'share of the forget set called member by the "entropy/logistic" attack, whose AUC between retain set and held-out',
+        "data stands at each cell: near 0.5 it is at chance, and says little. The gap is the mean difference to the gold",
         "in FA, RA, TA and MIA. Half the safe step, from one linearisation, was no guarantee: "
         f"{sum(e['diverged'] for e in runs)} of {sum(e['runs'] for e in runs)} runs diverged,",
         "most of them where a class or the most influential samples are ascended on and features move.",
@@ -645,10 +646,11 @@ def algorithms(found: dict[str, Any]) -> str:
             )
             for name, entry in cell["algorithms"].items()
         ]
-        sizes = cell["sizes"]
+        sizes, auc = cell["sizes"], cell["algorithms"]["original"]["attack_auc"]
         parts += [
             "",
-            f"**{key.rstrip('-')}** ({sizes[0]} to forget, {sizes[1]} to retain, {sizes[2]} test):",
+            f"**{key.rstrip('-')}** ({sizes[0]} to forget, {sizes[1]} to retain, {sizes[2]} test; the attack's AUC on the "
+            f"original {auc['mean']:.2f}):",
             "",
             table(("model", "diverged", "FA", "RA", "TA", "MIA", "gap"), rows),
         ]
