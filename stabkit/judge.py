@@ -15,7 +15,8 @@ import torch
 from stabkit._rng import preserved_rng
 from stabkit._version import __version__
 from stabkit.algorithms import ALGORITHMS, Algorithm
-from stabkit.algorithms.base import PlainSteps, check_plan
+from stabkit.algorithms.base import PlainSteps
+from stabkit.algorithms.contract import check_plan
 from stabkit.boundary import (
     CriticalValue,
     staged_critical_lr,

@@ -14,6 +14,7 @@ from stabkit._progress import progress_bar
 from stabkit.adam import frozen_adam
 from stabkit.algorithms import SRAGU, Algorithm
 from stabkit.algorithms.base import PlainSteps
+from stabkit.algorithms.contract import is_of_the_package
 from stabkit.coherence import Coherence, coherence
 from stabkit.curvature import (
     CoordinateNetwork,
@@ -186,8 +187,7 @@ class Measurement:
 
     def _has_preconditioner_of(self, algorithm: Algorithm) -> bool:
         """Whether P is the same at other settings, which a class of the caller's own may read without a word."""
-        made_by = next(kind for kind in type(algorithm).__mro__ if "preconditioner" in vars(kind))
-        if made_by.__module__.startswith("stabkit."):
+        if is_of_the_package(type(algorithm), "preconditioner"):
             return True
         whole = self.problem.whole
         probe = torch.linspace(1, 2, whole.size, dtype=whole.dtype, device=whole.device)

@@ -173,10 +173,11 @@ class _Search:
     def _steps(self) -> list[float]:
         """Step sizes from the critical one down; from where the linearised network is right, where none is critical."""
         batch_sizes = self._algorithm.batch_sizes(self._problem)
-        for guess in (self._algorithm.lr, step_guess(self._measurement)):  # what is asked about may be far too small
-            found = critical_lr(self._network, self._algorithm, batch_sizes=batch_sizes, seeds=self._seeds, guess=guess)
-            if found.found:
-                break
+        asked, further = self._algorithm.lr, step_guess(self._measurement)
+        options: dict[str, Any] = {"batch_sizes": batch_sizes, "seeds": self._seeds}
+        found = critical_lr(self._network, self._algorithm, guess=asked, **options)
+        if not found.found and further > asked:  # what is asked about may be far too small
+            found = critical_lr(self._network, self._algorithm, guess=further, **options)
         end = found.value
         if not found.found and self.kind != "staged" and not self._algorithm.adaptive:
             end, _ = reach(

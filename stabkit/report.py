@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 # What a report asks again with, in its own process.
 HELD = ("_frontier", "_at", "_recommend", "_staged", "_preconditioner")
-MARGIN = (
-    "critical step size on the other side"  # name of the check that a marginal verdict passes, as it claims neither
-)
+# Name of the check that a marginal verdict passes, as it claims neither side.
+MARGIN = "critical step size on the other side"
 
 
 @dataclass(frozen=True, kw_only=True)

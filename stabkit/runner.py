@@ -17,7 +17,8 @@ from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._serialise import to_plain
 from stabkit._validate import check_choice, check_int, check_seed
-from stabkit.algorithms.base import Algorithm, check_plan
+from stabkit.algorithms.base import Algorithm
+from stabkit.algorithms.contract import check_plan
 from stabkit.graphs import NetworkGraphs, check_graphs
 from stabkit.network import check_modes
 from stabkit.preconditioner import Preconditioner

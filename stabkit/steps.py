@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stabkit.algorithms.base import Algorithm, Batch, PlainSteps, checked_residual
+from stabkit.algorithms.base import Algorithm, Batch, PlainSteps
+from stabkit.algorithms.contract import checked_residual
 from stabkit.algorithms.plan import StepPlan
 from stabkit.graphs import NetworkGraphs
 from stabkit.preconditioner import Preconditioner

@@ -154,6 +154,16 @@ def test_step_sizes_reach_the_boundary_from_however_far_below(digits_mlp, class_
     assert tiny.front[-1].forget_loss == pytest.approx(found.front[-1].forget_loss, rel=0.3)
 
 
+def test_where_nothing_breaks_a_large_step_size_is_looked_past_too(digits_mlp, class_deletion):
+    """A second scan around the curvature's own, smaller step size would end at the asked one."""
+    clipped = stabkit.FineTune(lr=100.0, max_gradient_norm=1e-7)
+    report = stabkit.predict(digits_mlp, *class_deletion, algorithm=clipped, mode="standard", **QUICK)
+    assert not report.critical_lr_detail.found
+    assert report.thresholds.step_limit < 100.0
+    step = next(item for item in report.recommend().items if item.remedy == "step size")
+    assert step.changes["lr"] > 1000.0
+
+
 def test_a_recommended_step_survives_for_real(digits_mlp, class_deletion, found):
     problem = UnlearningProblem(digits_mlp, *class_deletion)
     asked = stabkit.GradDiff(lr=0.8, mix=0.5, steps=40)

@@ -328,8 +328,8 @@ def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, pr
 
     Returns:
         Residuals of shape (r,), float64; of landmarks' directions too, which are no singular ones. Cost: min(O, r)·m
-        per-sample gradients; memory: twice the columns
-        that there are at a time. Of a basis that is not held r·m, and r pulls over the samples that it is drawn from.
+        per-sample gradients; memory: twice the columns that there are at a time. Of a
+        basis that is not held r·m, and r pulls over the samples that it is drawn from.
 
     Raises:
         ValueError: If the linearisation is of another problem.

@@ -77,10 +77,9 @@ def rollout(
 
     Returns:
         The rollout. Cost a step: 4·S·G·(B_R + B_F)·O·r operations; no network pass, but for what a mask or signs need of
-        a basis that is not held, once. Memory G·m·O of one set at a check, for
-        as many of the G settings as make 64 MB of it, and S·(G + r)·(B_R + B_F)·O at a step, for as many of the S seeds as
-        make 16 MB of it, or an eighth of what is free on an accelerator; indices of both sets, and of the batches of up to
-        64 steps, for each seed.
+        a basis that is not held, once. Memory G·m·O of one set at a check, for as many of the G settings as make 64 MB of
+        it, and S·(G + r)·(B_R + B_F)·O at a step, for as many of the S seeds as make 16 MB of it, or an eighth of what is
+        free on an accelerator; indices of both sets, and of the batches of up to 64 steps, for each seed.
 
     Raises:
         ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, a value is out of its domain, or the
