@@ -25,6 +25,7 @@ from stabkit.algorithms.base import Algorithm
 from stabkit.calibration import MAX_AWAKENED
 from stabkit.curvature import LinearisedNetwork, LinearisedSet
 from stabkit.curvature.dormant import SAMPLES, awakened
+from stabkit.network import check_modes
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.rollout import SCORE_CAP, Rollout, loss_scale, players_of, rollout
 from stabkit.steps import Position, check_coupled, steps_from
@@ -118,7 +119,9 @@ def staged_rollout(
 
     Raises:
         ValueError: If an argument is out of its domain, or batches may have no variance to be normalised by.
+        RuntimeError: Under torch.inference_mode() or torch.autocast, or with another default device than the CPU.
     """
+    check_modes("staged_rollout")
     check_real(max_loss_error, name="max_loss_error", owner="staged_rollout", low=0, low_open=True)
     check_real(max_output_error, name="max_output_error", owner="staged_rollout", low=0, low_open=True)
     check_real(max_path_error, name="max_path_error", owner="staged_rollout", low=0, low_open=True)

@@ -14,7 +14,9 @@ from stabkit.cli import main
 from stabkit.curvature import linearise
 from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
+from stabkit.rollout import rollout
 from stabkit.runner import run
+from stabkit.staged import staged_rollout
 
 STEPS = 40
 
@@ -401,8 +403,11 @@ def test_autocast_is_refused(points):
     model = fitted(plain(), points)
     problem = UnlearningProblem(model, *halves(points))
     report = stabkit.predict(model, *halves(points), steps=5)
+    network, plan = linearise(problem, Identity()), GradDiff(lr=0.01, steps=5)
     for call in (
         lambda: stabkit.predict(model, *halves(points), steps=5),
+        lambda: rollout(network, plan, lr=[0.01], mix=[0.5], batch_sizes=(8, 8), seeds=[0]),
+        lambda: staged_rollout(problem, network, plan, batch_sizes=(8, 8), seeds=[0]),
         lambda: run(problem, GradDiff(lr=0.01, steps=5)),
         lambda: linearise(problem, Identity()),
         lambda: report.at(lr=0.02),

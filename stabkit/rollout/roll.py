@@ -28,6 +28,7 @@ from stabkit.algorithms.base import Algorithm
 from stabkit.curvature.coordinates import CoordinateNetwork
 from stabkit.curvature.linearised import LinearisedNetwork
 from stabkit.losses.custom import CustomLoss
+from stabkit.network import check_modes
 from stabkit.rollout.direction import Field, PerParameter, Share, mask_and_signs
 from stabkit.rollout.result import SCORE_CAP, Rollout, loss_scale
 from stabkit.rollout.sets import RolledSet
@@ -84,7 +85,9 @@ def rollout(
     Raises:
         ValueError: If `lr` and `mix` differ in length or are empty, there is no seed, a value is out of its domain, or the
             network is not one for the algorithm's optimiser, or without its layers' factors.
+        RuntimeError: Under torch.inference_mode() or torch.autocast, or with another default device than the CPU.
     """
+    check_modes("rollout")
     if algorithm.adaptive != isinstance(network, CoordinateNetwork):
         made = "sample_coordinates" if algorithm.adaptive else "linearise"
         raise ValueError(
