@@ -29,7 +29,7 @@ from torch import nn
 import stabkit
 from stabkit._serialise import dumps, to_plain, write_atomically
 from stabkit.algorithms import ALGORITHMS, Algorithm
-from stabkit.bench.cells import MODELS, Cell, prepared
+from stabkit.bench.cells import EPOCHS, MODELS, Cell, prepared
 from stabkit.metrics import ModelAudit, audit
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Report
@@ -38,7 +38,6 @@ from stabkit.training import train
 
 STEPS = 60
 MIX = 0.2
-EPOCHS = 8
 GRID = np.geomspace(0.1, 10, 7)
 GRIDDED = ("agu", "sragu")
 ATTACK = "entropy/logistic"
@@ -118,7 +117,8 @@ def one(cell: Cell, seed: int, names: Sequence[str], *, gridded: Sequence[str] =
     seen = torch.isin(split.y_test, retain[1].unique())  # a class that is gone is nothing to be right about
     test = split.x_test[seen], split.y_test[seen]
     problem = UnlearningProblem(trained.model, forget, retain, test=test)
-    gold = train(MODELS[cell.model](split, seed + 100), *retain, epochs=EPOCHS, lr=3e-3, seed=seed + 100)
+    fresh = MODELS[cell.model](split, seed + 100)
+    gold = train(fresh, *retain, epochs=EPOCHS[cell.dataset], lr=3e-3, seed=seed + 100)  # as long as the original
     models: dict[str, nn.Module] = {}
     rows: dict[str, dict[str, Any]] = {}
     grids: dict[str, list[dict[str, Any]]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.figures import Edge, Said, draw
 from benchmarks.gpu.store import canonical, sha256
 from stabkit._serialise import write_atomically
 from stabkit.bench.records import Prediction, Record
@@ -55,7 +56,7 @@ PUBLISHED_AS = {
 
 
 def write(folder: str | Path, page: str | Path, *, total: int) -> Path:
-    """Write the page.
+    """Write the page, and its figure in `figures` beside it.
 
     Args:
         folder: Where results.json and predictions.json lie.
@@ -78,6 +79,7 @@ def write(folder: str | Path, page: str | Path, *, total: int) -> Path:
         _head(results, failures, total),
         _training(kinds.get("training", {}), names),
         _quality(cells, predictions, names),
+        _figure(cells, predictions, names, Path(page)),
         _cells(cells, predictions),
         _published(kinds.get("published", {})),
         *_audits({**cells, **{key: entry["result"] for key, entry in kinds.get("published", {}).items()}}, names),
@@ -179,24 +181,28 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         }
         if not mine:
             continue
-        found, alone = _scores(mine, predictions), _scores(mine, predictions, boundaries=False)
-        for kind, quality in (("one", found.one), ("staged", found.staged)):
-            rows.append((
-                name,
-                len(mine),
-                found.settings,
-                f"{found.share_diverged:.2f}",
-                KINDS[kind],
-                _number(quality.balanced_accuracy),
-                _number(quality.auc),
-                _number(quality.brier),
-                _number(quality.log_loss),
-                _number(getattr(alone, kind).log_loss),
-                _number(quality.step_ratio),
-                *_ratios(mine, predictions, kind),
-            ))
+        found, recorded = _scores(mine, predictions), _scores(mine, predictions, boundaries=False)
+        for kind in KINDS:
+            for scored, said, ratios in (
+                (found, "", _ratios(mine, predictions, kind)),
+                (recorded, ", as recorded", ("–",) * 5),
+            ):
+                quality = getattr(scored, kind)
+                rows.append((
+                    name,
+                    len(mine),
+                    found.settings,
+                    f"{found.share_diverged:.2f}",
+                    KINDS[kind] + said,
+                    _number(quality.balanced_accuracy),
+                    _number(quality.auc),
+                    _number(quality.brier),
+                    _number(quality.log_loss),
+                    _number(quality.step_ratio),
+                    *ratios,
+                ))
         for what, quality in (("η > 2(1+β)/λ_max", found.step_limit), ("another real run", found.again)):
-            dashes = ("–",) * 10
+            dashes = ("–",) * 9
             rows.append((
                 name,
                 len(mine),
@@ -213,9 +219,11 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         f"or else one linearisation, predict for each mix, with {seeds} seeds of each. Ratios are of predicted over\n"
         "observed critical step sizes, where the grid brackets one; the interval is where it is to be at nine in ten, by\n"
         "the prediction or, of staged rollouts, by the present calibration. Staged rollouts are of one seed, where a\n"
-        "thorough `predict` takes several. The other real run has other batches. P(diverge) is as such a report has it,\n"
-        "made of the rollouts' and of the boundary's that were recorded before the runs. That it takes in the boundary was\n"
-        "decided after them, on other runs (`benchmarks/verify.md`); the second log loss is by the rollouts alone.",
+        "thorough `predict` takes several. The other real run has other batches. P(diverge) is as such a report has it now,\n"
+        "made of the rollouts' and of the boundary's that were recorded before the runs; that it takes in the boundary was\n"
+        "decided after them, on other runs (`benchmarks/verify.md`). *As recorded* is by the P that was written down before\n"
+        "them, the rollouts' alone.",
+        _before_the_look(cells),
         _table(
             (
                 "network",
@@ -227,7 +235,6 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
                 "AUC",
                 "Brier",
                 "log loss",
-                "by the rollouts alone",
                 "divergence step, predicted / observed",
                 "boundaries",
                 "median ratio",
@@ -238,6 +245,47 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
             rows,
         ),
     ])
+
+
+def _before_the_look(cells: dict[str, Any]) -> str:
+    """Which cells are from before staged rollouts looked at their path."""
+    early = [_name(found["cell"]) for found in cells.values() if not found.get("path_held")]
+    if not early:
+        return "Staged rollouts held the last steps before every place that they looked at against real ones."
+    which = "All" if len(early) == len(cells) else f"{len(early)} of {len(cells)}"
+    return (
+        f"{which} cells are from before staged rollouts held the last steps before every place that they look at against\n"
+        "real ones, as they do now, which makes them a little dearer and seldom changes what they say\n"
+        "(`benchmarks/verify.md`)" + (f": {'; '.join(early)}." if len(early) < len(cells) else ".")
+    )
+
+
+def _figure(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str, str], page: Path) -> str:
+    """The figure of boundaries and runs."""
+    edges, runs = list[Edge](), list[Said]()
+    for key, found in cells.items():
+        network = names[found["cell"]["task"]] + ADDED[_optimizer(found["cell"])]
+        observed = {b["mix"]: b["observed"] for b in found["boundaries"]}
+        edges += [
+            Edge(network=network, kind=kind, predicted=b[name], observed=b["observed"])
+            for b in found["boundaries"]
+            for kind, name in (("one", "predicted"), ("staged", "staged"))
+            if b[name] is not None and b["observed"] is not None
+        ]
+        runs += [
+            Said(
+                network=network,
+                ratio=record.lr / observed[record.mix],
+                probability=record.staged.probability,
+                diverged=record.diverged,
+            )
+            for record in _records(found, predictions[key]["predictions"]["mixes"], boundaries=True)
+            if observed[record.mix] is not None
+        ]
+    if not edges and not runs:
+        return ""
+    path = draw(edges, runs, page.parent / "figures" / f"{page.stem}.png")
+    return f"![critical step sizes and runs](figures/{path.name})"
 
 
 def _cells(cells: dict[str, Any], predictions: dict[str, Any]) -> str:
@@ -432,14 +480,27 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: Iterable[di
                 _number(seconds["full_run"]),
                 _number(seconds["predict"] / seconds["full_run"]),
                 _number(gradients["predict"] / gradients["full_run"]),
+                _number(seconds["staged"] / seconds["full_run"]),
+                _number(gradients["staged"] / gradients["full_run"]),
             ))
     if not rows:
         return ""
     return "\n\n".join([
         "## What a prediction costs",
-        "In seconds of wall clock, and as a share of one run, in seconds and in per-sample gradients.\n"
-        "Runs of cells are short.",
-        _table(("prediction", "seconds", "run, seconds", "share", "share in gradients"), rows),
+        "In seconds of wall clock, and as a share of one run, in seconds and in per-sample gradients. Runs of cells are\n"
+        "short; what their staged rollouts cost comes on top, those of all step sizes and of the search for the boundary.",
+        _table(
+            (
+                "prediction",
+                "seconds",
+                "run, seconds",
+                "share",
+                "share in gradients",
+                "staged rollouts, share",
+                "in gradients",
+            ),
+            [(*row, *("–",) * (7 - len(row))) for row in rows],
+        ),
     ])
 
 
@@ -453,18 +514,23 @@ def _speed(kinds: dict[str, dict[str, Any]]) -> str:
         "exponents": "Layer exponents, seconds",
         "steps": "Steps of a run, milliseconds",
     }
+
+    def again(kind: str, name: str) -> bool:
+        """Whether a row was once part of one job and is now another's, which has it anew."""
+        return kind == "predictions" and "sfr_on" in kinds and "sfr_on" in name
+
     parts = []
     for kind, title in titles.items():
         for entry in kinds.get(kind, {}).values():
             rows = [
                 (name.replace("_", " "), _shown(value))
                 for name, value in entry["result"].items()
-                if name != "kind" and not isinstance(value, dict)
+                if name != "kind" and not isinstance(value, dict) and not again(kind, name)
             ]
             rows += [
                 (f"{name.removesuffix('_stages').replace('_', ' ')}: {stage}", _shown(seconds))
                 for name, stages in entry["result"].items()
-                if name.endswith("_stages")
+                if name.endswith("_stages") and not again(kind, name)
                 for stage, seconds in stages.items()
             ]
             parts += [f"### {title}", _table(("what", "value"), rows)]

@@ -162,6 +162,7 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
         "advised": {"lr": advised.lr, "mix": advised.mix, **safe},
         "audit": _audited(store, task, spec.deletion, problem, result),
         "steps": algorithm.steps,
+        "path_held": True,  # what records from before staged rollouts looked at their path lack
         "seeds": list(scale.seeds),
         "seconds": {
             **said["seconds"],
