@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
 FALLBACK = 2 * 2**30  # where the system does not tell what is free
@@ -121,3 +122,18 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
     )
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, which the host does not wait for where that is CUDA's.
+
+    Args:
+        tensor: On any device.
+        device: Where it is to be.
+
+    Returns:
+        The tensor itself if it is there, or a copy.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would be waited for
+    return tensor.to(device)

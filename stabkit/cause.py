@@ -52,11 +52,15 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
     factor = float(growth[place])
     breaks = rolled.expected_divergence_step()[0]
     lasts = breaks / algorithm.steps if breaks else 1.0  # share of the steps that there is to grow in
+    grows = factor > 1 and algorithm.steps * math.log(factor) * (1 if value > 0 else lasts) >= 1
+    ascended = algorithm.mix * forget >= -min(0.0, (1 - algorithm.mix) * retain)
     mechanism = "none"
-    if factor > 1 and algorithm.steps * math.log(factor) * (1 if value > 0 else lasts) >= 1:
-        ascended = algorithm.mix * forget >= -min(0.0, (1 - algorithm.mix) * retain)
+    # Of an algorithm that descends on the forget set D has that set's curvature with the wrong sign.
+    if grows and (value > 0 or not ascended or algorithm.ascends):
         mechanism = "overshoot" if value > 0 else "ascent" if ascended else "saddle"
-    elif algorithm.inertia == 0 and mean_square_growth * lasts >= 2:  # of the square: a factor e of the displacement
+    elif (
+        algorithm.ascends and algorithm.inertia == 0 and mean_square_growth * lasts >= 2
+    ):  # of the square: a factor e of the displacement
         mechanism = "noise"
     elif float(rolled.probability[0]) >= 0.5:
         mechanism = "nonlinear"

@@ -27,7 +27,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from stabkit._memory import free_memory
+from stabkit._memory import free_memory, sent
 from stabkit._rng import preserved_rng
 from stabkit.losses import IGNORE_INDEX
 from stabkit.samples import Identity, Inputs, Samples, map_tensors, tensors_of
@@ -261,7 +261,14 @@ def _in_memory(
         if not held:
             held.append(_resident((inputs, targets), device))
         x, y = held[0]
-        return map_tensors(lambda t: t[indices.to(t.device)], x), y[indices.to(y.device)]
+        rows: dict[torch.device, Tensor] = {}  # a transfer for each device, and no more
+
+        def chosen(t: Tensor) -> Tensor:
+            if t.device not in rows:
+                rows[t.device] = sent(indices, t.device)
+            return t[rows[t.device]]
+
+        return map_tensors(chosen, x), chosen(y)
 
     if identity is None:
         identity = _addresses(inputs, np.arange(size))

@@ -1,13 +1,15 @@
 """How float32 matrices are multiplied: in float32, or in TF32, which accelerators do faster with ten bits of mantissa.
 
 PyTorch convolves in TF32 by default where the accelerator can, and multiplies matrices so where the caller has said so.
-Derivatives of derivatives lose more of that than a forward pass does, so predictions decide it for themselves.
+Derivatives of derivatives lose more of that than a forward pass does, so predictions decide it for themselves, and curvature
+that is asked for by itself is in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from operator import attrgetter
 from typing import Any
 
@@ -15,6 +17,22 @@ import torch
 
 PRECISIONS = ("float32", "tf32")
 BACKENDS = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+
+_decided: ContextVar[bool] = ContextVar("decided", default=False)  # whether `arithmetic` is around what is computed
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Multiply in float32 unless `arithmetic` has been told otherwise around this.
+
+    Yields:
+        Nothing.
+    """
+    if _decided.get():
+        yield
+        return
+    with arithmetic("float32"):
+        yield
 
 
 @contextmanager
@@ -27,13 +45,14 @@ def arithmetic(precision: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    older, newer = _older(), _newer()
-    exact = precision == "float32"
+    older, newer, token = _older(), _newer(), _decided.set(True)
+    whole = precision == "float32"
     try:
-        _set(("highest" if exact else "high", not exact), ["ieee" if exact else "tf32"] * len(newer))
+        _set(("highest" if whole else "high", not whole), ["ieee" if whole else "tf32"] * len(newer))
         yield
     finally:
         _set(older, newer)
+        _decided.reset(token)
 
 
 def _older() -> tuple[str, bool] | None:

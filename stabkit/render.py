@@ -24,7 +24,7 @@ MECHANISMS = {
     "ascent": "ascent on the forget set outweighs descent on the retain set along a direction of negative mixed curvature",
     "saddle": "the retain loss itself curves downward along a direction, and the run slides along it",
     "noise": "batches differ so much in curvature that the mean square grows where the mean does not, or not in time",
-    "nonlinear": "nothing grows near the trained weights; ascent makes the curvature that breaks the run on its way",
+    "nonlinear": "nothing grows near the trained weights; the run makes the curvature that breaks it on its way",
     "none": "nothing grows by more than a factor e within the run",
 }
 GROWING = ("overshoot", "ascent", "saddle", "noise")  # by the linear theory, whatever the verdict is
@@ -280,6 +280,7 @@ def _theory(report: Report) -> Section:
     return Section(
         title="Linear theory" + (f" ({what}mean square and rules: without the momentum)" if momentum else ""),
         rows=(
+            *([Row(label="leaves out", value="of this run", note="; ".join(t.outside))] if t.outside else []),
             Row(
                 label="λ_max(D), λ_min(D)",
                 value=f"{number(t.largest)}, {number(t.smallest)}",

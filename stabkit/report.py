@@ -119,6 +119,7 @@ class Thresholds:
         horizon_lr: Largest step at which the mean square grows less than a thousandfold within the K steps.
         coherence_rule: Whether the published coherence rule calls divergence (T13).
         self_loop: Whether the self-loop bound calls divergence (theory §4).
+        outside: What the run does that this theory has otherwise, in clauses.
     """
 
     curvature: str
@@ -139,6 +140,7 @@ class Thresholds:
     horizon_lr: float
     coherence_rule: bool
     self_loop: bool
+    outside: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +335,7 @@ class Report(Shown, Stored):
         costs: What it cost, by stage.
     """
 
-    schema: ClassVar[int] = 7
+    schema: ClassVar[int] = 8
 
     verdict: str
     probability: float

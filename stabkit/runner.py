@@ -177,7 +177,8 @@ def run(
         monitor_samples: Samples of each set the losses are watched on; all when None.
         stop_on_divergence: Whether to end the run at the check that finds it diverged.
         precision: "full", or "bfloat16": passes of the steps under autocast, with float32 parameters, updates and looks.
-            Predictions are of full precision.
+            Full is what PyTorch multiplies by, as in a loop of one's own: on CUDA convolutions are in TF32 unless
+            torch.backends says otherwise. Predictions are in float32.
         cuda_graphs: Whether to record the network's passes as CUDA graphs and replay them, which saves the time of
             launching their kernels one by one. For a GPU and frozen BatchNorm, and best with batches of one size: those of a
             fifth size are passed as ever.

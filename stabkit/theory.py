@@ -154,6 +154,7 @@ def thresholds(
         mean_square_lr=mean_square_lr,
         horizon_lr=horizon_lr,
         coherence_rule=rule.diverges,
+        outside=algorithm.outside_theory,
         self_loop=stability.self_loop(dynamics, algorithm.lr),
     )
 

@@ -1,6 +1,7 @@
 """A pretend accelerator: tensors with a device of their own whose work is done on the CPU.
 
-It refuses operations on tensors of two devices, as an accelerator does, and counts how often the host waits for a value. Run
+It refuses operations on tensors of two devices, as an accelerator does, and counts how often the host waits for a value, and
+how often it sends one. Run
 as a program it predicts, runs and audits on it and on the CPU, and prints what came out as JSON: it registers a device for
 the whole process, so tests start it in one of its own.
 """
@@ -21,6 +22,7 @@ NAME = "pretend"
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal")
 TAKES_HOST_TENSORS = ("aten.index", "aten.copy_", "aten._to_copy", "aten._index_put_impl_")
 waits: collections.Counter[str] = collections.Counter()
+sends: collections.Counter[str] = collections.Counter()
 
 
 class Backend(_DummyBackendModule):
@@ -120,6 +122,8 @@ def dispatched(func, args, kwargs):
     )
     if ours and (leaves or by_mask or any(word in name for word in WAITS)):
         waits[caller()] += 1
+    if goes and others and name.startswith(TAKES_HOST_TENSORS):
+        sends[caller()] += 1
     if ours and others and not name.startswith(TAKES_HOST_TENSORS):
         raise RuntimeError(f"two devices: {name} in {caller()}, with {[tuple(t.shape) for t in others]} on the CPU")
     args_, kwargs_ = tree_map(unwrapped, args), tree_map(unwrapped, kwargs)
@@ -177,6 +181,8 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
         stabkit.GradDiff(steps=STEPS, batch_size=16, momentum=0.9, max_gradient_norm=5.0),
         stabkit.SFROn(steps=STEPS, batch_size=16),
         stabkit.FineTune(steps=STEPS, batch_size=16, optimizer="adamw", weight_decay=0.01, max_gradient_norm=5.0),
+        stabkit.SalUn(steps=STEPS, batch_size=16),
+        stabkit.AGU(steps=STEPS, batch_size=16),
     ):
         little = roll.HOST_WORK
         # Rollouts on the device, which are so small that they would be on the CPU; one prediction has them there.
@@ -193,6 +199,7 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
         chosen = algorithm.replace(lr=1e-3)
         preconditioner = chosen.step_preconditioner(problem)
         waits.clear()
+        sends.clear()
         run = stabkit.run(problem, chosen, preconditioner=preconditioner, monitor_samples=32)
         found[algorithm.name] = {
             "probability": report.probability,
@@ -202,6 +209,7 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
             "near": near.probability.tolist(),
             "loss": run.trajectory[-1].retain_loss,
             "waits": {"run": dict(waits), "frontier": rolling, "near": moving},
+            "sends": dict(sends),
         }
     for name, work in (("thorough", roll.HOST_WORK), ("thorough_there", 0)):
         roll.HOST_WORK, little = work, roll.HOST_WORK

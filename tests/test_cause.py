@@ -10,8 +10,21 @@ import scipy.optimize
 import torch
 from torch import nn
 
+import stabkit
 from stabkit import stability
-from stabkit.algorithms import AGU, FineTune, GradDiff, GradientAscent
+from stabkit.algorithms import (
+    AGU,
+    NPO,
+    SCRUB,
+    FineTune,
+    GradDiff,
+    GradientAscent,
+    L1Sparse,
+    RandomLabels,
+    RemainNewton,
+    SalUn,
+    SFROn,
+)
 from stabkit.cause import TOP_SAMPLES, find_cause, linearisation_errors
 from stabkit.curvature import linearise
 from stabkit.measure import MeasureSettings, measure
@@ -71,6 +84,62 @@ def eigenvalues(problem, mix):
 
 
 # ------------------------------------------------------------------ mechanisms
+
+
+def test_descent_on_random_labels_is_no_ascent():
+    """D has the forget curvature with the sign of ascent; what grows by it alone is no mechanism of a run that descends."""
+    settings = {"lr": 0.05, "mix": 0.9, "steps": 40, "batch_size": 4, "forget_batch_size": 4}
+    for algorithm, mechanisms in (
+        (GradDiff(**settings), {"ascent"}),
+        (SalUn(forgetting="ascent", share=1.0, **settings), {"ascent"}),
+        (SalUn(share=1.0, **settings), {"none", "nonlinear"}),
+        (RandomLabels(**settings), {"none", "nonlinear"}),
+    ):
+        cause, _, measurement, _ = found_for(problem_of(0), algorithm)
+        assert float(measurement.spectrum.pairs.smallest) < 0
+        assert cause.mechanism in mechanisms, algorithm.name
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "clauses"),
+    [
+        (GradDiff(), ()),
+        (GradDiff(optimizer="adamw"), ()),
+        (AGU(), ()),
+        (RemainNewton(), ()),
+        (SalUn(forgetting="ascent"), ()),
+        (SalUn(), ("random labels",)),
+        (RandomLabels(), ("random labels",)),
+        (RandomLabels(forget_every=3), ("random labels", "take turns")),
+        (SCRUB(), ("flat there", "take turns", "schedule")),
+        (SFROn(), ("weighted by sample", "take turns", "step sizes", "weight follows", "clipped")),
+        (NPO(), ("counts by its tokens",)),
+        (L1Sparse(), ("pulled towards 0",)),
+        (L1Sparse(penalty=0.0), ()),
+        (GradDiff(lr_schedule="cosine", max_gradient_norm=1.0), ("step sizes", "clipped")),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_what_the_linear_theory_leaves_out_is_said(algorithm, clauses):
+    found = algorithm.outside_theory
+    assert len(found) == len(clauses)
+    for said, clause in zip(found, clauses, strict=True):
+        assert clause in said
+
+
+def test_residuals_of_ones_own_are_outside_of_the_linear_theory(digits_mlp, class_deletion):
+    class Mine(GradDiff):
+        name = "mine"
+
+        def forget_residual(self, loss, batch):
+            return 2 * super().forget_residual(loss, batch)
+
+    report = stabkit.predict(digits_mlp, *class_deletion, algorithm=Mine(steps=3), mode="fast")
+    assert report.thresholds.outside == ("losses are the algorithm's own",)
+    assert "leaves out" in str(report)
+    plain = stabkit.predict(digits_mlp, *class_deletion, algorithm=GradDiff(steps=3), mode="fast")
+    assert plain.thresholds.outside == ()
+    assert "leaves out" not in str(plain)
 
 
 def test_overshoot():

@@ -17,6 +17,7 @@ from stabkit.runner import check_steps
 
 PROGRAM = Path(__file__).with_name("pretend_gpu.py")
 STEPS = 120  # as there
+NAMES = ("graddiff", "sfr_on", "finetune", "salun", "agu")
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this PyTorch has no devices in Python",
@@ -33,7 +34,7 @@ def found():
 def test_results_are_those_of_the_cpu(found):
     host, there = found["cpu"], found["device"]
     assert there["accuracy"] == host["accuracy"]
-    for name in ("graddiff", "sfr_on", "finetune"):
+    for name in NAMES:
         for key in ("probability", "critical_lr", "largest", "loss"):
             assert there[name][key] == pytest.approx(host[name][key], rel=1e-4), (name, key)
         probabilities = torch.tensor(host[name]["frontier"])
@@ -49,15 +50,28 @@ def test_results_are_those_of_the_cpu(found):
 def test_the_host_waits_at_looks_and_not_at_steps(found, where):
     most = 4 * len(check_steps(STEPS, 10)) + 4
     assert most < STEPS
-    for name in ("graddiff", "sfr_on", "finetune"):
+    for name in NAMES:
         assert found["cpu"][name]["waits"][where] == {}
         waits = found["device"][name]["waits"][where]
+        if name == "agu":  # whether to stop is read in every step, once
+            place = "steps.py:take" if where == "run" else "rollout/roll.py:_roll_seeds"
+            assert waits.pop(place) <= STEPS
         assert 0 < sum(waits.values()) <= most, waits
+
+
+def test_a_step_sends_its_batches_and_no_more(found):
+    """Indices of either set, once for inputs and targets; random labels too. All of it through pinned memory on CUDA."""
+    looks = len(check_steps(STEPS, 10))
+    for name, each in (("graddiff", 2), ("sfr_on", 1), ("finetune", 1), ("salun", 3), ("agu", 2)):
+        sends = found["device"][name]["sends"]
+        assert set(sends) == {"_memory.py:sent"}, sends
+        assert sends["_memory.py:sent"] == each * STEPS + 2 * looks, name
+        assert found["cpu"][name]["sends"] == {}
 
 
 def test_small_rollouts_are_done_on_the_host(found):
     """Which is told of the network once, and waits at no look."""
-    for name in ("graddiff", "sfr_on", "finetune"):
+    for name in ("graddiff", "sfr_on", "finetune", "salun"):
         waits = found["device"][name]["waits"]
         assert sum(waits["near"].values()) < sum(waits["frontier"].values())
         assert {where for where in waits["near"] if where.startswith("rollout/")} <= {

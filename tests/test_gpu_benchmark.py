@@ -6,7 +6,11 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from benchmarks.gpu.run import Job, jobs, jobs_named, work
 from benchmarks.gpu.scale import FULL, REDUCED, SCALES, SMALL, Scale, Training
 from benchmarks.gpu.store import Store, arithmetic_now, canonical, sha256
 from benchmarks.gpu.tasks import PADDING, Task, augmented, fit
-from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of
+from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of, published
 from stabkit.calibration import calibration, combined
 from stabkit.curvature.room import OVERSAMPLING
 from stabkit.curvature.sketch import OWN
@@ -171,6 +175,7 @@ def test_runs_follow_the_file_of_predictions_whatever_it_says(folder):
     path = folder / "predictions" / f"{key}.json"
     kept = path.read_text()
     other = json.loads(kept)
+    assert other["network"] == store.weights_sha256("train-resnet18")
     other["predictions"]["mixes"] = other["predictions"]["mixes"][:1]
     other["predictions"]["mixes"][0]["grid"] = [{**other["predictions"]["mixes"][0]["grid"][0], "lr": 1e-6}]
     path.write_text(canonical(other))
@@ -295,19 +300,72 @@ def test_an_error_in_a_process_of_its_own_is_kept_like_any_other(tmp_path):
     assert "Traceback" in json.loads((tmp_path / "failures.json").read_text())["cell-lm-people-ga"]["error"]
 
 
-def test_a_process_that_is_killed_takes_no_more_than_its_neighbours_along(tmp_path, monkeypatch):
+def test_a_process_that_is_killed_takes_nothing_along(tmp_path, monkeypatch):
     dying = replace(chosen("train-lm-gpt2")[0], key="gone")  # no job of that name: its process does not survive it
     store, said = Store(tmp_path, "small", CPU), []
     monkeypatch.setattr(gpu_run, "_in_worker", killed_if_unknown)
-    found = work(store, SMALL, [dying, *chosen("train-lm")], minutes=100, workers=2, say=said.append)
-    assert any(line.startswith("!! gone: its process, or one beside it, died") for line in said)
-    assert "gone" in json.loads((tmp_path / "failures.json").read_text())
-    # The other was done before, or went down with it and is not begun anew.
-    assert store.ready("train-lm") == (found == ["train-lm"])
-    assert store.failed("train-lm") == (found == [])
-    assert (tmp_path / "results.json").exists()
-    monkeypatch.undo()
-    assert found + work(store, SMALL, chosen("train-lm"), minutes=100, retry=True, workers=2) == ["train-lm"]
+    # The other was done before, or went down with it and is done again.
+    assert work(store, SMALL, [dying, *chosen("train-lm")], minutes=100, workers=2, say=said.append) == ["train-lm"]
+    assert "!! gone: its process died" in said
+    assert set(json.loads((tmp_path / "failures.json").read_text())) == {"gone"}
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"train-lm"}
+
+
+def test_workers_do_not_outlive_a_call_that_is_killed(tmp_path):
+    """Otherwise they would go on beside the next call, which does the same jobs."""
+    program = (
+        "from benchmarks.gpu import run\nfrom benchmarks.gpu.run import *\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=run._begin_worker,\n"
+        f"        initargs=({str(tmp_path)!r}, 'small', 'cpu', 1, 0.9))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    root = Path(gpu_run.__file__).parents[2]
+    caller = subprocess.Popen(
+        [sys.executable, str(path)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    worker = int(caller.stdout.readline())
+    os.kill(worker, 0)  # is there
+    caller.kill()
+    caller.wait()
+    caller.stdout.close()
+    for _ in range(200):
+        if gone(worker):
+            break
+        time.sleep(0.1)
+    assert gone(worker)
+
+
+def gone(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    status = Path(f"/proc/{process}/stat")  # nobody may have asked what became of it
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_a_network_trained_anew_is_predicted_anew(folder, tmp_path):
+    """The same training comes out otherwise on a GPU, and a prediction is of one network."""
+    store, key = Store(tmp_path, "small", CPU), "cell-resnet18-random10-ga"
+    store.save_weights("train-resnet18", nn.Linear(2, 2))
+    made = []
+
+    def make():
+        made.append(len(made))
+        return {"number": made[-1]}
+
+    assert store.predicted(key, "train-resnet18", make)[0] == {"number": 0}
+    _, mark = store.predicted(key, "train-resnet18", make)
+    assert made == [0]
+    assert json.loads((tmp_path / "predictions" / mark["file"]).read_text())["network"] == store.weights_sha256(
+        "train-resnet18"
+    )
+    store.save_weights("train-resnet18", nn.Linear(2, 2))
+    assert store.predicted(key, "train-resnet18", make)[0] == {"number": 1}
 
 
 def killed_if_unknown(key):
@@ -491,13 +549,25 @@ def test_the_page_says_what_it_is_and_scores_runs_by_what_was_said_of_them(folde
         accuracy[kind] = sum(sum(h) / len(h) for h in hits.values()) / 2
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| tiny ResNet | 2 |")]
     share = f"{sum(diverged for _, diverged in runs) / len(runs):.2f}"
-    assert len(rows) == 4
-    for kind, row in zip(("one linearisation", "staged rollouts"), rows[:2], strict=True):
-        assert row[2:6] == [str(len(runs)), share, kind, f"{accuracy[kind]:.3g}"]
+    assert len(rows) == 6
+    # What was on record before the runs, beside what a report makes of it.
+    assert [row[4] for row in rows[:4:2]] == ["one linearisation", "staged rollouts"]
+    for kind, row in zip(("one linearisation", "staged rollouts"), rows[1:4:2], strict=True):
+        assert row[2:6] == [str(len(runs)), share, f"{kind}, as recorded", f"{accuracy[kind]:.3g}"]
+    assert (folder / "figures" / "page.png").stat().st_size > 10_000
+    assert "![critical step sizes and runs](figures/page.png)" in page
     audited = results["cell-resnet18-random10-ga"]["result"]["audit"]["models"]
     assert set(audited) == {"original", "gold", "unlearned"}
     assert f"| gold | {100 * audited['gold']['forget_accuracy']['value']:.2f} |" in page
     assert f"| ga | {100 * audited['unlearned']['forget_accuracy']['value']:.2f} |" in page
+
+
+@pytest.mark.parametrize(("name", "page"), [("gpu", "results"), ("gpu_reduced", "reduced")])
+def test_the_pages_are_what_is_stored(name, page, tmp_path):
+    root = Path(gpu_run.__file__).parents[1]
+    stored = root / "gpu" / f"{page}.md"
+    made = tables.write(root / "results" / name, tmp_path / stored.name, total=len(jobs()))
+    assert made.read_text(encoding="utf-8") == stored.read_text(encoding="utf-8")
 
 
 def test_nothing_done_is_a_page_too(tmp_path):
@@ -519,3 +589,32 @@ def test_products_are_timed_in_gradients(folder):
     found = speed.products(Store(folder, "small", CPU), Task("resnet18", TINY, CPU))
     for name in ("hvp", "hvp_of_8", "hvp_not_kept", "ggn", "ggn_of_8", "ggn_not_kept"):
         assert 0.2 < found[name] < 50, name
+
+
+@pytest.mark.parametrize("part", ["predictions", "sfr_on", "spectrum", "exponents", "steps"])
+def test_what_else_is_timed_comes_out_as_numbers(folder, part):
+    found = speed.PARTS[part](Store(folder, "small", CPU), Task("resnet18", TINY, CPU))
+    kind = found.pop("kind")
+    assert kind == part
+    numbers = [value for value in found.values() if isinstance(value, float)]
+    assert all(math.isfinite(value) and value >= 0 for value in numbers if value != found.get("smallest"))
+    if part in {"predictions", "sfr_on"}:
+        names = (
+            ("run", "predict_fast", "predict_standard") if part == "predictions" else ("run_sfr_on", "predict_sfr_on")
+        )
+        for name in names:
+            assert found[name] > 0
+            assert found[f"{name}_gradients"] > 0
+        assert not found[f"{names[0]}_diverged"]  # what a prediction is set beside takes all of its steps
+
+
+@pytest.mark.parametrize("setting", [s for s in PUBLISHED if s.task == "resnet18"], ids=lambda s: s.name)
+def test_published_settings_are_predicted_and_run(folder, setting):
+    store, key = Store(folder, "small", CPU), f"published-{setting.name}"
+    found = published(store, Task("resnet18", TINY, CPU), setting, key)
+    assert found["predictions"]["made"] < found["first_run"]
+    assert found["said"]["verdict"] in {"stable", "marginal", "diverges"}
+    run = found["run"]
+    assert run["diverged"] == (run["divergence_step"] is not None)
+    assert run["diverged"] or run["steps"] == found["settings"]["steps"]
+    assert (found["audit"] is None) == run["diverged"]

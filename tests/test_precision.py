@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 import stabkit
+from stabkit.curvature import GGNOperator, HessianOperator, curvature_gram, linearise
+from stabkit.curvature.gradients import mean_gradient
+from stabkit.directions import fisher_diagonal
 from stabkit.models import MLP
 from stabkit.precision import BACKENDS, PRECISIONS, arithmetic
+from stabkit.preconditioner import Identity
 
 NEW = hasattr(torch.backends, "fp32_precision")
 
@@ -107,3 +111,28 @@ def test_predictions_multiply_as_they_say(callers, precision):
         assert 0 <= checks["error of TF32"].value <= 1e-2  # nothing, where the device has no TF32
     with pytest.raises(ValueError, match=r"`precision` of `predict` must be one of .*; got 'half'"):
         stabkit.predict(model, (x[:20], y[:20]), (x[20:], y[20:]), precision="half", **settings)
+
+
+@pytest.mark.filterwarnings("ignore::stabkit.StabkitWarning")
+def test_curvature_by_itself_is_in_float32_whatever_the_caller_has_set(callers):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 6, generator=generator), torch.randint(3, (24,), generator=generator)
+    problem, before = stabkit.UnlearningProblem(Noting(), (x[:8], y[:8]), (x[8:], y[8:])), state()
+
+    for name, call in {
+        "Hessian": lambda: HessianOperator(problem, problem.retain) @ torch.ones(problem.size),
+        "Gauss-Newton": lambda: GGNOperator(problem, problem.forget) @ torch.ones(problem.size),
+        "Gram": lambda: curvature_gram(problem, (problem.retain, problem.forget)),
+        "linearisation": lambda: linearise(problem, Identity()),
+        "mean gradient": lambda: mean_gradient(problem, problem.forget),
+        "per-sample gradients": lambda: fisher_diagonal(problem, problem.forget),
+    }.items():
+        Noting.seen.clear()
+        call()
+        # Operators look at the size of a sample's graph before; that is a shape and no number.
+        assert Noting.seen[-1] == exact(), name
+        assert state() == before
+        Noting.seen.clear()
+        with arithmetic("tf32"):  # something around it has decided
+            call()
+        assert Noting.seen[-1] == ("tf32" if NEW else True), name

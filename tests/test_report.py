@@ -88,9 +88,9 @@ def test_a_real_report_survives_a_file(report, tmp_path, kind):
 
 
 def test_files_that_are_not_reports_are_refused(report):
-    with pytest.raises(ValueError, match=r"must have schema 7; got None"):
+    with pytest.raises(ValueError, match=r"must have schema 8; got None"):
         Report.from_dict({"verdict": "stable"})
-    with pytest.raises(ValueError, match=r"must have schema 7; got 99"):
+    with pytest.raises(ValueError, match=r"must have schema 8; got 99"):
         Report.from_dict({**report.to_dict(), "schema": 99})
     missing = report.to_dict()
     del missing["cause"]
@@ -108,7 +108,7 @@ def test_files_that_are_not_reports_are_refused(report):
         ),
         (b"\xff\xfe", ValueError, r"must hold JSON.*; got '.*report.json' \('utf-8' codec can't decode byte 0xff"),
         (b"[1, 2]", TypeError, r"`plain` of `Report.from_dict` must be a dictionary, .*; got \[1, 2\]"),
-        (b"{}", ValueError, r"must have schema 7; got None\. Make it anew"),
+        (b"{}", ValueError, r"must have schema 8; got None\. Make it anew"),
     ],
 )
 def test_files_without_a_report_are_named(tmp_path, content, error, message):

@@ -59,13 +59,16 @@ def draw(edges: Iterable[Edge], runs: Iterable[Said], path: Path) -> Path:
     left.set(xlabel="observed critical step size", ylabel="predicted", title="critical step sizes (band: 1.5 times)")
     spread = np.random.default_rng(0).uniform(-0.012, 0.012, len(runs))  # many lie on each other at 0 and at 1
     for said, shift in zip(runs, spread, strict=True):
-        colour = colours[said.network]
-        face = colour if said.diverged else "none"
-        right.scatter(said.ratio, said.probability + shift, s=16, facecolors=face, edgecolors=colour, linewidths=0.8)
+        marker = "x" if said.diverged else "."
+        right.scatter(
+            said.ratio, said.probability + shift, s=18, marker=marker, color=colours[said.network], linewidths=0.9
+        )
     right.axvline(1, color="grey", linewidth=1)
     right.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     right.set(xscale="log", xlabel="step size / observed critical one", ylabel="P(diverge), staged rollouts")
-    right.set(title="runs (filled: diverged)")
+    ticks = [0.125, 0.25, 0.5, 1, 2, 4, 8]
+    right.set(title="runs (crosses: diverged)", xticks=ticks, xticklabels=[f"{tick:g}" for tick in ticks])
+    right.minorticks_off()
     handles = [Line2D([], [], color=colours[name], marker="s", linestyle="", label=name) for name in networks]
     handles += [
         Line2D([], [], color="black", marker=marker, fillstyle="none", linestyle="", label=label)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ SPEED_MINUTES = {
     "steps": 0.3,
 }
 WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes, where the call has it to itself
+WORKER_BYTES = 17e9  # that a job beside others takes at most: ResNet-18's cells took 16.5e9 of an H200's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +230,10 @@ def work(
     begun = time.perf_counter()
     finished: list[str] = []
     waiting, running = list(wanted), dict[Future[Outcome], Job]()
+    suspected = set[str]()  # went down with a process: each is done once more, by itself, to tell whose fault it was
+
+    def by_itself(job: Job) -> bool:
+        return job.alone or job.key in suspected
 
     def expected(job: Job) -> float:
         return (scale.minutes or job.minutes) * store.pace()
@@ -257,7 +263,7 @@ def work(
             reason = f"needs {missing[0]}"
         elif expected(job) > left():
             reason = f"would take some {expected(job):.1f} minutes of the {left():.1f} left"
-        elif len(running) >= (1 if job.alone else workers):
+        elif len(running) >= (1 if by_itself(job) else workers):
             return False
         if reason:
             say(f"-- {job.key}: {reason}")
@@ -268,11 +274,11 @@ def work(
     with _pool(store, scale, workers, memory) as pool:
         while waiting or running:
             for job in list(waiting):
-                if any(other.alone for other in running.values()):
+                if any(map(by_itself, running.values())):
                     break
                 if begin(job):
                     waiting.remove(job)
-                elif job.alone and running and all(map(store.ready, job.needs)):
+                elif by_itself(job) and running and all(map(store.ready, job.needs)):
                     break  # what is timed by itself is waited for
             if not running:
                 break
@@ -280,14 +286,18 @@ def work(
                 try:
                     outcome = future.result()
                 except BrokenProcessPool as error:
-                    # A process was killed, which ends the others too: what had not left its result is noted as failed.
+                    # A process was killed, which ends the others too.
                     for lost in running.values():
                         if store.ready(lost.key):
                             finished.append(lost.key)
                             say(f"ok {lost.key}: just before a process beside it died")
+                        elif len(running) == 1:
+                            store.write_failure(lost.key, f"its process died: {error}")
+                            say(f"!! {lost.key}: its process died")
                         else:
-                            store.write_failure(lost.key, f"its process, or one beside it, died: {error}")
-                            say(f"!! {lost.key}: its process, or one beside it, died")
+                            suspected.add(lost.key)
+                            waiting.insert(0, lost)
+                            say(f"-- {lost.key}: its process, or one beside it, died; once more by itself")
                     running.clear()
                     pool.renew()
                     store.pack()
@@ -388,7 +398,15 @@ _WORKER: dict[str, Any] = {}  # what a worker process does jobs with
 
 
 def _begin_worker(folder: str, scale: str, device: str, workers: int, memory: float) -> None:
-    """Make a process ready for jobs."""
+    """Make a process ready for jobs, which it does not outlive its parent for."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # otherwise it went on, and a later call shared the device with it
+
+    threading.Thread(target=watch, daemon=True).start()
     quiet()
     store = Store(folder, scale, torch.device(device), beside=workers, gathered=False)
     _WORKER.update(
@@ -442,13 +460,22 @@ def main() -> None:
         return
     quiet()
     store = Store(options.folder, options.scale, torch.device(options.device))
+    workers = options.workers
+    if store.device.type == "cuda" and options.scale == "full":
+        room = options.memory * torch.cuda.get_device_properties(store.device).total_memory
+        workers = min(workers, max(1, int(room // WORKER_BYTES)))
+        if workers < options.workers:
+            print(
+                f"-- {workers} workers: each may need {WORKER_BYTES / 1e9:.0f} GB of the {room / 1e9:.0f} GB",
+                flush=True,
+            )
     work(
         store,
         SCALES[options.scale],
         wanted,
         minutes=options.minutes,
         retry=options.retry,
-        workers=options.workers,
+        workers=workers,
         memory=options.memory,
         say=partial(print, flush=True),
     )

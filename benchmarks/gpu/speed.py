@@ -59,7 +59,16 @@ def subject(store: Store, task: Task, *, dtype: torch.dtype | None = None) -> Un
 
 
 def products(store: Store, task: Task) -> dict[str, Any]:
-    """Hessian and Gauss-Newton products of one batch, one vector and a block of eight, in gradients of that batch."""
+    """Hessian and Gauss-Newton products of one batch, one vector and a block of eight, in gradients of that batch.
+
+    All in float32, those of others too.
+    """
+    with arithmetic("float32"):
+        return {"kind": "products", "multiplied": "float32", **_products(store, task)}
+
+
+def _products(store: Store, task: Task) -> dict[str, Any]:
+    """The rows."""
     problem, device, repeats = subject(store, task), store.device, task.scale.repeats
     indices = torch.arange(task.scale.batch)
     inputs, targets = problem.retain.batch(indices)
@@ -83,7 +92,7 @@ def products(store: Store, task: Task) -> dict[str, Any]:
             del operator
     rows |= _forward_over_reverse(problem, (inputs, targets), block[:, 0], unit, device, repeats)
     rows |= _curvlinops(model, parameters, (inputs, targets), block, unit, device, repeats)
-    return {"kind": "products", **rows}
+    return rows
 
 
 def _forward_over_reverse(
@@ -154,6 +163,7 @@ def spectrum(store: Store, task: Task) -> dict[str, Any]:
     )
     return {
         "kind": "spectrum",
+        "multiplied": "float32",
         "samples": 2 * batch,
         "eigen_seconds": seconds,
         "eigen_products": pairs.products,

@@ -135,20 +135,24 @@ class Store:
 
     # ------------------------------------------------------------------ predictions
 
-    def predicted(self, job: str, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-        """What was predicted for a job, read from its file, which is made if it is not there.
+    def predicted(
+        self, job: str, weights: str, make: Callable[[], dict[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """What was predicted for a job, read from its file, which is made if it is not there, or of another network.
 
         Args:
             job: The job.
+            weights: What the network was kept as that they are about; its SHA-256 is written down with them.
             make: Makes the predictions.
 
         Returns:
             The predictions and their mark: the file's name, its SHA-256 and when it was made.
         """
-        path = self.folder / "predictions" / f"{job}.json"
-        if not path.exists():
+        path, network = self.folder / "predictions" / f"{job}.json", self.weights_sha256(weights)
+        if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("network") != network:
             predictions = make()
             around = {"job": job, "scale": self.scale, "device": device_name(self.device), "made": now()}
+            around["network"] = network
             write_atomically(path, canonical({**around, "predictions": predictions}))
         text = path.read_text(encoding="utf-8")
         plain = json.loads(text)
@@ -163,6 +167,15 @@ class Store:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         os.replace(temporary, self._weights(name))
+
+    def weights_sha256(self, name: str) -> str:
+        """SHA-256 over names and values of what was kept."""
+        found = hashlib.sha256()
+        with np.load(self._weights(name), allow_pickle=False) as arrays:
+            for key in sorted(arrays.files):
+                found.update(key.encode())
+                found.update(np.ascontiguousarray(arrays[key]).tobytes())
+        return found.hexdigest()
 
     def load_weights(self, name: str, model: nn.Module) -> nn.Module:
         """Put them into a model of the same architecture.

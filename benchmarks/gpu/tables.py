@@ -219,10 +219,10 @@ def _quality(cells: dict[str, Any], predictions: dict[str, Any], names: dict[str
         f"or else one linearisation, predict for each mix, with {seeds} seeds of each. Ratios are of predicted over\n"
         "observed critical step sizes, where the grid brackets one; the interval is where it is to be at nine in ten, by\n"
         "the prediction or, of staged rollouts, by the present calibration. Staged rollouts are of one seed, where a\n"
-        "thorough `predict` takes several. The other real run has other batches. P(diverge) is as such a report has it now,\n"
-        "made of the rollouts' and of the boundary's that were recorded before the runs; that it takes in the boundary was\n"
-        "decided after them, on other runs (`benchmarks/verify.md`). *As recorded* is by the P that was written down before\n"
-        "them, the rollouts' alone.",
+        "thorough `predict` takes several. The other real run has other batches. P(diverge) is as such a report has it\n"
+        "now, made of the rollouts' and of the boundary's that were recorded before the runs; that it takes in the latter\n"
+        "was decided after them, on other runs (`benchmarks/verify.md`). *As recorded* is by the P that was written down\n"
+        "before them, the rollouts' alone.",
         _before_the_look(cells),
         _table(
             (
@@ -527,6 +527,8 @@ def _speed(kinds: dict[str, dict[str, Any]]) -> str:
                 for name, value in entry["result"].items()
                 if name != "kind" and not isinstance(value, dict) and not again(kind, name)
             ]
+            if kind in {"products", "spectrum"} and "multiplied" not in entry["result"]:
+                rows.append(("multiplied", "as PyTorch does by default"))  # of records from before it was decided
             rows += [
                 (f"{name.removesuffix('_stages').replace('_', ' ')}: {stage}", _shown(seconds))
                 for name, stages in entry["result"].items()

@@ -129,7 +129,7 @@ def cell(store: Store, task: Task, spec: Cell, job: str) -> dict[str, Any]:
     sets = task.sets(spec.deletion)
     algorithm = _algorithm(spec, scale)
     problem = problem_of(model, task, sets, batchnorm=spec.batchnorm)
-    said, mark = store.predicted(job, lambda: _predict_cell(problem, task, spec, algorithm))
+    said, mark = store.predicted(job, f"train-{spec.task}", lambda: _predict_cell(problem, task, spec, algorithm))
     preconditioner, preconditioning = timed(lambda: algorithm.step_preconditioner(problem), store.device)
     bench = _Runs(store, problem, preconditioner, scale.watched)
     settings, boundaries = [], []
@@ -573,7 +573,7 @@ def published(store: Store, task: Task, setting: Published, job: str) -> dict[st
             **_spent(report),
         }
 
-    said, mark = store.predicted(job, make)
+    said, mark = store.predicted(job, f"train-{setting.task}", make)
     bench = _Runs(store, problem, algorithm.step_preconditioner(problem), scale.watched)
     done, result = bench.kept(algorithm, 0)
     return {

@@ -25,7 +25,8 @@ class AGU(Algorithm):
     the largest, taking them once, at θ*, and both tolerances.
 
     Attributes:
-        drift_tolerance: Stop once a step moves the parameters by less than this share of their norm; None: never.
+        drift_tolerance: Stop once a step moves the parameters by less than this share of their norm; None: never. It is
+            read after every step, which an accelerator has to be waited for.
         leakage_bound: Stop once predictions on the forget batch have moved this far, in nats of mean KL; None: never.
     """
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit._memory import sent
 from stabkit._validate import check_choice, check_int, check_real
 from stabkit.algorithms.contract import check_class
 from stabkit.algorithms.layers import checked_factors, is_within, layer_factor
@@ -73,7 +74,7 @@ class Batch:
             )
             for seed in self.seeds
         ]
-        return torch.cat(parts).to(self.targets)
+        return sent(torch.cat(parts).to(self.targets.dtype), self.targets.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -431,6 +432,35 @@ class Algorithm(abc.ABC):
             Tensor of the outputs' shape; the loss's own derivative unless a subclass says otherwise.
         """
         return loss.residual(batch.outputs, batch.targets)
+
+    @property
+    def ascends(self) -> bool:
+        """Whether forget steps climb the forget loss, or something with its curvature.
+
+        Returns:
+            False where a subclass descends instead.
+        """
+        return True
+
+    @property
+    def outside_theory(self) -> tuple[str, ...]:
+        """What these steps do that the linear theory (T3-T13), which has plain ascent and descent on the loss, does not.
+
+        Returns:
+            Clauses for a report; none where the theory is about all of it. A subclass adds its own.
+        """
+        own = any(
+            getattr(type(self), name) is not getattr(Algorithm, name) for name in ("retain_residual", "forget_residual")
+        )
+        said = type(self).outside_theory is not Algorithm.outside_theory
+        parts = {
+            "losses are the algorithm's own": own and not said,
+            "forget steps and retain steps take turns": self.forget_every is not None,
+            "step sizes follow a schedule": self.lr_schedule is not None,
+            "the forget set's weight follows a schedule": self.forget_schedule is not None,
+            "gradients are clipped": self.max_gradient_norm is not None,
+        }
+        return tuple(part for part, there in parts.items() if there)
 
     @property
     def reads(self) -> str:

@@ -36,6 +36,16 @@ class L1Sparse(FineTune):
         penalty = check_real(self.penalty, name="penalty", owner=type(self).__name__, low=0)
         object.__setattr__(self, "penalty", penalty)
 
+    @property
+    def outside_theory(self) -> tuple[str, ...]:
+        """The pull, beside what schedules and clipping do.
+
+        Returns:
+            Clauses for a report.
+        """
+        pull = "weights are pulled towards 0, which moves the drift and no eigenvalue"
+        return (*([pull] if self.penalty else []), *super().outside_theory)
+
     def plan(self) -> tuple[StepPlan, ...]:
         """Retain steps with the pull of the step.
 

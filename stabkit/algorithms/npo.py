@@ -48,6 +48,18 @@ class NPO(Algorithm):
         beta = check_real(self.beta, name="beta", owner=type(self).__name__, low=0, low_open=True)
         object.__setattr__(self, "beta", beta)
 
+    @property
+    def outside_theory(self) -> tuple[str, ...]:
+        """The weights, beside what schedules and clipping do.
+
+        Returns:
+            Clauses for a report.
+        """
+        return (
+            "a forget sample counts by its tokens, and less the unlikelier its answer has become",
+            *super().outside_theory,
+        )
+
     def forget_residual(self, loss: Loss, batch: Batch) -> Tensor:
         """The loss's derivative, each sample's times W_i n_i: minus that of the NPO loss.
 

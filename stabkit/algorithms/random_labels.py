@@ -12,6 +12,9 @@ from stabkit.algorithms.base import Algorithm, Batch
 from stabkit.losses import IGNORE_INDEX, CrossEntropy, Loss
 from stabkit.problem import UnlearningProblem
 
+# Of the forget curvature in the linear theory.
+RANDOM_LABELS = "forget samples are descended on with random labels, so that their curvature has the other sign"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RandomLabels(Algorithm):
@@ -31,6 +34,24 @@ class RandomLabels(Algorithm):
 
     name: ClassVar[str] = "random_labels"
     residual_reads: ClassVar[str] = "all"
+
+    @property
+    def ascends(self) -> bool:
+        """Both sets are descended on.
+
+        Returns:
+            False.
+        """
+        return False
+
+    @property
+    def outside_theory(self) -> tuple[str, ...]:
+        """Descent on both sets, beside what schedules and clipping do.
+
+        Returns:
+            Clauses for a report.
+        """
+        return (RANDOM_LABELS, *super().outside_theory)
 
     def check_problem(self, problem: UnlearningProblem) -> None:
         """There must be labels to draw.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stabkit._validate import check_choice, check_real
 from stabkit.algorithms.base import Algorithm, Batch
-from stabkit.algorithms.random_labels import random_label_residual, require_labels
+from stabkit.algorithms.random_labels import RANDOM_LABELS, random_label_residual, require_labels
 from stabkit.curvature.gradients import mean_gradient
 from stabkit.losses import Loss
 from stabkit.preconditioner import Diagonal, Preconditioner
@@ -48,6 +48,24 @@ class SalUn(Algorithm):
         share = check_real(self.share, name="share", owner=owner, low=0, high=1, low_open=True)
         object.__setattr__(self, "share", share)
         check_choice(self.forgetting, name="forgetting", owner=owner, choices=FORGETTING)
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the forget loss is climbed.
+
+        Returns:
+            False with random labels.
+        """
+        return self.forgetting == "ascent"
+
+    @property
+    def outside_theory(self) -> tuple[str, ...]:
+        """Random labels, beside what schedules and clipping do.
+
+        Returns:
+            Clauses for a report.
+        """
+        return (*([] if self.ascends else [RANDOM_LABELS]), *super().outside_theory)
 
     def check_problem(self, problem: UnlearningProblem) -> None:
         """There must be labels to draw, if they are.

@@ -62,6 +62,18 @@ class SCRUB(Algorithm):
         for key, value in plain.items():
             object.__setattr__(self, key, value)
 
+    @property
+    def outside_theory(self) -> tuple[str, ...]:
+        """The divergence, beside what cycles and schedules do.
+
+        Returns:
+            Clauses for a report.
+        """
+        return (
+            "forget steps climb a divergence from the outputs at θ*, which is flat there",
+            *super().outside_theory,
+        )
+
     def plan(self) -> tuple[StepPlan, ...]:
         """Max steps while they last, min steps in between and after.
 

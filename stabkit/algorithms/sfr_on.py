@@ -82,6 +82,15 @@ class SFROn(Algorithm):
         for key, value in plain.items():
             object.__setattr__(self, key, value)
 
+    @property
+    def outside_theory(self) -> tuple[str, ...]:
+        """Mask and weights, beside what cycles and schedules do.
+
+        Returns:
+            Clauses for a report.
+        """
+        return ("forget gradients are masked and weighted by sample", *super().outside_theory)
+
     def plan(self) -> tuple[StepPlan, ...]:
         """Forget steps, weighted and clipped, and retain steps.
 

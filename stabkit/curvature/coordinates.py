@@ -21,6 +21,7 @@ from stabkit.curvature.gradients import gradient_blocks, summed_squares
 from stabkit.curvature.jacobian import ScaledJacobian
 from stabkit.curvature.linearised import ROWS_AT_ONCE, LinearisedNetwork, LinearisedSet, given_factors
 from stabkit.curvature.lowrank import chosen_samples, coupled_sizes
+from stabkit.precision import float32_by_default
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 
@@ -224,6 +225,7 @@ def coordinates_cost(samples: Sequence[int], outputs: int, count: int, *, couple
     return sum(samples) * passes + sum(min(SENSED, m) for m in samples)
 
 
+@float32_by_default()
 def sample_coordinates(
     problem: UnlearningProblem,
     frozen: Preconditioner,

@@ -23,6 +23,7 @@ from stabkit._validate import check_choice, check_int
 from stabkit.curvature.operators import CurvatureOperator
 from stabkit.network import check_twice
 from stabkit.parallel import DataParallel
+from stabkit.precision import float32_by_default
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples
 
@@ -87,6 +88,7 @@ class DataOperator(CurvatureOperator):
     def _batch_product(self, inputs: Inputs, targets: Tensor) -> BatchProduct:
         """Do the primal pass of a batch; the product with any vector is then what is returned."""
 
+    @float32_by_default()
     def _matmat(self, block: Tensor) -> Tensor:
         while True:
             try:

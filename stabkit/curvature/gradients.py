@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from stabkit._memory import pass_bytes
+from stabkit.precision import float32_by_default
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, map_tensors
 
@@ -18,6 +19,7 @@ SQUARED_BYTES = 2**20  # of them, in double precision, that are squared at once,
 MEAN_BATCH = 256
 
 
+@float32_by_default()
 def mean_gradient(problem: UnlearningProblem, samples: Samples, *, indices: Tensor | None = None) -> Tensor:
     """ḡ_S.
 
@@ -72,14 +74,15 @@ def gradient_blocks(
         if cotangents is not None:
             targets = cotangents[done : done + targets.shape[0]]
             done += targets.shape[0]
-        try:
-            gradients = per_sample(problem.parameters, inputs, targets)
-        except RuntimeError:
-            singles = [
-                grad(single)(problem.parameters, map_tensors(itemgetter(i), inputs), targets[i])
-                for i in range(targets.shape[0])
-            ]
-            gradients = {name: torch.stack([s[name] for s in singles]) for name in problem.parameters}
+        with float32_by_default():
+            try:
+                gradients = per_sample(problem.parameters, inputs, targets)
+            except RuntimeError:
+                singles = [
+                    grad(single)(problem.parameters, map_tensors(itemgetter(i), inputs), targets[i])
+                    for i in range(targets.shape[0])
+                ]
+                gradients = {name: torch.stack([s[name] for s in singles]) for name in problem.parameters}
         yield {name: g.detach() for name, g in gradients.items()}
 
 

@@ -30,6 +30,7 @@ from stabkit.curvature.orthonormal import ROWS_AT_ONCE, rotated
 from stabkit.curvature.room import EXTRA, WHOLE, Room, first_rank, holds_basis, samples_drawn_from
 from stabkit.curvature.sketch import PROBES, RowSketch
 from stabkit.network import check_modes
+from stabkit.precision import float32_by_default
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
@@ -40,6 +41,7 @@ OWNER = "linearise"
 COUPLED_BATCH = 64
 
 
+@float32_by_default()
 def linearise(
     problem: UnlearningProblem,
     preconditioner: Preconditioner,
@@ -315,6 +317,7 @@ def _weighted(root: Tensor, weights: Tensor) -> Tensor:
     return found
 
 
+@float32_by_default()
 def ritz_residuals(problem: UnlearningProblem, network: LinearisedNetwork, *, progress: bool = False) -> Tensor:
     """How far each direction v_j of a linearisation is from a true singular one: ‖(A - s_j² I) v_j‖ / s_1² (theory §5).
 

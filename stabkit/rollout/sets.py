@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from stabkit._memory import pass_bytes
+from stabkit._memory import pass_bytes, sent
 from stabkit.curvature.linearised import LinearisedNetwork, LinearisedSet
 from stabkit.losses import Loss
 
@@ -62,7 +62,7 @@ class RolledSet:
                 ])
                 for _ in range(self._at_once)
             ]
-            self._drawn = iter(torch.stack(drawn).to(self.outputs.device))
+            self._drawn = iter(sent(torch.stack(drawn), self.outputs.device))
             found = next(self._drawn)
         return found
 

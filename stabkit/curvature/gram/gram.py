@@ -18,6 +18,7 @@ from stabkit._validate import check_choice, check_int
 from stabkit.curvature.gram.calls import Capturer
 from stabkit.curvature.gram.contract import Held, LowerGram, join, unit_inputs
 from stabkit.curvature.gram.plan import AUTOGRAD, Part, Plan, Unit, choose, passes, plain, smallest, trace
+from stabkit.precision import float32_by_default
 from stabkit.preconditioner import Diagonal, Identity, Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
 from stabkit.samples import Inputs, Samples, map_tensors
@@ -122,6 +123,7 @@ class Gram:
         return slice(start * C, (start + self.sizes[which]) * C)
 
 
+@float32_by_default()
 def curvature_gram(
     problem: UnlearningProblem,
     sets: Samples | Sequence[Samples],
