@@ -222,8 +222,10 @@ class Steps:
         change = -lr * ahead
         drift = change.norm() / theta.norm()
         state.theta, state.moments, state.taken = theta + change, moments, state.taken + 1
-        if self._rule.active and bool(self._rule.decide(drift, leakage, moves=plan.lr > 0)):
-            still = bool(self._rule.decide(drift, None, moves=plan.lr > 0))
+        # Under Poisson sampling a batch may be empty.
+        moves = plan.lr > 0 and any(w and b.numel() for w, b in zip(weights, (retain, forget), strict=True))
+        if self._rule.active and bool(self._rule.decide(drift, leakage, moves=moves)):
+            still = bool(self._rule.decide(drift, None, moves=moves))
             state.stop_reason = "drift" if still else "leakage"
         if not measured or norm is None:
             return None

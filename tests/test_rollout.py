@@ -109,7 +109,7 @@ def sgd_on_the_linearised_network(problem, jacobians, p, algorithm, batches, see
         velocity = algorithm.momentum * velocity + p * gradient
         change = -algorithm.lr * velocity
         drift = change.norm() / (theta + delta).norm()
-        ended = rule.active and bool(rule.decide(drift, leakage))
+        ended = rule.active and bool(rule.decide(drift, leakage, moves=objective.requires_grad))  # not of nothing drawn
         delta = delta + change
         if ended:
             stopped = step
@@ -673,6 +673,28 @@ def test_the_median_step_needs_half_of_the_seeds():
 
 
 # ------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(("mix", "every"), [(1.0, None), (0.5, 5), (0.5, None)])
+def test_an_empty_poisson_batch_is_no_standstill(mix, every):
+    """A step that draws nothing moves nothing, which is no drift that has ended: neither in a run nor in its rollout."""
+    problem = linear_problem("mse")
+    algorithm = AGU(
+        lr=1e-3, mix=mix, steps=60, batch_size=1, forget_batch_size=1, sampling="poisson", forget_every=every
+    )
+    network = linearise(problem, algorithm.preconditioner(problem))
+    batches = algorithm.batch_sizes(problem)
+    retain, forget = batch_streams((problem.retain.size, problem.forget.size), batches, "poisson", 0)
+    empty = [next(forget).numel() == 0 and (mix == 1 or next(retain).numel() == 0) for _ in range(60)]
+    assert any(empty) or every is not None
+    real = run(problem, algorithm, seed=0)
+    rolled = rollout(network, algorithm, lr=[algorithm.lr], mix=[mix], batch_sizes=batches, seeds=[0])
+    assert real.stop_reason == "steps"
+    assert rolled.stopped_step.tolist() == [[60.0]]
+    # Nor is a setting of the other mix held up by what it does not take.
+    other = rollout(network, algorithm, lr=[1e-3, 1e-30], mix=[mix, mix], batch_sizes=batches, seeds=[0])
+    assert other.stopped_step[0, 0] == 60
+    assert other.stopped_step[0, 1] < 60
 
 
 def test_an_empty_poisson_batch_adds_nothing():

@@ -46,7 +46,7 @@ def draw(edges: Iterable[Edge], runs: Iterable[Said], path: Path) -> Path:
     edges, runs = list(edges), list(runs)
     networks = list(dict.fromkeys([*(e.network for e in edges), *(r.network for r in runs)]))
     colours = {name: f"C{place}" for place, name in enumerate(networks)}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.9), layout="constrained")
     ends = np.array([v for e in edges for v in (e.predicted, e.observed)] or [0.1, 1.0])
     ends = np.array([ends.min() / 1.5, ends.max() * 1.5])
     left.plot(ends, ends, color="grey", linewidth=1)
@@ -74,7 +74,7 @@ def draw(edges: Iterable[Edge], runs: Iterable[Said], path: Path) -> Path:
         Line2D([], [], color="black", marker=marker, fillstyle="none", linestyle="", label=label)
         for marker, label in MARKERS.values()
     ]
-    left.legend(handles=handles, frameon=False, fontsize=8)
+    figure.legend(handles=handles, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -35,20 +35,21 @@ class StopRule:
         """Whether any condition is set."""
         return self.drift_tolerance is not None or self.leakage_bound is not None
 
-    def decide(self, drift: Tensor, leakage: Tensor | None, *, moves: bool = True) -> Tensor:
+    def decide(self, drift: Tensor, leakage: Tensor | None, *, moves: bool | Tensor = True) -> Tensor:
         """Whether to stop, elementwise.
 
         Args:
             drift: Relative parameter change of the last step, any shape.
             leakage: Mean prediction divergence on the forget batch before the step, the same shape; None if unused.
-            moves: Whether the step's factor of the step size is above 0.
+            moves: Whether the step's factor of the step size is above 0 and its batches hold any sample that counts, of a
+                shape that goes with the above: a step that takes nothing stands still without having arrived.
 
         Returns:
             Boolean tensor of the same shape.
         """
         stop = torch.zeros_like(drift, dtype=torch.bool)
-        if self.drift_tolerance is not None and moves:
-            stop |= drift < self.drift_tolerance
+        if self.drift_tolerance is not None:
+            stop |= (drift < self.drift_tolerance) & moves
         if self.leakage_bound is not None and leakage is not None:
             stop |= leakage > self.leakage_bound
         return stop

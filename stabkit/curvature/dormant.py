@@ -28,8 +28,10 @@ def dormant_tensors(problem: UnlearningProblem, probes: Tensor) -> tuple[str, ..
         Their names; tensors that nothing uses are among them.
     """
     sensitivity = torch.linalg.vector_norm(probes, dim=1).double().square() / probes.shape[1]
+    parts = problem.unflatten(sensitivity)
+    means = torch.stack([part.mean() for part in parts.values()]).tolist()  # at once: each would be waited for
     least = DORMANT * float(sensitivity.mean())
-    return tuple(name for name, part in problem.unflatten(sensitivity).items() if float(part.mean()) < least)
+    return tuple(name for name, mean in zip(parts, means, strict=True) if mean < least)
 
 
 def awakened(problem: UnlearningProblem, network: LinearisedNetwork, parameters: Parameters) -> float:
@@ -63,8 +65,10 @@ def awakened(problem: UnlearningProblem, network: LinearisedNetwork, parameters:
                 found = torch.autograd.grad((outputs * signs).sum(), list(leaves.values()), materialize_grads=True)
             pulled += torch.cat([part.reshape(-1) for part in found])
         root = network.run_preconditioner.sqrt(pulled)
-        energies = {name: float(p.double().square().sum()) for name, p in problem.unflatten(root).items()}
-        whole = sum(energies.values())
+        parts = problem.unflatten(root)
+        squares = torch.stack([part.double().square().sum() for part in parts.values()]).tolist()
+        energies = dict(zip(parts, squares, strict=True))
+        whole = sum(squares)
         if whole > 0:
             shares.append(sum(energies[name] for name in network.dormant) / whole)
     return max(shares)

@@ -121,6 +121,7 @@ class Field:
         )
         self._masks_inside = mask is None or network.masks_inside
         self._decay = 0.0 if algorithm.adaptive else algorithm.weight_decay  # AdamW's is no part of the gradient
+        self.drawn = 0, 0  # samples of either set that the last step's gradient is of
 
     def at(
         self, c: Tensor, shares: tuple[Share, Share], plan: StepPlan, step: int, *, leakage: bool
@@ -137,8 +138,9 @@ class Field:
         Returns:
             h, clipped and with SGD's decay, shape (S, G, r), and that divergence, shape (S, G), or None.
         """
-        retain, _ = self._gradient(self._retain, c, shares[0], plan.retain, step, leakage=False)
-        forget, divergence = self._gradient(self._forget, c, shares[1], plan.forget, step, leakage=leakage)
+        retain, _, first = self._gradient(self._retain, c, shares[0], plan.retain, step, leakage=False)
+        forget, divergence, second = self._gradient(self._forget, c, shares[1], plan.forget, step, leakage=leakage)
+        self.drawn = first if plan.retain else 0, second if plan.forget else 0
         masked = forget if self._mask is None else forget @ self._mask
         direction = retain + masked
         if plan.max_norm is not None:
@@ -158,15 +160,15 @@ class Field:
 
     def _gradient(
         self, part: RolledSet, c: Tensor, share: Share, drawn: float, step: int, *, leakage: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """One set's share of the direction, and its prediction divergence if asked for."""
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """One set's share of the direction, its prediction divergence if asked for, and how many samples were drawn."""
         seeds, settings = c.shape[:2]
         if not (drawn or leakage):  # as in a run, the set draws nothing
-            return torch.zeros_like(c), None
+            return torch.zeros_like(c), None, 0
         indices = part.draw()
         # Leakage is watched even where the forget set does not drive the run.
         if indices.numel() == 0 or not (leakage or (drawn and share.any_taken)):
-            return torch.zeros_like(c), None
+            return torch.zeros_like(c), None, indices.numel()
         outputs, targets, rows = part.at(c, indices)
         original = part.original(indices, settings) if leakage or self._algorithm.needs_original else None
         batch = Batch(
@@ -184,7 +186,8 @@ class Field:
         if not (share.all_taken and drawn):  # what is not taken may have left the numbers
             gradient = torch.where(weights == 0, 0.0, gradient)
         if not leakage:
-            return gradient, None
+            return gradient, None, indices.numel()
         now = part.looked_at(c, indices)
         assert original is not None
-        return gradient, self._loss.divergence(original, now, targets).reshape(seeds, settings, -1).mean(-1)
+        divergence = self._loss.divergence(original, now, targets).reshape(seeds, settings, -1).mean(-1)
+        return gradient, divergence, indices.numel()

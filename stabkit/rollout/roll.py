@@ -278,7 +278,10 @@ def _roll_seeds(
         if rule.active:
             moved = ((change @ metric) * change).sum(-1).clamp_min(0)
             norm = network.anchor_norm**2 + 2 * c @ anchor + ((c @ metric) * c).sum(-1)
-            ended = rule.decide((moved / norm).sqrt(), leakage, moves=plans[step - 1].lr > 0).cpu() & running
+            # Under Poisson sampling a batch may be empty.
+            taken = ((alphas[alive] < 1) & (field.drawn[0] > 0)) | ((alphas[alive] > 0) & (field.drawn[1] > 0))
+            drift, leaked = (moved / norm).sqrt().cpu(), None if leakage is None else leakage.cpu()
+            ended = rule.decide(drift, leaked, moves=taken & (plans[step - 1].lr > 0)) & running
             for i, column in ended.nonzero().tolist():
                 stopped_step[i, alive[column]] = float(step)
         c = c + change
