@@ -221,12 +221,27 @@ def test_a_model_that_left_the_numbers_cannot_be_attacked(leaky):
     assert membership_attacks(broken, retain, test, replicates=5) == ()
 
 
-def test_extreme_losses_are_fitted_without_a_murmur():
-    sets = [SampleStatistics(loss=simulated(100, s, k).loss * 1e6) for k, s in enumerate((2.0, 5.0, 0.0))]
+@pytest.mark.parametrize("scale", [1e6, 1e12])
+def test_extreme_losses_are_fitted_without_a_murmur(scale):
+    sets = [SampleStatistics(loss=simulated(100, s, k).loss * scale) for k, s in enumerate((2.0, 5.0, 0.0))]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = named(membership_attacks(*sets, replicates=5))
     assert found["loss/logistic"].auc.value > 0.8
+    assert found["loss/logistic"].balanced_accuracy.value > 0.7
+
+
+def test_features_that_are_constant_but_for_rounding_are_fitted_without_a_murmur():
+    sets = [SampleStatistics(loss=2.3 + 1e-9 * simulated(400, s, k).loss) for k, s in enumerate((2.0, 5.0, 0.0))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = named(membership_attacks(*sets, replicates=5))
+    assert found["loss/logistic"].balanced_accuracy.value > 0.7
+
+
+def test_numbers_too_large_to_be_squared_cannot_be_attacked():
+    sets = [SampleStatistics(loss=simulated(100, s, k).loss * 1e200) for k, s in enumerate((2.0, 5.0, 0.0))]
+    assert membership_attacks(*sets, replicates=5) == ()
 
 
 def test_an_overfitted_model_is_found_out_and_an_honest_one_is_not(digits_data):
@@ -345,6 +360,9 @@ def test_the_likelihood_ratio_is_refused_what_it_cannot_use():
     assert bool(lira_scores(observed, shadows, never, online=False).isfinite().all())
     with pytest.raises(ValueError, match=r"at least 2 models not trained on each sample; got 0 for sample 3\."):
         lira_scores(observed, shadows, ~never, fixed_variance=False)
+    few = torch.tensor([[True], [False]]).expand(2, 5)
+    with pytest.raises(ValueError, match=r"at least 2 models not trained on some sample; got 1 for each\. Train more"):
+        lira_scores(observed, shadows[:2], few)
     same = shadows[:1].expand(8, 5)
     with pytest.raises(ValueError, match=r"must vary over the models not trained on a sample; got variance 0"):
         lira_scores(observed, same, trained_on)
