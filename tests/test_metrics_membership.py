@@ -231,12 +231,20 @@ def test_extreme_losses_are_fitted_without_a_murmur(scale):
     assert found["loss/logistic"].balanced_accuracy.value > 0.7
 
 
-def test_features_that_are_constant_but_for_rounding_are_fitted_without_a_murmur():
-    sets = [SampleStatistics(loss=2.3 + 1e-9 * simulated(400, s, k).loss) for k, s in enumerate((2.0, 5.0, 0.0))]
+@pytest.mark.parametrize(("n", "scale"), [(20, 1e3), (100, 1e-8)])
+def test_features_that_hardly_vary_are_fitted_without_a_murmur(n, scale):
+    """All but a few entropies are 0 where logits are large, and ln 10 but for rounding where they are small."""
+
+    def scaled(sureness, seed):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(n, 1, 10, generator=generator, dtype=torch.float64)
+        labels = torch.randint(0, 10, (n, 1), generator=generator)
+        return label_statistics(scale * (logits + sureness * torch.nn.functional.one_hot(labels, 10)), labels)
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = named(membership_attacks(*sets, replicates=5))
-    assert found["loss/logistic"].balanced_accuracy.value > 0.7
+        found = named(membership_attacks(*(scaled(s, k) for k, s in enumerate((2.0, 5.0, 0.0))), replicates=5))
+    assert {"entropy/logistic", "all/logistic"} <= set(found)
 
 
 def test_numbers_too_large_to_be_squared_cannot_be_attacked():

@@ -352,8 +352,8 @@ def _fitted(classifier: str, features: np.ndarray, labels: np.ndarray, *, standa
         # Nothing here is random, but without a seed it takes one from NumPy's global state.
         model = SVC(C=3, gamma="auto", kernel="rbf", random_state=0)
         return (make_pipeline(StandardScaler(), model) if standardised else model).fit(features, labels)
-    # Newton's method: it converges whatever the feature's scale, but for features of 10⁶ and more and those that are
-    # constant to rounding. There it warns and hands over to L-BFGS, whose rule may be useless.
+    # Newton's method: it converges whatever the feature's scale, but for features of 10⁶ and more and those that hardly
+    # vary. There it warns and hands over to L-BFGS, whose rule may be useless.
     model = LogisticRegression(class_weight="balanced", solver="newton-cholesky")
     with warnings.catch_warnings():
         for category in (ConvergenceWarning, LinAlgWarning):
