@@ -60,14 +60,16 @@ def check_real(
     return number
 
 
-def check_int(value: object, *, name: str, owner: str, low: int, high: int | None = None, remedy: str = "") -> int:
+def check_int(
+    value: object, *, name: str, owner: str, low: int | None, high: int | None = None, remedy: str = ""
+) -> int:
     """Return `value` as an int if it is a whole number in [low, high].
 
     Args:
         value: What the caller passed.
         name: The argument's name.
         owner: The public function or class it belongs to.
-        low: Smallest allowed value.
+        low: Smallest allowed value, or None for no ends at all.
         high: Largest allowed value, or None for no upper end.
         remedy: What the caller should do instead.
 
@@ -78,11 +80,13 @@ def check_int(value: object, *, name: str, owner: str, low: int, high: int | Non
         TypeError: If the value is not a whole number.
         ValueError: If it is outside the interval.
     """
-    expected = f"a whole number >= {low}" if high is None else f"a whole number in [{low}, {high}]"
+    expected = "a whole number"
+    if low is not None:
+        expected += f" >= {low}" if high is None else f" in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(_message(name, owner, expected, value, remedy))
     number = int(value)
-    if number < low or (high is not None and number > high):
+    if low is not None and (number < low or (high is not None and number > high)):
         raise ValueError(_message(name, owner, expected, value, remedy))
     return number
 

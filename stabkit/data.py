@@ -73,8 +73,29 @@ def as_samples(data: Any, *, name: str, device: torch.device, dtype: torch.dtype
     return samples
 
 
+def sample_count(data: Any, *, name: str) -> int:
+    """How many samples there are, none of them read where the data's length tells.
+
+    Args:
+        data: As `as_samples` takes them; rows of any kind where they come one by one, as no row is looked at.
+        name: What the caller's argument is called.
+
+    Returns:
+        The number that `as_samples` would find.
+
+    Raises:
+        TypeError: If the data have to be read, and have none of the accepted forms.
+        ValueError: If there are none, or they have to be read and do not fit together.
+    """
+    if isinstance(data, DataLoader) and _draws_all(data):
+        data = data.dataset
+    if hasattr(data, "__len__") and not isinstance(data, DataLoader | IterableDataset) and _is_rows(data) and len(data):
+        return len(data)
+    return as_samples(data, name=name, device=torch.device("cpu"), dtype=torch.get_default_dtype()).size
+
+
 def _read(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
-    if _is_array(data):
+    if is_array(data):
         kind = type(data).__name__.lower()
         raise TypeError(f"`{name}` must come with targets; got a single {kind}. Pass a pair (x, y).")
     if isinstance(data, DataLoader):
@@ -82,14 +103,11 @@ def _read(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Sam
     if isinstance(data, IterableDataset):
         loader = DataLoader(data, batch_size=256, collate_fn=lambda rows: _collate(rows, name))
         return _read_batches(loader, name, device, dtype)
-    if isinstance(data, Mapping) or _is_pair(data):
+    if isinstance(data, Mapping) or is_pair(data):
         return _in_memory(*_split(data, name), name=name, device=device, dtype=dtype)
-    is_text = isinstance(data, str | bytes)
-    if isinstance(data, Dataset) or (
-        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data) and not is_text
-    ):
+    if _is_rows(data):
         return _read_dataset(data, default_collate, name, device, dtype)
-    if isinstance(data, Iterable) and not is_text:
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes):
         return _read_batches(data, name, device, dtype)
     raise TypeError(
         f"`{name}` must be a DataLoader, a Dataset, an (x, y) pair of tensors, a dict of tensors or an iterable of "
@@ -97,18 +115,41 @@ def _read(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Sam
     )
 
 
-def _is_pair(data: Any) -> bool:
-    """A 2-tuple (inputs, targets); a list is an iterable of batches."""
+def _is_rows(data: Any) -> bool:
+    """Whether it gives single samples by number: a map-style Dataset, or a sequence of rows."""
+    if isinstance(data, Dataset):
+        return True
+    if isinstance(data, str | bytes | Mapping) or is_array(data) or is_pair(data):
+        return False
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _is_batches(data)
+
+
+def is_pair(data: Any) -> bool:
+    """Whether these are (inputs, targets) of a whole set; a list is an iterable of batches.
+
+    Args:
+        data: What the caller passed.
+
+    Returns:
+        Whether it is a 2-tuple of what holds numbers.
+    """
     if not isinstance(data, tuple) or len(data) != 2:
         return False
     inputs, targets = data
-    if isinstance(inputs, list) and _is_array(targets) and not any(_is_array(part) for part in inputs[:1]):
+    if isinstance(inputs, list) and is_array(targets) and not any(is_array(part) for part in inputs[:1]):
         return True  # rows of numbers
-    return _is_array(inputs) or (isinstance(inputs, tuple | Mapping) and _is_array(targets))
+    return is_array(inputs) or (isinstance(inputs, tuple | Mapping) and is_array(targets))
 
 
-def _is_array(data: Any) -> bool:
-    """A tensor, or what NumPy can read: its own arrays and a table's columns."""
+def is_array(data: Any) -> bool:
+    """Whether it is a tensor, or what NumPy can read: its own arrays and a table's columns.
+
+    Args:
+        data: What the caller passed.
+
+    Returns:
+        Whether it is.
+    """
     return isinstance(data, Tensor) or hasattr(data, "__array__")
 
 
@@ -149,7 +190,7 @@ def _split(batch: Any, name: str) -> tuple[Any, Tensor]:
         first = leading[0] if len(leading) == 1 else tuple(leading)
         if isinstance(first, Mapping):
             return {key: _tensor(value, f"column {key!r} of `{name}`") for key, value in first.items()}, targets
-        if isinstance(first, list) and first and not any(_is_array(part) for part in first):
+        if isinstance(first, list) and first and not any(is_array(part) for part in first):
             return _tensor(first, inputs_of), targets
         if isinstance(first, tuple | list):
             return tuple(_tensor(value, inputs_of) for value in first), targets
@@ -324,14 +365,21 @@ def _kept(generator: torch.Generator | None) -> Iterator[None]:
         generator.set_state(state)
 
 
+def _draws_all(loader: DataLoader) -> bool:
+    """Whether a loader over a map-style data set takes all of it, in order or shuffled, with PyTorch's own batches."""
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None or loader.batch_size is None:
+        return False
+    return isinstance(loader.sampler, SequentialSampler | RandomSampler)
+
+
 def _read_loader(loader: DataLoader, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
         return _read_batches(loader, name, device, dtype)
+    if _draws_all(loader):
+        return _read_dataset(dataset, loader.collate_fn, name, device, dtype)
     if loader.batch_size is None:  # the caller's own batch sampler
         chosen = sorted({int(index) for batch in loader.batch_sampler for index in batch})
-    elif isinstance(loader.sampler, SequentialSampler | RandomSampler):
-        return _read_dataset(dataset, loader.collate_fn, name, device, dtype)
     else:
         with _kept(getattr(loader.sampler, "generator", None)):
             drawn = [int(index) for index in loader.sampler]

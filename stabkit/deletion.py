@@ -1,14 +1,15 @@
 """Which samples to forget: at random, by class, cluster or person, by influence, or because they were corrupted.
 
-Data are an (x, y) pair of tensors, a torch Dataset or any other form that `UnlearningProblem` reads; where labels or the
-number of rows are all that matters, those will do. Nothing alters the caller's tensors, model or random state.
+Data are an (x, y) pair of tensors, a torch Dataset or any other form that `UnlearningProblem` reads. Where labels are all
+that matters, those will do, as a tensor, an array or a list; where the number of rows is, that will, and no row is read.
+Nothing alters the caller's tensors, model or random state.
 """
 
 from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 from stabkit._errors import UntrainedModelWarning
 from stabkit._validate import check_int, check_real, check_seed
 from stabkit.curvature.gradients import gradient_blocks
-from stabkit.data import Data, as_samples
+from stabkit.data import Data, as_samples, is_array, is_pair, sample_count
 from stabkit.datasets import Deletion
 from stabkit.losses import Loss, PerSampleLoss
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Inputs, map_tensors
 
 RESTARTS = 10  # of k-means
+
+Labels = Tensor | np.ndarray | Sequence[int]
 
 __all__ = [
     "CorruptedDeletion",
@@ -58,11 +61,12 @@ class CorruptedDeletion(Deletion):
         return f"{super().__str__()}; the {changed} to train on are changed in the rows to forget"
 
 
-def random_fraction(data: int | Tensor | Data, fraction: float, *, seed: int = 0) -> Deletion:
+def random_fraction(data: int | Labels | Data, fraction: float, *, seed: int = 0) -> Deletion:
     """Forget a uniformly random part of the rows.
 
     Args:
-        data: The data, their labels, or their number of rows.
+        data: The data, their labels, or their number of rows. Of a data set with a length that alone is asked for: rows may
+            be of any kind.
         fraction: Share to forget, in (0, 1), rounded to whole rows.
         seed: Seed of the choice.
 
@@ -76,12 +80,12 @@ def random_fraction(data: int | Tensor | Data, fraction: float, *, seed: int = 0
     return _deletion(f"random {_percent(fraction)}", order[:count], n, seed)
 
 
-def one_class(data: Tensor | Data, label: int) -> Deletion:
+def one_class(data: Labels | Data, label: int) -> Deletion:
     """Forget every row of one class.
 
     Args:
-        data: The data, or their labels.
-        label: The class.
+        data: The data, or their labels. Where every sample comes with its number too, pass the labels.
+        label: The class, any whole number that occurs.
 
     Returns:
         The deletion.
@@ -91,7 +95,13 @@ def one_class(data: Tensor | Data, label: int) -> Deletion:
 
 
 def subclass(
-    data: Data, label: int, *, clusters: int = 4, cluster: int = 0, features: Tensor | None = None, seed: int = 0
+    data: Data,
+    label: int,
+    *,
+    clusters: int = 4,
+    cluster: int = 0,
+    features: Tensor | np.ndarray | None = None,
+    seed: int = 0,
 ) -> Deletion:
     """Forget one cluster within a class, found by k-means.
 
@@ -107,6 +117,7 @@ def subclass(
         The deletion.
 
     Raises:
+        TypeError: If features are no numbers.
         ValueError: If the class has fewer different rows than clusters, or features do not match the data or are not finite.
     """
     inputs, labels = _tensors(data, "subclass")
@@ -114,16 +125,18 @@ def subclass(
     check_seed(seed, owner="subclass")
     check_int(clusters, name="clusters", owner="subclass", low=1)
     check_int(cluster, name="cluster", owner="subclass", low=0, high=clusters - 1)
-    space = inputs if features is None else features
-    if len(space) != len(labels):
-        raise ValueError(f"`features` of `subclass` must have one row a sample; got {len(space)} for {len(labels)}.")
-    finite = space.detach()[rows].flatten(1).isfinite().all(1)
+    space = inputs if features is None else _array(features, "features", "subclass", "features", "Convert them first.")
+    if space.dim() == 0 or len(space) != len(labels):
+        got = len(space) if space.dim() else "a single number"
+        raise ValueError(f"`features` of `subclass` must have one row a sample; got {got} for {len(labels)}.")
+    chosen = space[rows.to(space.device)].reshape(len(rows), -1)
+    finite = chosen.isfinite().all(1)
     if not bool(finite.all()):
         raise ValueError(
             f"`{'data' if features is None else 'features'}` of `subclass` must be finite numbers to cluster by; got "
             f"{int((~finite).sum())} rows of class {label} with NaN or infinity. Leave them out, or fill in what is missing."
         )
-    points = space.detach()[rows].flatten(1).double().cpu().numpy()
+    points = chosen.double().cpu().numpy()
     different = len(np.unique(points, axis=0))
     if different < clusters:
         raise ValueError(
@@ -131,11 +144,11 @@ def subclass(
             f"{clusters}. Ask for fewer."
         )
     member = torch.from_numpy(KMeans(clusters, n_init=RESTARTS, random_state=seed % 2**32).fit_predict(points)).long()
-    chosen = member.bincount(minlength=clusters).argsort(descending=True, stable=True)[cluster]
-    return _deletion(f"subclass {cluster} of class {label}", rows[member == chosen], len(labels), seed)
+    wanted = member.bincount(minlength=clusters).argsort(descending=True, stable=True)[cluster]
+    return _deletion(f"subclass {cluster} of class {label}", rows[member == wanted], len(labels), seed)
 
 
-def forget_people(person: Tensor, fraction: float, *, seed: int = 0) -> Deletion:
+def forget_people(person: Labels, fraction: float, *, seed: int = 0) -> Deletion:
     """Forget every row about a uniformly random part of the people, as whole people and not single facts ask to be.
 
     Args:
@@ -212,7 +225,7 @@ def high_influence(
     return _deletion(f"high influence {_percent(fraction)}", order[:count], n, None)
 
 
-def mislabelled(data: Tensor | Data, fraction: float, *, seed: int = 0) -> CorruptedDeletion:
+def mislabelled(data: Labels | Data, fraction: float, *, seed: int = 0) -> CorruptedDeletion:
     """Give a random part of the rows a wrong label, uniform among the other classes, and forget them.
 
     Args:
@@ -334,7 +347,7 @@ def _count(n: int, fraction: object, owner: str, *, what: str = "rows") -> int:
 def _rows_of(labels: Tensor, label: object, owner: str, *, name: str = "label", whole: bool = False) -> Tensor:
     """Rows of one class, which must be some rows and, unless `whole`, not all of them."""
     _check_one_each(labels, owner)
-    chosen = (labels == check_int(label, name=name, owner=owner, low=0)).nonzero().flatten()
+    chosen = (labels == check_int(label, name=name, owner=owner, low=None)).nonzero().flatten()
     if len(chosen) == 0 or (len(chosen) == len(labels) and not whole):
         raise ValueError(
             f"`{name}` of `{owner}` must occur in some rows and not in all; got {label} with labels "
@@ -349,26 +362,65 @@ def _check_one_each(labels: Tensor, owner: str) -> None:
         raise ValueError(f"labels of `{owner}` must be one a row, shape (n,); got shape {tuple(labels.shape)}.")
 
 
-def _size(data: int | Tensor | Data, owner: str) -> int:
+def _size(data: int | Labels | Data, owner: str) -> int:
     """Number of rows."""
     if isinstance(data, numbers.Integral):
         return check_int(data, name="data", owner=owner, low=2)
-    return len(_labels(data, owner))  # type: ignore[arg-type]
+    return len(_labels(data, owner)) if _is_labels(data) else sample_count(data, name="data")  # type: ignore[arg-type]
 
 
-def _labels(data: Tensor | Data, owner: str) -> Tensor:
+def _is_labels(data: object) -> bool:
+    """Whether these are labels alone: one array, or a list of whole numbers."""
+    if isinstance(data, list | tuple) and len(data):
+        single = isinstance(
+            data, list
+        )  # arrays of one number each, as rows of a data set hold; a tuple of two is a pair
+        return all(
+            isinstance(one, numbers.Integral) or (single and is_array(one) and np.ndim(one) == 0) for one in data
+        )
+    return is_array(data)
+
+
+def _labels(data: Labels | Data, owner: str) -> Tensor:
     """Labels, shape (n,), where the caller has them."""
-    labels = data.detach() if isinstance(data, Tensor) else _read(data)[1]
+    if _is_labels(data):
+        labels = _array(data, "data", owner, "labels", "Encode classes as 0 to C-1.")
+    else:
+        inputs, labels = _read(data)
+        # A model would not take a sample's label or number as an input, but here none is asked.
+        if isinstance(inputs, tuple) and not is_pair(data) and any(part.numel() == len(part) for part in inputs[1:]):
+            raise ValueError(
+                f"`data` of `{owner}` must tell which part of a row is its label; got rows of {len(inputs) + 1} parts, the "
+                "last and one before it of one number each. Pass the labels alone, or where rows are (x, y, index) "
+                "[(x, y) for x, y, _ in data]."
+            )
     if labels.dim() == 0 or len(labels) == 0:
         raise ValueError(f"`data` of `{owner}` must have at least one row; got labels of shape {tuple(labels.shape)}.")
     return labels
+
+
+def _array(values: object, name: str, owner: str, what: str, remedy: str) -> Tensor:
+    """Numbers in one tensor: the caller's own where it is one, whole numbers as int64 elsewhere."""
+    if isinstance(values, Tensor):
+        return values.detach()
+    if isinstance(values, list | tuple):
+        values = [one.item() if isinstance(one, Tensor | np.ndarray) and one.ndim == 0 else one for one in values]
+    try:
+        found = torch.as_tensor(np.array(values))  # a copy, as a table's own array may not be writable
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`{name}` of `{owner}` must be {what} that are numbers; got {type(values).__name__} ({error}). {remedy}"
+        ) from error
+    return found if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool else found.long()
 
 
 def _tensors(data: Data, owner: str) -> tuple[Tensor, Tensor]:
     """Inputs (n, ...) and labels (n,)."""
     inputs, labels = _read(data)
     if not isinstance(inputs, Tensor):
-        raise TypeError(f"`data` of `{owner}` must have one tensor of inputs; got {type(inputs).__name__}.")
+        several = isinstance(inputs, tuple)
+        remedy = " Where rows are (x, y, index), pass [(x, y) for x, y, _ in data]." if several else ""
+        raise TypeError(f"`data` of `{owner}` must have one tensor of inputs; got {type(inputs).__name__}.{remedy}")
     return inputs, labels
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from stabkit.deletion import (
     CorruptedDeletion,
@@ -121,6 +121,104 @@ def test_every_form_of_data_gives_the_same_rows():
             assert all(torch.equal(first.y, other.y) for other in rest)
 
 
+def test_labels_alone_come_as_tensor_array_or_list():
+    labels = data()[1]
+    forms = [
+        labels.numpy(),
+        labels.numpy().astype(np.uint8),
+        labels.tolist(),
+        tuple(labels.tolist()),
+        list(labels.numpy()),
+        [y for _, y in TensorDataset(labels, labels)],
+    ]
+    read_only = labels.numpy().copy()
+    read_only.setflags(write=False)
+    for form in (*forms, read_only):
+        assert torch.equal(one_class(form, 2).forget, one_class(labels, 2).forget)
+        assert torch.equal(random_fraction(form, 0.2).forget, random_fraction(labels, 0.2).forget)
+        assert torch.equal(forget_people(form, 0.5).forget, forget_people(labels, 0.5).forget)
+        wrong = mislabelled(form, 0.2)
+        assert torch.equal(wrong.y, mislabelled(labels, 0.2).y)
+    assert torch.equal(one_class((labels.numpy(), labels.tolist()), 2).forget, one_class(labels, 2).forget)
+
+
+def test_labels_may_be_below_zero():
+    x, y = data(classes=2)
+    y = 2 * y - 1
+    assert one_class(y, -1).forget.tolist() == (y == -1).nonzero().flatten().tolist()
+    assert bool((y[subclass((x, y), -1, clusters=2).forget] == -1).all())
+    assert bool((y[poisoned((x, y), 0.2, target=-1).forget] == 1).all())
+    with pytest.raises(ValueError, match=r"`label` of `one_class` .*; got -2 with labels \[-1, 1\]"):
+        one_class(y, -2)
+
+
+class Rows(Dataset):
+    """Rows as they come, and how many were looked at."""
+
+    def __init__(self, rows):
+        self.rows, self.seen = rows, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.seen += 1
+        return self.rows[index]
+
+
+def test_only_the_length_of_a_data_set_counts_for_a_random_fraction():
+    expected = random_fraction(40, 0.2, seed=4).forget
+    pictures = Rows([(object(), k % 4) for k in range(40)])  # as images are that no transform has made a tensor of
+    for form in (pictures, DataLoader(pictures, batch_size=7, shuffle=True), pictures.rows):
+        assert torch.equal(random_fraction(form, 0.2, seed=4).forget, expected)
+    assert pictures.seen == 0
+    x, y = data()
+    loader = DataLoader(TensorDataset(x, y), batch_size=7, sampler=SubsetRandomSampler(range(30)))
+    assert torch.equal(random_fraction(loader, 0.2, seed=4).forget, random_fraction(30, 0.2, seed=4).forget)
+    batches = list(DataLoader(TensorDataset(x, y), batch_size=7))
+    for form in (batches, iter(batches), {"x": x, "labels": y}, (x.numpy(), y.numpy()), Streamed(batches)):
+        assert torch.equal(random_fraction(form, 0.2, seed=4).forget, expected)
+    with pytest.raises(ValueError, match="must hold at least one sample; got an empty set"):
+        random_fraction(Rows([]), 0.5)
+    with pytest.raises(TypeError, match=r"`data` must be a DataLoader.*; got str"):
+        random_fraction("digits", 0.5)
+
+
+class Streamed(IterableDataset):
+    """Rows one after the other, with a length that counts batches."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return ((x, y) for xs, ys in self.batches for x, y in zip(xs, ys, strict=True))
+
+
+def test_a_label_is_not_taken_from_the_wrong_part_of_a_row():
+    x, y = data()
+    numbered = TensorDataset(x, y, torch.arange(len(y)))
+    loader = DataLoader(numbered, batch_size=7)
+    for form in (numbered, loader, list(loader), [tuple(row) for row in numbered]):
+        for choose in (lambda d: one_class(d, 1), lambda d: mislabelled(d, 0.2)):
+            with pytest.raises(
+                ValueError, match=r"`(one_class|mislabelled)` must tell .* of 3 parts.*for x, y, _ in data"
+            ):
+                choose(form)
+        for choose in (lambda d: subclass(d, 1), lambda d: poisoned(d, 0.2, target=1)):
+            with pytest.raises(
+                TypeError, match=r"must have one tensor of inputs; got tuple\. Where rows are \(x, y, ind"
+            ):
+                choose(form)
+        assert torch.equal(random_fraction(form, 0.2).forget, random_fraction(len(y), 0.2).forget)
+    expected = one_class(y, 1).forget
+    assert torch.equal(one_class([(a, b) for a, b, _ in numbered], 1).forget, expected)
+    for two_inputs in (((x, y), y), TensorDataset(x, x, y)):  # where no part but the last can be the label
+        assert torch.equal(one_class(two_inputs, 1).forget, expected)
+
+
 def three_blobs(seed=0):
     """Class 0 is three far-apart blobs of 30, 20 and 10 rows; class 1 is one."""
     g = torch.Generator().manual_seed(seed)
@@ -144,6 +242,10 @@ def test_a_subclass_by_given_features():
     x, y, blob = three_blobs()
     deletion = subclass((torch.zeros(len(y), 3, 2, 2), y), 0, clusters=3, cluster=1, features=x)
     assert deletion.forget.tolist() == (blob == 1).nonzero().flatten().tolist()
+    given = subclass((torch.zeros(len(y), 1), y), 0, clusters=3, cluster=1, features=x.numpy())
+    assert torch.equal(given.forget, deletion.forget)
+    alone = subclass((x, y), 0, clusters=2, cluster=1, features=(blob == 2).float())  # one number a row
+    assert alone.forget.tolist() == (blob == 2).nonzero().flatten().tolist()
 
 
 def test_one_cluster_is_the_class_and_a_class_may_be_all_there_is():
@@ -304,6 +406,14 @@ X, Y = data()
         (lambda: subclass((X, Y), 1, clusters=11), ValueError, "different rows of class 1, 10; got 11"),
         (lambda: subclass((X * 0, Y), 1, clusters=2), ValueError, "different rows of class 1, 1; got 2"),
         (lambda: subclass((X, Y), 1, features=X[:3]), ValueError, "must have one row a sample; got 3 for 40"),
+        (lambda: subclass((X, Y), 1, features=1.5), ValueError, "one row a sample; got a single number for 40"),
+        (lambda: subclass((X, Y), 1, features=["a"] * 40), TypeError, "`features` of `subclass` .* numbers; got list"),
+        (
+            lambda: one_class(np.array(["a", "b"]), 0),
+            TypeError,
+            "`data` of `one_class` .* numbers; got ndarray .*Encode",
+        ),
+        (lambda: one_class([], 0), ValueError, "must hold at least one sample; got an empty set"),
         (
             lambda: subclass((X, Y), 1, features=X.where(X > 0, torch.nan)),
             ValueError,

@@ -142,6 +142,14 @@ def test_directions_by_default_state_their_damping():
     assert found.outcome is not None
 
 
+def test_weights_may_be_a_list():
+    problem = CASES[0].problem()
+    one, other = (unlearning_directions(problem, inverse="fisher", weights=w) for w in ((1.0, 2.0), [1, 2]))
+    assert one.weights == other.weights == (1.0, 2.0)
+    assert isinstance(other.weights, tuple)
+    torch.testing.assert_close(one.euclidean, other.euclidean)
+
+
 def test_directions_print_their_norms():
     problem = CASES[0].problem()
     found = unlearning_directions(problem)
@@ -172,11 +180,23 @@ def test_an_inverse_may_be_named():
     [
         ({"weights": (1.0, -2.0)}, r"`weights\[1\]` of `unlearning_directions` must be .*; got -2.0"),
         ({"forget_samples": 0}, r"`forget_samples` of `unlearning_directions` must be .*; got 0"),
+        ({"weights": (1.0,)}, r"`weights` of `unlearning_directions` must be a pair \(w_F, w_R\), .*; got 1 values"),
+        ({"weights": [1.0, 2.0, 3.0]}, r"`weights` of `unlearning_directions` must be a pair .*; got 3 values\. None"),
     ],
 )
 def test_a_wrong_direction_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         unlearning_directions(CASES[0].problem(), **arguments)
+
+
+@pytest.mark.parametrize("weights", [1.0, "12"])
+def test_weights_are_two_numbers(weights):
+    with pytest.raises(TypeError, match=rf"`weights` of `unlearning_directions` .*; got {type(weights).__name__}\."):
+        unlearning_directions(CASES[0].problem(), weights=weights)
+    with pytest.raises(
+        TypeError, match=r"`weights\[1\]` of `unlearning_directions` must be a finite number.*; got '2'"
+    ):
+        unlearning_directions(CASES[0].problem(), weights=(1.0, "2"))
 
 
 # ----------------------------------------------------------------------------------------------------------- low rank

@@ -467,6 +467,22 @@ def test_a_solve_that_falls_short_warns_with_what_to_do():
     assert inverse.outcome is SolveOutcome.BUDGET  # the worst so far
 
 
+def test_a_preconditioner_is_taken_as_the_warning_says():
+    scales = torch.logspace(-2, 2, 6, dtype=torch.float64)  # inputs, and so parameters, of very different scale
+    x, y = block(40, 6) * scales, block(40, 1, seed=2)
+    problem = UnlearningProblem(nn.Linear(6, 1, bias=False).double(), (x[:8], y[:8]), (x[8:], y[8:]), loss="mse")
+    arguments = {"damping": 1e-6, "tolerance": 1e-9, "max_products": 9}
+    plain = RetainInverse(problem, **arguments)
+    right = torch.ones(problem.size, dtype=torch.float64)
+    with pytest.warns(LowConfidenceWarning, match="or give a `preconditioner`"):
+        plain.apply(right)
+    scale = hutchinson_diagonal(plain.operator).inverse(plain.damping)
+    inverse = RetainInverse(problem, preconditioner=scale, **arguments)
+    expected = torch.linalg.solve(damped(dense_ggn(problem, "retain"), 1e-6), right)
+    torch.testing.assert_close(inverse.apply(right), expected, rtol=1e-6, atol=0)
+    assert inverse.outcome is SolveOutcome.CONVERGED
+
+
 def absolute(outputs, targets):
     """A loss without curvature in the outputs."""
     return (outputs - targets).abs().sum(1)
@@ -487,6 +503,26 @@ def test_without_curvature_there_is_no_default_damping():
         ({"damping": 0}, ValueError, "`damping` of `RetainInverse` must be .*; got 0"),
         ({"samples": 0}, ValueError, "`samples` of `RetainInverse` must be .*; got 0"),
         ({"damping": "1"}, TypeError, "`damping` of `RetainInverse` must be .*; got '1'"),
+        ({"tolerance": "x"}, TypeError, "`tolerance` of `RetainInverse` must be .*; got 'x'"),
+        ({"tolerance": -1.0, "method": "fisher"}, ValueError, r"`tolerance` of `RetainInverse` must be .*; got -1\.0"),
+        ({"max_products": -3}, ValueError, "`max_products` of `RetainInverse` must be .*; got -3. A step"),
+        (
+            {"max_products": 2.5, "method": "fisher"},
+            TypeError,
+            r"`max_products` of `RetainInverse` must be .*; got 2\.5",
+        ),
+        ({"seed": "a"}, TypeError, "`seed` of `RetainInverse` must be .*; got 'a'"),
+        (
+            {"preconditioner": Identity()},
+            TypeError,
+            "`preconditioner` of `RetainInverse` must be a Diagonal or None; got Id",
+        ),
+        ({"preconditioner": Diagonal(torch.ones(2))}, ValueError, r"of `RetainInverse` must be .*order 43; got \(2,\)"),
+        (
+            {"preconditioner": Diagonal(torch.ones(43)), "method": "fisher"},
+            ValueError,
+            "`preconditioner` of `RetainInverse` must be None where .*; got one with method='fisher'. Take method='cg'",
+        ),
     ],
 )
 def test_a_wrong_request_is_refused(arguments, error, message):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import logging
@@ -521,9 +522,21 @@ def test_table_survives_json():
         table = layer_exponents(model, **options)
         text = json.dumps(table.to_dict(), allow_nan=False)
         again = LayerExponents.from_dict(json.loads(text))
-        assert repr(again) == repr(table)  # equality would fail on NaN alone
+        assert again == table
+        assert hash(again) == hash(table)
+        assert repr(again) == repr(table)
         assert str(again) == str(table)
         assert again["nan"].module == "nan"
+    assert any(math.isnan(row.null_low) for row in table.rows)
+    first = table["0.2"]
+    for other in (
+        dataclasses.replace(first, exponent=first.exponent + 1e-9),
+        dataclasses.replace(first, flags=("x",)),
+        1,
+    ):
+        assert first != other
+    odd = dataclasses.replace(table, rows=(dataclasses.replace(first, parameter="nan", kind="inf"),))
+    assert LayerExponents.from_dict(odd.to_dict()) == odd
     with pytest.raises(ValueError, match="must have schema 1; got 7"):
         LayerExponents.from_dict({**table.to_dict(), "schema": 7})
 

@@ -304,7 +304,9 @@ def test_likelihood_ratio_with_shadow_models(digits_data, online):
     generator = torch.Generator().manual_seed(1)
     masks = torch.stack([torch.rand(240, generator=generator) for _ in range(16)]).argsort(0).argsort(0) < 8
     nets = [trained(mask.nonzero().flatten(), seed) for seed, mask in enumerate(masks)]
-    shadows = Shadows(models=nets, **{name: masks[:, cut] for name, cut in cuts.items()}, online=online)
+    parts = {name: masks[:, cut] for name, cut in cuts.items()}
+    shadows = Shadows(models=nets, **{name: part.numpy() for name, part in parts.items()}, online=online)
+    assert all(torch.equal(getattr(shadows, name), part) for name, part in parts.items())
     problem = UnlearningProblem(trained(torch.arange(150), 50), forget, retain, test=test)
     gold = trained(torch.arange(60, 150), 51)
     found = audit(problem, {}, gold=gold, shadows=shadows, replicates=100, gap_attack="lira/threshold")
@@ -568,6 +570,56 @@ def test_shadow_models_need_classes():
     masks = {name: torch.zeros(1, 1, dtype=torch.bool) for name in ("forget", "retain", "test")}
     with pytest.raises(ValueError, match=r"`shadows` of `audit` must be None where the loss has no classes"):
         audit(problem, {}, test=test, shadows=Shadows(models=[problem.new_model()], **masks), replicates=5)
+
+
+def test_shadow_models_are_refused_before_any_pass(nets, monkeypatch):
+    problem, gold, _ = nets
+    monkeypatch.setattr(sys.modules[audit.__module__], "sample_statistics", lambda *_, **__: pytest.fail("too late"))
+    sizes = {"forget": problem.forget.size, "retain": problem.retain.size, "test": problem.test.size}
+
+    def shadows(rows=(True, True, False, False), **changed):
+        masks = {name: torch.tensor(rows)[:, None].expand(len(rows), n) for name, n in sizes.items()}
+        return {"models": [gold] * len(rows), **masks, **changed}
+
+    for name, size in sizes.items():
+        with pytest.raises(
+            ValueError, match=rf"`{name}` of `Shadows` must have a column for each of the {size} .*; got 3"
+        ):
+            audit(problem, {}, shadows=Shadows(**shadows(**{name: np.eye(4, 3) == 1})))
+        never = np.zeros((4, size), dtype=bool)
+        with pytest.raises(
+            ValueError, match=rf"`{name}` of `Shadows` .* 1 models trained on each sample; got 0 for s.*off"
+        ):
+            audit(problem, {}, shadows=Shadows(**shadows(**{name: never})))
+        with pytest.raises(
+            ValueError, match=rf"`{name}` of `Shadows` .* 2 models not trained on each sample; got 0 for"
+        ):
+            audit(problem, {}, shadows=Shadows(**shadows(**{name: ~never}), fixed_variance=False))
+    with pytest.raises(
+        ValueError, match=r"`forget` of `Shadows` .* at least 2 models trained on some sample; got 1 for e"
+    ):
+        audit(problem, {}, shadows=Shadows(**shadows((True, False, False))))
+
+
+def test_masks_that_are_none(nets):
+    masks = {name: torch.zeros(1, 4, dtype=torch.bool) for name in ("forget", "retain", "test")}
+    for wrong, kind in ((torch.ones(1, 4), "torch.float32"), (np.ones((1, 4), int), "int64"), ([[0, 1]], "int64")):
+        with pytest.raises(TypeError, match=rf"`retain` of `Shadows` must be boolean; got {kind}\. Pass `mask == 1`"):
+            Shadows(models=[nets[1]], **{**masks, "retain": wrong})
+    for wrong, shape in ((torch.ones(4).bool(), r"\(4,\)"), (np.ones((2, 4), bool), r"\(2, 4\)")):
+        with pytest.raises(ValueError, match=rf"`test` of `Shadows` must be of shape \(1, n\), .*; got {shape}"):
+            Shadows(models=[nets[1]], **{**masks, "test": wrong})
+
+
+def test_a_set_that_cannot_be_halved_is_refused_before_any_pass(nets, monkeypatch):
+    problem, _, _ = nets
+    monkeypatch.setattr(sys.modules[audit.__module__], "sample_statistics", lambda *_, **__: pytest.fail("too late"))
+    few = problem.test.batch(torch.arange(3))
+    with pytest.raises(ValueError, match=r"`test` of `audit` must have at least 4 labelled samples, .*; got 3\."):
+        audit(problem, {}, test=few)
+    small = UnlearningProblem(problem.new_model(), problem.forget.batch(torch.arange(9)), few)
+    with pytest.raises(ValueError, match=r"`retain` of `audit` must have at least 4 labelled samples, .*; got 3\."):
+        audit(small, {}, test=problem.test)
 
 
 def test_average_gap_of_unequal_lists():

@@ -221,12 +221,35 @@ def test_a_model_that_left_the_numbers_cannot_be_attacked(leaky):
     assert membership_attacks(broken, retain, test, replicates=5) == ()
 
 
-def test_extreme_losses_are_fitted_without_a_murmur():
-    sets = [SampleStatistics(loss=simulated(100, s, k).loss * 1e6) for k, s in enumerate((2.0, 5.0, 0.0))]
+@pytest.mark.parametrize("scale", [1e6, 1e12])
+def test_extreme_losses_are_fitted_without_a_murmur(scale):
+    sets = [SampleStatistics(loss=simulated(100, s, k).loss * scale) for k, s in enumerate((2.0, 5.0, 0.0))]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = named(membership_attacks(*sets, replicates=5))
     assert found["loss/logistic"].auc.value > 0.8
+    assert found["loss/logistic"].balanced_accuracy.value > 0.7
+
+
+@pytest.mark.parametrize(("n", "scale"), [(20, 1e3), (100, 1e-8)])
+def test_features_that_hardly_vary_are_fitted_without_a_murmur(n, scale):
+    """All but a few entropies are 0 where logits are large, and ln 10 but for rounding where they are small."""
+
+    def scaled(sureness, seed):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(n, 1, 10, generator=generator, dtype=torch.float64)
+        labels = torch.randint(0, 10, (n, 1), generator=generator)
+        return label_statistics(scale * (logits + sureness * torch.nn.functional.one_hot(labels, 10)), labels)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = named(membership_attacks(*(scaled(s, k) for k, s in enumerate((2.0, 5.0, 0.0))), replicates=5))
+    assert {"entropy/logistic", "all/logistic"} <= set(found)
+
+
+def test_numbers_too_large_to_be_squared_cannot_be_attacked():
+    sets = [SampleStatistics(loss=simulated(100, s, k).loss * 1e200) for k, s in enumerate((2.0, 5.0, 0.0))]
+    assert membership_attacks(*sets, replicates=5) == ()
 
 
 def test_an_overfitted_model_is_found_out_and_an_honest_one_is_not(digits_data):
@@ -345,6 +368,9 @@ def test_the_likelihood_ratio_is_refused_what_it_cannot_use():
     assert bool(lira_scores(observed, shadows, never, online=False).isfinite().all())
     with pytest.raises(ValueError, match=r"at least 2 models not trained on each sample; got 0 for sample 3\."):
         lira_scores(observed, shadows, ~never, fixed_variance=False)
+    few = torch.tensor([[True], [False]]).expand(2, 5)
+    with pytest.raises(ValueError, match=r"at least 2 models not trained on some sample; got 1 for each\. Train more"):
+        lira_scores(observed, shadows[:2], few)
     same = shadows[:1].expand(8, 5)
     with pytest.raises(ValueError, match=r"must vary over the models not trained on a sample; got variance 0"):
         lira_scores(observed, same, trained_on)

@@ -155,7 +155,7 @@ def damped_inverse(
             f"`vectors` of `{OWNER}` must be finite; got {wrong} of {right.numel()} entries NaN or infinite."
         )
     accepted = max(tolerance, ROUNDING * torch.finfo(operator.dtype).eps)
-    solve = _Solve(operator, damping, _scale(preconditioner, operator), max_products, progress)
+    solve = _Solve(operator, damping, preconditioner_column(preconditioner, operator), max_products, progress)
     norms = right.norm(dim=0, dtype=torch.float64).cpu()
     x, residual = torch.zeros_like(right), right.clone()
     relative = (norms > 0).double()
@@ -245,24 +245,39 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(0, dtype=torch.float64)
 
 
-def _scale(preconditioner: Diagonal | None, operator: CurvatureOperator) -> Tensor | None:
-    """The preconditioner's diagonal as a column, checked."""
+def preconditioner_column(
+    preconditioner: Diagonal | None, operator: CurvatureOperator, *, owner: str = OWNER
+) -> Tensor | None:
+    """The preconditioner's diagonal as a column, checked.
+
+    Args:
+        preconditioner: diag(p), p > 0, or None.
+        operator: H.
+        owner: The public function or class that was given it, for the error.
+
+    Returns:
+        p, shape (d, 1), on the operator's device; None where there is none.
+
+    Raises:
+        TypeError: If it is no `Diagonal`.
+        ValueError: If it is of another order than the operator, or an entry is not positive.
+    """
     if preconditioner is None:
         return None
     if not isinstance(preconditioner, Diagonal):
         raise TypeError(
-            f"`preconditioner` of `{OWNER}` must be a Diagonal or None; got {type(preconditioner).__name__}. "
+            f"`preconditioner` of `{owner}` must be a Diagonal or None; got {type(preconditioner).__name__}. "
             "`diagonal_inverse` makes one."
         )
     diagonal = preconditioner.diagonal.to(operator.device, operator.dtype)
     if diagonal.shape != operator.shape[:1]:
         raise ValueError(
-            f"`preconditioner` of `{OWNER}` must be of the operator's order {operator.shape[0]}; got "
+            f"`preconditioner` of `{owner}` must be of the operator's order {operator.shape[0]}; got "
             f"{tuple(diagonal.shape)}."
         )
     if not bool((diagonal > 0).all()):
         raise ValueError(
-            f"`preconditioner` of `{OWNER}` must have positive entries; got {float(diagonal.min()):g}. A parameter with 0 "
+            f"`preconditioner` of `{owner}` must have positive entries; got {float(diagonal.min()):g}. A parameter with 0 "
             "would never be solved for: raise the damping of `diagonal_inverse`."
         )
     return diagonal.unsqueeze(1)

@@ -92,18 +92,26 @@ def unlearning_directions(
     if weights is None:
         total = sum(shares)
         weights = shares[0] / total * shares[0] / shares[1], shares[1] / total
-    for place, weight in enumerate(weights):
-        check_real(weight, name=f"weights[{place}]", owner=owner, low=0)
+    if not isinstance(weights, tuple | list) or len(weights) != 2:
+        got = f"{len(weights)} values" if isinstance(weights, tuple | list) else type(weights).__name__
+        kind = ValueError if isinstance(weights, tuple | list) else TypeError
+        raise kind(
+            f"`weights` of `{owner}` must be a pair (w_F, w_R), one number for each set; got {got}. None takes those of the "
+            "sets' sizes."
+        )
+    w_forget, w_retain = (
+        check_real(weight, name=f"weights[{place}]", owner=owner, low=0) for place, weight in enumerate(weights)
+    )
     inverse = resolve_inverse(problem, inverse, seed=seed, owner=owner)
     forget_gradient, retain_gradient = (mean_gradient(problem, s) for s in (problem.forget, problem.retain))
     forget = forget_curvature(problem, inverse, forget_samples, seed, owner=owner)
     pulled = forget @ inverse.apply(forget_gradient)  # H_F (H_R + λI)^{-1} ḡ_F
     return UnlearningDirections(
-        euclidean=weights[0] * pulled - weights[1] * retain_gradient,
+        euclidean=w_forget * pulled - w_retain * retain_gradient,
         remain=inverse.apply(pulled),
         forget_gradient=forget_gradient,
         retain_gradient=retain_gradient,
-        weights=weights,
+        weights=(w_forget, w_retain),
         damping=inverse.damping,
         method=inverse.method,
         outcome=inverse.outcome,

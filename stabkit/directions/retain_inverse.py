@@ -7,9 +7,9 @@ import warnings
 from torch import Tensor
 
 from stabkit._errors import LowConfidenceWarning, caller_level
-from stabkit._validate import check_choice, check_int, check_real
+from stabkit._validate import check_choice, check_int, check_real, check_seed
 from stabkit.curvature import DataOperator, curvature_operator
-from stabkit.directions.cg import SolveOutcome, damped_inverse
+from stabkit.directions.cg import SolveOutcome, damped_inverse, preconditioner_column
 from stabkit.directions.diagonals import diagonal_inverse, fisher_diagonal, hutchinson_diagonal
 from stabkit.directions.kronecker import KroneckerInverse, kronecker_inverse
 from stabkit.preconditioner import Diagonal
@@ -44,6 +44,7 @@ class RetainInverse:
         samples: int | None = 512,
         tolerance: float = 1e-3,
         max_products: int = 200,
+        preconditioner: Diagonal | None = None,
         seed: int = 0,
     ) -> None:
         """Measure what the method needs.
@@ -57,8 +58,11 @@ class RetainInverse:
             curvature: "ggn", semi-definite where the loss is convex in the outputs, or "hessian". Only "cg" and "diagonal"
                 read it, and λ_max.
             samples: Retain samples behind H_R; all when None.
-            tolerance: Of the solves' residuals, as a share of the right-hand side.
-            max_products: Products for each right-hand side of a solve.
+            tolerance: Of the solves' residuals, as a share of the right-hand side. Only "cg", which solves, reads it and
+                `max_products`.
+            max_products: Products for each right-hand side of a solve, at least 2.
+            preconditioner: diag(p), p > 0, near (H_R + λI)^{-1}, of "cg" alone; it changes how fast a solve is, not what it
+                finds. `hutchinson_diagonal(inverse.operator).inverse(inverse.damping)` makes one of such an inverse without.
             seed: Seed of the samples and probes.
 
         Raises:
@@ -69,6 +73,14 @@ class RetainInverse:
         owner = "RetainInverse"
         self.method = check_choice(method, name="method", owner=owner, choices=METHODS)
         check_choice(curvature, name="curvature", owner=owner, choices=("ggn", "hessian"))
+        check_real(tolerance, name="tolerance", owner=owner, low=0)
+        check_int(max_products, name="max_products", owner=owner, low=2, remedy="A step and its residual take as many.")
+        check_seed(seed, owner=owner)
+        if preconditioner is not None and method != "cg":
+            raise ValueError(
+                f"`preconditioner` of `{owner}` must be None where nothing is solved for; got one with method={method!r}. "
+                "Take method='cg', or leave it out."
+            )
         if damping is not None:
             check_real(damping, name="damping", owner=owner, low=0, low_open=True)
         if samples is not None:
@@ -76,6 +88,8 @@ class RetainInverse:
         self.curvature = curvature
         self.indices = problem.retain.subset(samples, seed)
         self.operator: DataOperator = curvature_operator(problem, problem.retain, kind=curvature, indices=self.indices)
+        preconditioner_column(preconditioner, self.operator, owner=owner)
+        self._preconditioner = preconditioner
         self.damping = self._share_of_largest() if damping is None else float(damping)
         self.outcome: SolveOutcome | None = None
         self._tolerance, self._max_products = tolerance, max_products
@@ -103,7 +117,12 @@ class RetainInverse:
         if self._direct is not None:
             return self._direct.apply(vectors)
         solution = damped_inverse(
-            self.operator, vectors, damping=self.damping, tolerance=self._tolerance, max_products=self._max_products
+            self.operator,
+            vectors,
+            damping=self.damping,
+            tolerance=self._tolerance,
+            max_products=self._max_products,
+            preconditioner=self._preconditioner,
         )
         if self.outcome is None or not solution.converged:
             self.outcome = solution.outcome

@@ -15,6 +15,8 @@ SCHEMA = 1
 class LayerExponent:
     """One layer's spectrum, its exponent, and the evidence for it.
 
+    Rows are equal if all fields are, NaN to NaN.
+
     Attributes:
         name: Layer name; [q], [k], [v] or a kernel position names a part of one parameter.
         module: Module that holds the weight.
@@ -75,7 +77,18 @@ class LayerExponent:
     kernel: tuple[int, ...] | None = None
     p_value: float | None = None
 
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if isinstance(other, LayerExponent) else NotImplemented
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.parameter, self.shape, self.eigenvalues))  # no field that may be NaN
+
+    def _values(self) -> dict[str, Any]:
+        """Values for JSON, in which NaN equals itself."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+TEXTS = ("name", "module", "parameter", "kind", "reason")
 TUPLES = ("shape", "interval", "flags", "kernel")
 COLUMNS = ("layer", "kind", "shape", "exponent", "± se", "null", "tail", "of", "KS", "trusted", "why not")
 
@@ -129,9 +142,9 @@ class LayerExponents:
         """Plain values for JSON; NaN and infinite numbers become the strings "nan", "inf" and "-inf".
 
         Returns:
-            What `from_dict` reads, equal after a round trip through JSON.
+            What `from_dict` reads; the table that it makes, also by way of JSON, equals this one.
         """
-        rows = [{f.name: _plain(getattr(row, f.name)) for f in fields(row)} for row in self.rows]
+        rows = [row._values() for row in self.rows]
         settings = {key: getattr(self, key) for key in ("method", "conv", "shuffles", "seed")}
         return {"schema": SCHEMA, **settings, "rows": rows, "skipped": [list(pair) for pair in self.skipped]}
 
@@ -220,6 +233,6 @@ def _plain(value: Any) -> Any:
 def _read(key: str, value: Any) -> Any:
     if key in TUPLES and value is not None:
         return tuple(value if key == "flags" else (float(v) if key == "interval" else v for v in value))
-    if isinstance(value, str) and value in {"nan", "inf", "-inf"} and key not in {"name", "module"}:
+    if isinstance(value, str) and value in {"nan", "inf", "-inf"} and key not in TEXTS:
         return float(value)
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,20 @@ from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice, check_int, check_real, check_seed
 from stabkit.data import Data
+from stabkit.losses import CrossEntropy
 from stabkit.metrics.accuracy import parameters_of
 from stabkit.metrics.bootstrap import Estimate, Resamples, estimate
 from stabkit.metrics.lira import Shadows, lira_scores
-from stabkit.metrics.membership import SETS, SIGNS, Drawn, attack_names, draw_attacks
+from stabkit.metrics.membership import SETS, SIGNS, Drawn, attack_names, check_halves, draw_attacks
 from stabkit.metrics.relearn import Relearning, relearn_time
 from stabkit.metrics.result import Audit, Distances, ModelAudit, SetAudit
-from stabkit.metrics.statistics import AUDIT_BATCH, SampleDistances, SampleStatistics, sample_statistics
+from stabkit.metrics.statistics import (
+    AUDIT_BATCH,
+    LabelStatistics,
+    SampleDistances,
+    SampleStatistics,
+    sample_statistics,
+)
 from stabkit.metrics.tables import GOLD, ORIGINAL
 from stabkit.problem import UnlearningProblem
 from stabkit.samples import Samples
@@ -57,7 +65,9 @@ def audit(
         problem: The unlearning problem; its model is the original.
         models: Unlearned models of the same architecture, by name; not altered.
         gold: A model of that architecture, retrained without the forget set.
-        test: Held-out samples; the problem's own when None. Without any there are no attacks and no gap.
+        test: Held-out samples; the problem's own when None. Without any there are no attacks and no gap. After the deletion
+            of a class leave that class out of it: there is no right answer left for it, so that TA would fall for having
+            forgotten, and attacks want non-members drawn like the retain set.
         shadows: Shadow models for the likelihood-ratio attack "lira/threshold".
         gap_attack: Whose `forget_called_member` is the MIA of the average gap. Gaps are the same in either sense of MIA,
             and for UA as for FA.
@@ -77,8 +87,9 @@ def audit(
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If an argument is out of its domain, a model has another architecture, or the test set shares samples
-            with retain or forget set.
+        ValueError: If an argument is out of its domain, a model has another architecture, the test set shares samples with
+            retain or forget set, either of test and retain set is too small to be halved for the attacks, or shadow models
+            do not cover a sample.
     """
     _check(problem, models, gap_attack, shadows)
     for attack in attacks or ():
@@ -102,8 +113,10 @@ def audit(
         for place, model in enumerate(() if shadows is None else shadows.models):
             parameters_of(problem, model, name=f"shadows.models[{place}]")  # before any long pass
     sets = _sets(problem, test)
-    if shadows is not None and "test" not in sets:
-        raise ValueError("`shadows` of `audit` must come with a test set; got None for `test`. Pass held-out samples.")
+    if shadows is not None:
+        _check_shadows(shadows, problem, sets)
+    for name in ("retain", "test") if "test" in sets else ():
+        check_halves(sets[name].size, name=name, owner="audit")
     with preserved_rng():
         against = None if gold is None else GOLD
         passes = {
@@ -257,7 +270,7 @@ def _lira(
         for key, samples in sets.items():
             values[key].append(_scaled(sample_statistics(problem, samples, parameters, batch_size=batch_size)[""][0]))
     for key in sets:
-        trained_on = getattr(shadows, key).cpu()
+        trained_on: Tensor = getattr(shadows, key).cpu()
         for name, (statistics, _) in passes[key].items():
             scores[name][key] = lira_scores(
                 _scaled(statistics),
@@ -271,12 +284,20 @@ def _lira(
 
 def _scaled(statistics: SampleStatistics) -> Tensor:
     """Logit-scaled confidences; 0 for a sample without a label, which no attack looks at."""
-    if statistics.labels is None:
+    labels = cast("LabelStatistics", statistics.labels)  # `_check_shadows` has seen to it
+    return labels.scaled.where(labels.counted > 0, 0.0)
+
+
+def _check_shadows(shadows: Shadows, problem: UnlearningProblem, sets: Mapping[str, Samples]) -> None:
+    """Refuse, before any pass, shadow models that the attack could not be made with."""
+    if "test" not in sets:
+        raise ValueError("`shadows` of `audit` must come with a test set; got None for `test`. Pass held-out samples.")
+    if not isinstance(problem.loss, CrossEntropy):
         raise ValueError(
             "`shadows` of `audit` must be None where the loss has no classes, as there is no confidence to compare; got "
             "shadow models."
         )
-    return statistics.labels.scaled.where(statistics.labels.counted > 0, 0.0)
+    shadows.check_fit({name: samples.size for name, samples in sets.items()})
 
 
 def _sets(problem: UnlearningProblem, test: Data | Samples | None) -> dict[str, Samples]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ SIGNS = {
 LEARNERS = ("logistic", "svc")
 SVC_SAMPLES = 1000  # of each class at most: the fit is quadratic in them
 FEWEST = 4  # samples of a set that is halved
+LARGEST = 1e100  # number to fit a learner to: sums of squares stay finite
 CONVENTIONS = {
     "entropy/logistic": "the MIA of SFR-on (Huang et al. 2024) is forget_called_member",
     "confidence/svc": "the MIA-efficacy of SalUn (Fan et al. 2024) is forget_called_non_member",
@@ -142,8 +144,8 @@ def membership_attacks(
 
     Returns:
         Four threshold attacks and, of both learners, one for each feature and one for all; those on the loss alone where
-        the loss has no classes. Features that are not finite give no attack. Cost: with 1000 samples of each class the five
-        support vector classifiers take most of it, some seconds on one core for 50,000 samples to judge.
+        the loss has no classes. Features that are not finite, or beyond 10¹⁰⁰, give no attack. Cost: with 1000 samples of
+        each class the five support vector classifiers take most of it, some seconds on one core for 50,000 samples to judge.
 
     Raises:
         ValueError: If a set is too small to be halved, or an argument is out of its domain.
@@ -190,8 +192,8 @@ def draw_attacks(
         if only is not None and attack not in only:
             continue
         block = {name: torch.stack([columns[name][f] for f in chosen], 1) for name in SETS}
-        if not all(bool(block[name][kept[name]].isfinite().all()) for name in SETS):
-            continue
+        if not all(bool((block[name][kept[name]].abs() < LARGEST).all()) for name in SETS):
+            continue  # NaN is below nothing
         rule = _fit(attack, block["retain"][calibration["retain"]], block["test"][calibration["test"]], seed)
         (_, calls), (members, hits), (others, false) = (rule(block[name][judged[name]]) for name in SETS)
         # The area is the mean over members of the share of non-members below them, and the other way round: its
@@ -295,14 +297,28 @@ def _labelled(statistics: SampleStatistics) -> Tensor:
     return statistics.labels.counted > 0
 
 
+def check_halves(count: int, *, name: str, owner: str) -> None:
+    """Refuse a set that is too small to be halved.
+
+    Args:
+        count: Its labelled samples.
+        name: "retain" or "test".
+        owner: The public function that was given it, for the error.
+
+    Raises:
+        ValueError: If there are too few.
+    """
+    if count < FEWEST:
+        raise ValueError(
+            f"`{name}` of `{owner}` must have at least {FEWEST} labelled samples, to be halved; got {count}. Use a larger "
+            "set."
+        )
+
+
 def _half(kept: Tensor, name: str, seed: int) -> Tensor:
     """Mask of the calibration half."""
     places = kept.nonzero().flatten()
-    if places.numel() < FEWEST:
-        raise ValueError(
-            f"`{name}` of `membership_attacks` must have at least {FEWEST} labelled samples, to be halved; got "
-            f"{places.numel()}. Use a larger set."
-        )
+    check_halves(places.numel(), name=name, owner="membership_attacks")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(places.numel(), generator=generator)
     return torch.zeros_like(kept).index_fill_(0, places[order[: places.numel() // 2]], True)
@@ -318,26 +334,43 @@ def _fit(attack: str, members: Tensor, others: Tensor, seed: int) -> Rule:
         size = min(len(members), len(others), SVC_SAMPLES)
         generator = torch.Generator().manual_seed(seed)
         members, others = (part[torch.randperm(len(part), generator=generator)[:size]] for part in (members, others))
-    model = _learner(classifier, standardised=feature == "all")
     labels = np.repeat([1, 0], [len(members), len(others)])
-    model.fit(torch.cat([members, others]).numpy(), labels)
+    model = _fitted(classifier, torch.cat([members, others]).numpy(), labels, standardised=feature == "all")
     return functools.partial(_decide, model=model)
 
 
-def _learner(classifier: str, *, standardised: bool) -> Any:
-    """An unfitted classifier."""
+def _fitted(classifier: str, features: np.ndarray, labels: np.ndarray, *, standardised: bool) -> Any:
+    """A classifier fitted to features (n, k) and labels (n,), without scikit-learn's word on how it got there."""
+    from scipy.linalg import LinAlgWarning
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression  # seconds of import that only attacks need
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
     from sklearn.svm import SVC
 
     if classifier == "svc":
         # Nothing here is random, but without a seed it takes one from NumPy's global state.
         model = SVC(C=3, gamma="auto", kernel="rbf", random_state=0)
-    else:
-        # Newton's method: it converges whatever the feature's scale.
-        model = LogisticRegression(class_weight="balanced", solver="newton-cholesky")
-    return make_pipeline(StandardScaler(), model) if standardised else model
+        return (make_pipeline(StandardScaler(), model) if standardised else model).fit(features, labels)
+    # Newton's method: it converges whatever the feature's scale, but for features of 10⁶ and more and those that hardly
+    # vary. There it warns and hands over to L-BFGS, whose rule may be useless.
+    model = LogisticRegression(class_weight="balanced", solver="newton-cholesky")
+    with warnings.catch_warnings():
+        for category in (ConvergenceWarning, LinAlgWarning):
+            warnings.simplefilter("error", category)
+        try:
+            return (make_pipeline(StandardScaler(), model) if standardised else model).fit(features, labels)
+        except (ConvergenceWarning, LinAlgWarning):
+            pass
+        # The same minimum in coordinates u = (x - μ)/s: the intercept is free, and |w_x|²/2 = |w_u|²/(2s²) makes C = s².
+        # What then still warns has classes that are apart, where any rule between them will do.
+        for category in (ConvergenceWarning, LinAlgWarning):
+            warnings.simplefilter("ignore", category)
+        if standardised:
+            return make_pipeline(StandardScaler(), model).fit(features, labels)
+        centre, scale = features.mean(0), max(1.0, float(features.std()))
+        moved = FunctionTransformer(lambda x: (x - centre) / scale)
+        return make_pipeline(moved, model.set_params(C=scale**2)).fit(features, labels)
 
 
 def _above(features: Tensor, *, sign: float, threshold: float) -> tuple[Tensor, Tensor]:
