@@ -299,6 +299,7 @@ def _row(
         axis=entry.axis,
         part=entry.part,
         heads=entry.heads,
+        sizes=entry.sizes,
         kernel=entry.kernel,
         p_value=fit.p_value,
     )

@@ -40,10 +40,11 @@ class LayerExponent:
         trusted: Whether the exponent may be acted on.
         reason: Why it is not trusted; empty if it is.
         axis: Axis along which a fused parameter is split.
-        part: Which third of a fused query-key-value parameter, or None.
-        heads: Heads over which the thirds are interleaved.
+        part: Which part of a fused query-key-value parameter, or None.
+        heads: Heads over which the parts are interleaved.
         kernel: Kernel position of a convolution's slice, or None.
         p_value: Goodness of fit: share of synthetic samples that fit worse; None unless asked for.
+        sizes: Rows of q, k and v in each of `heads`; None for thirds.
     """
 
     name: str
@@ -74,9 +75,10 @@ class LayerExponent:
     heads: int = 1
     kernel: tuple[int, ...] | None = None
     p_value: float | None = None
+    sizes: tuple[int, ...] | None = None
 
 
-TUPLES = ("shape", "interval", "flags", "kernel")
+TUPLES = ("shape", "interval", "flags", "kernel", "sizes")
 COLUMNS = ("layer", "kind", "shape", "exponent", "± se", "null", "tail", "of", "KS", "trusted", "why not")
 
 
