@@ -93,6 +93,7 @@ class LayerExponents:
         conv: How convolutions were read.
         shuffles: Shuffled copies that each layer is compared with at most.
         seed: Seed of shuffles and bootstrap.
+        tail: Size of the tails that was asked for; None: the estimator's own.
     """
 
     rows: tuple[LayerExponent, ...]
@@ -101,6 +102,7 @@ class LayerExponents:
     conv: str
     shuffles: int
     seed: int
+    tail: int | float | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,7 +136,7 @@ class LayerExponents:
             What `from_dict` reads, equal after a round trip through JSON.
         """
         rows = [{f.name: _plain(getattr(row, f.name)) for f in fields(row)} for row in self.rows]
-        settings = {key: getattr(self, key) for key in ("method", "conv", "shuffles", "seed")}
+        settings = {key: getattr(self, key) for key in ("method", "conv", "shuffles", "seed", "tail")}
         return {"schema": SCHEMA, **settings, "rows": rows, "skipped": [list(pair) for pair in self.skipped]}
 
     @classmethod
@@ -162,6 +164,7 @@ class LayerExponents:
             conv=data["conv"],
             shuffles=data["shuffles"],
             seed=data["seed"],
+            tail=data.get("tail"),
         )
 
     def to_dataframe(self) -> Any:
