@@ -314,6 +314,20 @@ def test_a_first_loss_that_is_not_finite_leaves_the_initial_model():
     assert torch.equal(found.model.weight, initial.weight)
 
 
+def test_buffers_that_hold_one_number_several_times_do_no_harm():
+    class Expanded(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 1)
+            self.register_buffer("places", torch.ones(1).expand(5))
+
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    problem = UnlearningProblem(Expanded(), (x[:3], x[:3, :1]), (x[3:], x[3:, :1]), loss="mse")
+    with pytest.warns(LowConfidenceWarning, match="as the batch loss"):
+        found = retrain(problem, FineTune(lr=1e20, steps=5, batch_size=3))
+    assert bool(torch.isfinite(vector(found.model)).all())
+    assert found.model.places.tolist() == [1.0] * 5
+
+
 def test_a_run_that_stays_finite_has_not_diverged():
     problem, training = regression()
     found = retrain(problem, training.replace(lr=0.01))

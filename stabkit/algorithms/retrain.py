@@ -169,9 +169,10 @@ def _finite(values: Iterable[Tensor]) -> bool:
 
 @torch.no_grad()
 def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    """Copy values in place."""
+    """Copy values in place, but for views that hold a number several times, which nothing has changed."""
     for value, own in zip(source, target, strict=True):
-        own.copy_(value)
+        if 0 not in own.stride():
+            own.copy_(value)
 
 
 def _check_plain(problem: UnlearningProblem, training: FineTune) -> None:
