@@ -84,8 +84,16 @@ class SmallCNN(nn.Module):
             width: Channels of the first convolution; the second has twice as many.
             hidden: Width of the hidden linear layer.
             seed: Seed of the initial weights; the global random state is not used up.
+
+        Raises:
+            ValueError: If the size is no multiple of 4.
         """
         super().__init__()
+        check_int(size, name="size", owner="SmallCNN", low=1)
+        if size % 4:  # both poolings halve it, and would leave out what is over
+            raise ValueError(
+                f"`size` of `SmallCNN` must be a multiple of 4, as it is halved twice; got {size}. Pad or resize the images."
+            )
         with preserved_rng():
             torch.manual_seed(seed)
             self.features = nn.Sequential(
@@ -135,6 +143,11 @@ class _ResidualBlock(nn.Module):
         return torch.relu(self.branch(x) + self.skip(x))
 
 
+def _groups(channels: int) -> int:
+    """Groups that a group normalisation has."""
+    return max(1, channels // 8)
+
+
 class ResNet(nn.Module):
     """Residual network with the stem for small images (He et al. 2016): ResNet-18 as it stands.
 
@@ -162,14 +175,27 @@ class ResNet(nn.Module):
             outputs: Outputs per sample.
             blocks: Residual blocks of each stage; every stage but the first halves the image and doubles the width.
             width: Channels of the first stage.
-            norm: "batch" or "group" (groups of up to 8 channels; no running statistics).
+            norm: "batch" or "group" (no running statistics). A stage of c channels has c // 8 groups, at least one: of 8
+                channels each where the width is a multiple of 8, and all of them together below 16.
             seed: Seed of the initial weights; the global random state is not used up.
+
+        Raises:
+            ValueError: If the channels of a stage do not divide into their groups.
         """
         super().__init__()
         check_choice(norm, name="norm", owner="ResNet", choices=("batch", "group"))
+        check_int(width, name="width", owner="ResNet", low=1)
+        for stage in range(max(1, len(blocks)) if norm == "group" else 0):
+            count = width * 2**stage
+            if count % _groups(count):
+                raise ValueError(
+                    "`width` of `ResNet` must give every stage channels that divide into c // 8 groups with "
+                    f"norm='group'; got {width}, whose stage {stage + 1} has {count} channels for {_groups(count)} groups. "
+                    "Take a multiple of 8, or norm='batch'."
+                )
 
         def normalisation(count: int) -> nn.Module:
-            return nn.BatchNorm2d(count) if norm == "batch" else nn.GroupNorm(max(1, count // 8), count)
+            return nn.BatchNorm2d(count) if norm == "batch" else nn.GroupNorm(_groups(count), count)
 
         with preserved_rng():
             torch.manual_seed(seed)
@@ -197,6 +223,21 @@ class ResNet(nn.Module):
             Logits of shape (b, outputs).
         """
         return self.head(self.features(x).mean((2, 3)))
+
+
+def _check_heads(width: int, heads: int, *, owner: str) -> None:
+    """Raise unless the numbers of a token divide among the heads."""
+    check_int(width, name="width", owner=owner, low=1)
+    check_int(heads, name="heads", owner=owner, low=1)
+    if width % heads:
+        raise ValueError(f"`width` of `{owner}` must be a multiple of heads={heads}; got {width}. Change either.")
+
+
+def _reset(module: nn.Module) -> None:
+    """Start a layer's own weights anew; attention has a method of another name."""
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    if callable(reset):
+        reset()
 
 
 class VisionTransformer(nn.Module):
@@ -232,8 +273,19 @@ class VisionTransformer(nn.Module):
             depth: Encoder layers.
             heads: Attention heads.
             seed: Seed of the initial weights; the global random state is not used up.
+
+        Raises:
+            ValueError: If the size is no multiple of the patches, or the width none of the heads.
         """
         super().__init__()
+        check_int(size, name="size", owner="VisionTransformer", low=1)
+        check_int(patch, name="patch", owner="VisionTransformer", low=1)
+        if size % patch:  # the last rows and columns would be in no patch
+            raise ValueError(
+                f"`size` of `VisionTransformer` must be a multiple of patch={patch}; got {size}. Change either, or resize "
+                "the images."
+            )
+        _check_heads(width, heads, owner="VisionTransformer")
         with preserved_rng():
             torch.manual_seed(seed)
             self.patches = nn.Conv2d(channels, width, patch, stride=patch)
@@ -247,6 +299,14 @@ class VisionTransformer(nn.Module):
                 )
             )
             self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as the constructor does, from the global random state."""
+        self.patches.reset_parameters()
+        self.positions.copy_(0.02 * torch.randn_like(self.positions))
+        self.blocks.apply(_reset)
+        self.head.apply(_reset)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores.
@@ -312,9 +372,7 @@ class CausalLM(nn.Module):
             ValueError: If the width is no multiple of the heads.
         """
         super().__init__()
-        check_int(heads, name="heads", owner="CausalLM", low=1)
-        if width % heads:
-            raise ValueError(f"`width` of `CausalLM` must be a multiple of heads={heads}; got {width}. Change either.")
+        _check_heads(width, heads, owner="CausalLM")
         with preserved_rng():
             torch.manual_seed(seed)
             self.tokens = nn.Embedding(vocabulary, width)
@@ -322,12 +380,18 @@ class CausalLM(nn.Module):
             self.blocks = nn.Sequential(*(_CausalBlock(width, heads) for _ in range(depth)))
             self.norm = nn.LayerNorm(width)
             self.head = nn.Linear(width, vocabulary, bias=False)
-            for module in self.modules():
-                if isinstance(module, nn.Linear | nn.Embedding):
-                    nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            self.reset_parameters()
         self.head.weight = self.tokens.weight
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as the constructor does, from the global random state."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Scores of the next token at every position.

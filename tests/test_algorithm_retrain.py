@@ -12,7 +12,7 @@ from torch import nn
 from stabkit import LowConfidenceWarning
 from stabkit.algorithms import FineTune, GradDiff, L1Sparse, retrain
 from stabkit.algorithms.plan import StopRule
-from stabkit.models import MLP
+from stabkit.models import MLP, CausalLM, VisionTransformer
 from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
 from stabkit.sampling import batch_streams
@@ -252,12 +252,112 @@ def test_it_takes_dictionaries_attention_and_poisson_batches(sampling):
         assert found.gradient_equivalents == pytest.approx(40, abs=5 * 40**0.5)
 
 
-def test_a_loss_that_is_not_finite_ends_it():
+def regression(**settings):
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     problem = UnlearningProblem(nn.Linear(4, 1), (x[:3], x[:3, :1]), (x[3:], x[3:, :1]), loss="mse")
-    found = retrain(problem, FineTune(lr=1e20, steps=50, batch_size=3))
-    assert found.steps < 50
+    return problem, FineTune(lr=1e20, steps=50, batch_size=3, **settings)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_loss_that_is_not_finite_ends_it(optimizer):
+    problem, training = regression(optimizer=optimizer)
+    with pytest.warns(
+        LowConfidenceWarning, match="`retrain` stopped at step .* of 50, as the batch loss .*lr=1e"
+    ) as caught:
+        found = retrain(problem, training)
+    assert [w.filename for w in caught] == [__file__]
+    assert found.diverged
     assert not math.isfinite(found.losses[-1])
+    assert all(map(math.isfinite, found.losses[:-1]))
+    assert found.steps == len(found.losses) - 2  # the last loss is after one step more than the last finite one
+    assert f"the model is that of {found.steps} steps" in str(caught[0].message)
+    assert found.gradient_equivalents == 3 * len(found.losses)
+    # Its model is that of as many steps alone, and its loss is the last finite one.
+    if found.steps:
+        fewer = retrain(problem, training.replace(steps=found.steps))
+        assert not fewer.diverged
+        assert torch.equal(vector(found.model), vector(fewer.model))
+    assert bool(torch.isfinite(vector(found.model)).all())
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_returned():
+    problem, training = regression()
+    initial = nn.Linear(4, 1)
+    with torch.no_grad():
+        initial.weight.fill_(1e10)
+    with pytest.warns(LowConfidenceWarning, match="stopped at step 1 of 1, as the weights .* that of 0 steps"):
+        found = retrain(problem, training.replace(lr=1e38, steps=1), initial=initial)
+    assert (found.diverged, found.steps, len(found.losses)) == (True, 0, 1)
+    assert bool(torch.isfinite(vector(found.model)).all())
+    assert math.isfinite(found.losses[0])
+
+
+def test_statistics_are_those_of_the_last_good_model_too():
+    x = torch.randn(12, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(12) % 3
+    problem = UnlearningProblem(ResidualBlockNet().eval(), (x[:3], y[:3]), (x[3:], y[3:]))
+    training = FineTune(lr=1e30, steps=20, batch_size=3)
+    with pytest.warns(LowConfidenceWarning, match="`retrain` stopped"):
+        found = retrain(problem, training)
+    assert all(bool(torch.isfinite(value).all()) for value in found.model.state_dict().values())
+    assert int(found.model.norm.num_batches_tracked) == found.steps + 1  # that of its own finite loss, too
+
+
+def test_a_first_loss_that_is_not_finite_leaves_the_initial_model():
+    problem, training = regression()
+    initial = nn.Linear(4, 1)
+    with torch.no_grad():
+        initial.weight.fill_(1e38)
+    with pytest.warns(LowConfidenceWarning, match="stopped at step 1 of 50, as the batch loss .* that of 0 steps"):
+        found = retrain(problem, training, initial=initial)
+    assert found.steps == 0
+    assert torch.equal(found.model.weight, initial.weight)
+
+
+def test_buffers_that_hold_one_number_several_times_do_no_harm():
+    class Expanded(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 1)
+            self.register_buffer("places", torch.ones(1).expand(5))
+
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    problem = UnlearningProblem(Expanded(), (x[:3], x[:3, :1]), (x[3:], x[3:, :1]), loss="mse")
+    with pytest.warns(LowConfidenceWarning, match="as the batch loss"):
+        found = retrain(problem, FineTune(lr=1e20, steps=5, batch_size=3))
+    assert bool(torch.isfinite(vector(found.model)).all())
+    assert found.model.places.tolist() == [1.0] * 5
+
+
+def test_a_run_that_stays_finite_has_not_diverged():
+    problem, training = regression()
+    found = retrain(problem, training.replace(lr=0.01))
+    assert not found.diverged
+    assert found.steps == len(found.losses) == 50
+
+
+def test_the_librarys_own_networks_start_as_they_are_built():
+    """A language model with GPT-2's small weights, a vision transformer whatever its positions, attention with no biases."""
+    tokens = torch.arange(48).view(8, 6) % 7
+    language = CausalLM(200, context=100, width=64, depth=1)
+    images, y = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    vision = VisionTransformer(1, 8, 3, width=32, depth=1)
+    for model, x, targets, loss in (
+        (language, tokens, tokens, "causal_lm"),
+        (vision, images, y, "cross_entropy"),
+    ):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        problem = UnlearningProblem(model, (x[:3], targets[:3]), (x[3:], targets[3:]), loss=loss)
+        found = retrain(problem, FineTune(lr=1e-12, steps=1, batch_size=2), seed=4).model
+        kind = {"causal_lm": lambda: CausalLM(200, context=100, width=64, depth=1, seed=9)}
+        fresh = kind.get(loss, lambda: VisionTransformer(1, 8, 3, width=32, depth=1, seed=9))()
+        for (name, own), truth in zip(found.named_parameters(), fresh.parameters(), strict=True):
+            if truth.dim() > 1:
+                assert not torch.equal(own, truth)
+            spread, expected = float(own.detach().std()), float(truth.detach().std())
+            assert spread == pytest.approx(expected, rel=0.5 if truth.numel() < 200 else 0.15, abs=1e-9), name
+    assert float(found.blocks[0].self_attn.out_proj.bias.detach().abs().max()) < 1e-9
 
 
 class Scale(nn.Module):

@@ -186,6 +186,14 @@ def test_names_resolve_with_settings():
         ("SRAGU", {}, ValueError, "got 'SRAGU'. Did you mean 'sragu'"),
         ("fine_tune", {}, ValueError, "Did you mean 'finetune'"),
         ("xyzzy", {}, ValueError, r"one of 'agu', 'finetune', 'ga', 'graddiff', .* 'sragu'; got 'xyzzy'\.$"),
+        (
+            "retrain",
+            {"owner": "predict"},
+            ValueError,
+            r"`algorithm` of `predict` must be one of 'agu', .*; got 'retrain'\. Training from scratch ascends no loss "
+            r".*, so it is not predicted: call stabkit\.retrain\(problem",
+        ),
+        ("Retraining", {}, ValueError, "got 'Retraining'. Training from scratch"),
         (GradDiff, {}, TypeError, "must be a name or an Algorithm object; got the class GradDiff. For instance"),
         (None, {"owner": "predict"}, TypeError, "`algorithm` of `predict` must be a name or an Algorithm .*; got None"),
         ("agu", {"learning_rate": 1}, TypeError, "`AGU` has no setting 'learning_rate'; it has batch_size, .*, lr,"),

@@ -474,6 +474,45 @@ def test_p_values_on_request():
     assert "rejected" not in row.reason
 
 
+@pytest.mark.parametrize("method", ["mle", "hill", "truncated"])
+@pytest.mark.parametrize("tail", [None, 30, 0.2, np.float64(0.7)])
+def test_tails_of_a_given_size(method, tail):
+    layer = planted(256, 128, 3.0, 0)
+    spectrum = gram_eigenvalues(layer.weight.detach()[None])
+    truth = fit_power_law(spectrum, method=method, tail=tail)
+    table = layer_exponents(layer, method=method, tail=tail, shuffles=1)
+    (row,) = table.rows
+    for name in ("exponent", "n_tail", "distance", "lambda_min", "standard_error"):
+        assert getattr(row, name) == pytest.approx(getattr(truth, name), rel=1e-12)
+    if not math.isnan(row.null_low):  # the copy's tail is of that size, too
+        copied = gram_eigenvalues(shuffle(layer.weight.detach()[None], layer_seed(0, "weight", 1)))
+        assert row.null_low == pytest.approx(fit_power_law(copied, method=method, tail=tail).exponent, rel=1e-9)
+    assert table.tail == tail
+    assert LayerExponents.from_dict(json.loads(json.dumps(table.to_dict()))).tail == tail
+    found = layer_spectrum(layer, "weight", method=method, tail=tail)
+    assert (found.fit.exponent, found.fit.n_tail) == pytest.approx((truth.exponent, truth.n_tail), rel=1e-12)
+
+
+def test_a_tails_size_counts_in_intervals_and_p_values():
+    layer = planted(256, 128, 3.0, 0)
+    spectrum, seed = gram_eigenvalues(layer.weight.detach()[None]), layer_seed(0, "weight", 0)
+    row = layer_exponents(layer, tail=0.3, bootstrap=20, p_value_draws=20, shuffles=0).rows[0]
+    truth = fit_power_law(spectrum, tail=0.3, bootstrap=20, p_value_draws=20, seed=seed)
+    assert row.interval == pytest.approx(truth.interval, rel=1e-9)
+    assert row.p_value == truth.p_value
+
+
+def test_tables_written_without_a_tail_are_read():
+    table = layer_exponents(planted(60, 50, 3.0, 0), shuffles=0)
+    plain = table.to_dict()
+    del plain["tail"]
+    for row in plain["rows"]:
+        del row["sizes"]
+    again = LayerExponents.from_dict(plain)
+    assert again.tail is None
+    assert again.rows[0].exponent == table.rows[0].exponent
+
+
 def test_undefined_layers_are_undefined():
     model = nn.Sequential(*(nn.Linear(30, 30, bias=False) for _ in range(4)))
     with torch.no_grad():
@@ -576,6 +615,9 @@ def test_other_dtypes(dtype):
     [
         ({"conv": "pool"}, ValueError, r"`conv` of `layer_exponents` .*got 'pool'. Did you mean 'pooled'"),
         ({"method": "MLE2"}, ValueError, r"`method` of `layer_exponents` .*got 'MLE2'"),
+        ({"tail": 1}, ValueError, r"`tail` of `layer_exponents` must be a whole number >= 2; got 1\. Give a number"),
+        ({"tail": 1.0}, ValueError, r"`tail` of `layer_exponents` must be a finite number in \(0, 1\); got 1\.0"),
+        ({"tail": "half"}, TypeError, r"`tail` of `layer_exponents` must be a whole number >= 2; got 'half'"),
         ({"bootstrap": 3}, ValueError, r"`bootstrap` of `layer_exponents` must be 0 or at least 20; got 3"),
         ({"p_value_draws": -1}, ValueError, r"`p_value_draws` of `layer_exponents` .*got -1"),
         (

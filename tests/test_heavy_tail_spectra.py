@@ -131,6 +131,8 @@ def test_nothing_is_altered(model):
         ("3", {}, "`layer` of `layer_spectrum` must be one of '0', '1', '2'; got '3'"),
         ("1", {"conv": "pool"}, "`conv` of `layer_spectrum` must be one of 'pooled', 'slices'; got 'pool'"),
         ("1", {"method": "mel"}, "`method` of `layer_spectrum` .*; got 'mel'"),
+        ("1", {"tail": 0.0}, r"`tail` of `layer_spectrum` must be a finite number in \(0, 1\); got 0\.0"),
+        ("1", {"tail": 1}, "`tail` of `layer_spectrum` must be a whole number >= 2; got 1"),
         ("1", {"seed": -1}, "`seed` of `layer_spectrum` must be a whole number >= 0; got -1"),
     ],
 )

@@ -79,6 +79,75 @@ def test_group_normalisation_keeps_no_statistics():
     assert list(ResNet(3, 5, blocks=(1,), width=8).buffers())
 
 
+@pytest.mark.parametrize(("width", "groups"), [(4, 1), (8, 1), (12, 1), (16, 2), (18, 2), (64, 8)])
+def test_groups_of_channels(width, groups):
+    model = ResNet(3, 5, blocks=(1,), width=width, norm="group")
+    assert {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)} == {groups}
+    assert ResNet(3, 5, blocks=(1,), width=28)  # with BatchNorm any width will do
+
+
+def built(name, seed):
+    """The parts of a reference network, drawn in its order from PyTorch's own layers."""
+    torch.manual_seed(seed)
+    if name == "cnn":
+        return [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), nn.Linear(32, 9), nn.Linear(9, 5)]
+    if name == "vit":
+        patches, positions = nn.Conv2d(3, 8, 4), nn.ParameterList([0.02 * torch.randn(1, 4, 8)])
+        return [positions, patches, nn.TransformerEncoderLayer(8, 2, 32), nn.LayerNorm(8), nn.Linear(8, 5)]
+    if name.startswith("resnet"):
+        norm = nn.BatchNorm2d if name == "resnet-batch" else lambda count: nn.GroupNorm(count // 8, count)
+        shapes = [(3, 8, 3), (8, 8, 3), (8, 8, 3), (8, 16, 3), (16, 16, 3), (8, 16, 1)]
+        layers = [layer for i, o, k in shapes for layer in (nn.Conv2d(i, o, k, bias=False), norm(o))]
+        return [*layers, nn.Linear(16, 5)]
+    tokens, positions = nn.Embedding(7, 8), nn.Embedding(8, 8)
+    block = [nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)]
+    parts = [tokens, positions, *block, nn.LayerNorm(8)]
+    nn.Linear(8, 7, bias=False)  # the head, whose weights are then the tokens'
+    for part in parts:
+        if not isinstance(part, nn.LayerNorm):
+            nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
+    return parts
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit", "resnet-batch", "resnet-group", "lm"])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_seeds_weights_stay_what_they_were(name, seed):
+    """Stored results are of these very weights."""
+    with torch.random.fork_rng(devices=[]):
+        parts = built(name, seed)
+    found = list(BUILDS[name][0](seed).parameters())
+    expected = [p for part in parts for p in part.parameters()]
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_vision_transformer_is_drawn_anew_as_it_was_built():
+    model = BUILDS["vit"][0](0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model.reset_parameters()
+    truth = BUILDS["vit"][0](3).state_dict()
+    assert all(torch.equal(value, truth[name]) for name, value in model.state_dict().items())
+
+
+def test_a_language_model_is_drawn_anew_as_it_was_built():
+    model = CausalLM(300, context=200, width=64, depth=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(3.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model.reset_parameters()
+    assert model.head.weight is model.tokens.weight
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.05)
+        else:
+            assert set(parameter.tolist()) == ({1.0} if "norm" in name and "weight" in name else {0.0})
+
+
 def test_widths_and_activation():
     model = MLP(6, 2, hidden=(5, 4), activation=nn.Tanh)
     assert [m.out_features for m in model if isinstance(m, nn.Linear)] == [5, 4, 2]
@@ -140,6 +209,27 @@ def test_per_sample_gradients_are_those_of_autograd(name):
     [
         (lambda: CausalLM(9, width=10, heads=4), "`width` of `CausalLM` must be a multiple of heads=4; got 10"),
         (lambda: CausalLM(9, heads=0), "`heads` of `CausalLM` must be a whole number >= 1; got 0"),
+        (lambda: CausalLM(9, width=0), "`width` of `CausalLM` must be a whole number >= 1; got 0"),
+        (lambda: VisionTransformer(3, 30, 5), "`size` of `VisionTransformer` must be a multiple of patch=4; got 30"),
+        (
+            lambda: VisionTransformer(3, 8, 5, patch=0),
+            "`patch` of `VisionTransformer` must be a whole number >= 1; got 0",
+        ),
+        (lambda: VisionTransformer(3, 0, 5), "`size` of `VisionTransformer` must be a whole number >= 1; got 0"),
+        (
+            lambda: VisionTransformer(3, 8, 5, width=30),
+            "`width` of `VisionTransformer` must be a multiple of heads=4; got 30",
+        ),
+        (lambda: SmallCNN(1, 3, 10), "`size` of `SmallCNN` must be a multiple of 4, .*; got 3. Pad or resize"),
+        (lambda: SmallCNN(1, 30, 10), "`size` of `SmallCNN` must be a multiple of 4, .*; got 30"),
+        (lambda: SmallCNN(1, 0, 10), "`size` of `SmallCNN` must be a whole number >= 1; got 0"),
+        (
+            lambda: ResNet(3, 5, norm="group", width=28),
+            "`width` of `ResNet` .*; got 28, whose stage 1 has 28 channels for 3 groups. Take a multiple of 8",
+        ),
+        (lambda: ResNet(3, 5, norm="group", width=11), "got 11, whose stage 3 has 44 channels for 5 groups"),
+        (lambda: ResNet(3, 5, blocks=(), norm="group", width=28), "got 28, whose stage 1 has 28 channels"),
+        (lambda: ResNet(3, 5, width=0), "`width` of `ResNet` must be a whole number >= 1; got 0"),
         (lambda: CausalLM(9, context=3)(torch.zeros(1, 4).long()), "at most context=3 tokens a sequence; got 4"),
         (lambda: ResNet(3, 5, norm="layer"), "`norm` of `ResNet` must be one of 'batch', 'group'; got 'layer'"),
     ],

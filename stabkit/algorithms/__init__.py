@@ -42,6 +42,8 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     )
 }
 
+RETRAINING = ("retrain", "retraining")  # no algorithm here, and near 'remain_newton' by its letters
+
 
 def resolve_algorithm(
     algorithm: str | Algorithm,
@@ -64,7 +66,8 @@ def resolve_algorithm(
 
     Raises:
         TypeError: If `algorithm` is neither, or a setting does not exist.
-        ValueError: If a setting is out of its domain, or `optimizer_settings` refuses the optimizer.
+        ValueError: If the name is unknown or that of retraining, a setting is out of its domain, or `optimizer_settings`
+            refuses the optimizer.
     """
     given = {key: value for key, value in settings.items() if value is not None}
     if not isinstance(algorithm, str | Algorithm):
@@ -72,6 +75,15 @@ def resolve_algorithm(
         raise TypeError(
             f"`algorithm` of `{owner}` must be a name or an Algorithm object; got {what}. For instance 'graddiff', or "
             "GradDiff(lr=0.01)."
+        )
+    if isinstance(algorithm, str) and algorithm.lower() in (
+        "retrain",
+        "retraining",
+    ):  # near 'remain_newton' by its letters
+        raise ValueError(
+            f"`algorithm` of `{owner}` must be one of {', '.join(map(repr, sorted(ALGORITHMS)))}; got {algorithm!r}. "
+            "Training from scratch ascends no loss and does not start at the trained model, so it is not predicted: call "
+            "stabkit.retrain(problem, stabkit.FineTune(lr=0.1, steps=1000)) for such a model."
         )
     if isinstance(algorithm, str):
         algorithm = ALGORITHMS[check_choice(algorithm, name="algorithm", owner=owner, choices=ALGORITHMS)]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,12 @@ class Retrained:
 
     Attributes:
         model: The new model, in the mode the original was in.
-        steps: Steps taken; fewer than asked for where the loss stopped being finite.
-        losses: Mean batch loss of every step.
+        steps: Steps that it has taken; fewer than asked for where training diverged.
+        losses: Mean batch loss of every step that was begun, the last one not finite where it stopped at that.
         seed: Seed of the initialisation and of the batches.
         gradient_equivalents: Per-sample gradients evaluated.
+        diverged: Whether the loss or the weights stopped being finite. The model is then the last one that gave a finite
+            batch loss, or the initial one if none did.
     """
 
     model: nn.Module
@@ -40,6 +43,7 @@ class Retrained:
     losses: tuple[float, ...]
     seed: int
     gradient_equivalents: float
+    diverged: bool = False
 
 
 def retrain(
@@ -66,7 +70,8 @@ def retrain(
         progress: Whether to show a progress bar.
 
     Returns:
-        The model and how it got there. Cost: B_R gradients a step.
+        The model and how it got there; where training diverged, with a LowConfidenceWarning, the last model whose loss was
+        finite. Cost: B_R gradients a step, and a copy of the weights.
 
     Raises:
         TypeError: If `training` is not a FineTune.
@@ -109,8 +114,10 @@ def retrain(
         else:
             optimiser = torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=training.nesterov)
         model.train()
-        gradients = 0
-        for plan in progress_bar(plans, "retrain", progress):
+        gradients, good_step = 0, 0
+        state = [*model.parameters(), *model.buffers()]
+        good = [value.detach().clone() for value in state]
+        for taken, plan in enumerate(progress_bar(plans, "retrain", progress)):
             indices = next(stream)
             inputs, targets = problem.retain.batch(indices)
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -121,6 +128,11 @@ def retrain(
                     loss = problem.loss.per_sample(_outputs(model, inputs), targets).sum() / batches[0]
                     loss.backward()
                 losses.append(float(loss.detach()))
+                gradients += indices.numel()
+                if not math.isfinite(losses[-1]) or not _finite(model.buffers()):  # statistics overflow before the loss
+                    break
+                good_step = taken
+                _copy(state, good)
             else:
                 losses.append(0.0)
             if plan.max_norm is not None:
@@ -130,16 +142,37 @@ def retrain(
                     if parameter.grad is not None:
                         parameter.grad.add_(parameter.detach().sign(), alpha=plan.pull)
             optimiser.step()
-            gradients += indices.numel()
-            if not math.isfinite(losses[-1]):
-                break
+        # The last step's weights have no loss yet.
+        diverged = not math.isfinite(losses[-1]) or not _finite(state)
+        if diverged:
+            _copy(good, state)
+            _warn_of_divergence(training, losses, good_step)
         for name, module in model.named_modules():
             module.training = modes[name]
         for parameter in model.parameters():
             parameter.grad = None
     return Retrained(
-        model=model, steps=len(losses), losses=tuple(losses), seed=seed, gradient_equivalents=float(gradients)
+        model=model,
+        steps=good_step if diverged else len(losses),
+        losses=tuple(losses),
+        seed=seed,
+        gradient_equivalents=float(gradients),
+        diverged=diverged,
     )
+
+
+def _finite(values: Iterable[Tensor]) -> bool:
+    """Whether all numbers are finite, with one wait for the device."""
+    marks = [torch.isfinite(value).all() for value in values]
+    return not marks or bool(torch.stack(marks).all())
+
+
+@torch.no_grad()
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    """Copy values in place, but for views that hold a number several times, which nothing has changed."""
+    for value, own in zip(source, target, strict=True):
+        if 0 not in own.stride():
+            own.copy_(value)
 
 
 def _check_plain(problem: UnlearningProblem, training: FineTune) -> None:
@@ -173,10 +206,28 @@ def _warn_of_trained(problem: UnlearningProblem, model: nn.Module) -> None:
         )
 
 
+def _warn_of_divergence(training: FineTune, losses: Sequence[float], good_step: int) -> None:
+    """Say that training ended early, where, and what the model is."""
+    what = "weights or statistics" if math.isfinite(losses[-1]) else "batch loss"
+    warnings.warn(
+        f"`retrain` stopped at step {len(losses)} of {training.steps}, as the {what} stopped being finite "
+        f"with lr={training.lr:g}: the model is that of {good_step} steps, the last with a finite loss, and nothing can be "
+        "measured against it. Lower `lr`, or clip with `max_gradient_norm`.",
+        LowConfidenceWarning,
+        stacklevel=caller_level(),
+    )
+
+
 def _initialise(model: nn.Module) -> None:
-    """Start every layer anew, statistics included; parameters that are not trained stay as they are."""
+    """Start every layer anew, statistics included; parameters that are not trained stay as they are.
+
+    Layers come before what they are parts of, whose own rules have the last word: those of attention and of `CausalLM`.
+
+    Raises:
+        ValueError: If a layer has no rule.
+    """
     kept = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    for name, module in model.named_modules():
+    for name, module in _inside_out(model):
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if callable(reset):
             reset()
@@ -189,6 +240,17 @@ def _initialise(model: nn.Module) -> None:
     with torch.no_grad():
         for name, value in kept.items():
             own[name].copy_(value)
+
+
+def _inside_out(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Go through the modules.
+
+    Yields:
+        Names and modules, each after those inside it, otherwise in order.
+    """
+    for key, child in module.named_children():
+        yield from _inside_out(child, f"{name}.{key}" if name else key)
+    yield name, module
 
 
 def _groups(model: nn.Module, training: FineTune) -> list[dict[str, Any]]:

@@ -157,7 +157,7 @@ def check_tail(tail: object, *, owner: str) -> int | float | None:
         owner: The public function it belongs to.
 
     Returns:
-        The value.
+        The value; a share as a Python float.
     """
     if tail is None:
         return None

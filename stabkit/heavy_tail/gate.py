@@ -241,11 +241,11 @@ def _spread(own: bool, parameter: Tensor, rows: list[LayerExponent], gates: dict
     if first.part is not None:
         axis = first.axis if parameter.dim() > 1 else 0
         size = parameter.shape[axis]
-        if size % (len(PARTS) * first.heads):  # a parametrised weight's magnitude, say
+        if size % (first.heads * sum(first.sizes or (1,) * len(PARTS))):  # a parametrised weight's magnitude, say
             return parameter.new_full((), NEUTRAL)
         line = parameter.new_ones(size)
         for row in rows:
-            line[block_index(size, int(row.part or 0), row.heads).to(line.device)] = gates[row.name]
+            line[block_index(size, int(row.part or 0), row.heads, row.sizes).to(line.device)] = gates[row.name]
         return line.view([size if d == axis else 1 for d in range(parameter.dim())])
     if first.kernel is not None:
         if not own:

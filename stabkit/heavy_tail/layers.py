@@ -24,6 +24,7 @@ from stabkit.heavy_tail.fit import (
     PowerLawFit,
     check_bootstrap,
     check_p_value_draws,
+    check_tail,
     fit_power_law,
 )
 from stabkit.heavy_tail.matrices import WeightMatrix, weight_matrices
@@ -48,6 +49,7 @@ def layer_exponents(
     layers: Sequence[str] | None = None,
     conv: str = "pooled",
     method: str = "mle",
+    tail: int | float | None = None,
     bootstrap: int = 0,
     p_value_draws: int = 0,
     shuffles: int = 9,
@@ -67,6 +69,7 @@ def layer_exponents(
         layers: Layer, module or parameter names, or shell patterns; all when None.
         conv: "pooled": all kernel positions of a convolution give one spectrum; "slices": one row each.
         method: As in `fit_power_law`.
+        tail: As in `fit_power_law`, the same for every layer and its shuffled copies: a share follows their sizes.
         bootstrap: Resamples for each interval; 0 for none.
         p_value_draws: Synthetic samples for each goodness-of-fit p-value; 0 for none, "mle" only.
         shuffles: Shuffled copies of each layer, at most: none where other evidence rules the exponent out, and no more once
@@ -80,13 +83,14 @@ def layer_exponents(
         many matrices; one by one where a weight has more than 8 million entries.
 
     Raises:
-        TypeError: If the model is not a module, or `layers` is one string.
+        TypeError: If the model is not a module, `layers` is one string, or `tail` is no number.
         ValueError: If an argument is out of range or a pattern matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` of `{OWNER}` must be a torch.nn.Module; got {type(model).__name__}.")
     check_choice(conv, name="conv", owner=OWNER, choices=CONV)
     check_choice(method, name="method", owner=OWNER, choices=METHODS)
+    share = check_tail(tail, owner=OWNER)
     check_bootstrap(bootstrap, owner=OWNER)
     check_p_value_draws(p_value_draws, method, owner=OWNER)
     check_int(shuffles, name="shuffles", owner=OWNER, low=0)
@@ -121,6 +125,7 @@ def layer_exponents(
     measured = partial(
         _row,
         method=method,
+        tail=share,
         bootstrap=bootstrap,
         p_value_draws=p_value_draws,
         shuffles=shuffles,
@@ -134,6 +139,7 @@ def layer_exponents(
         conv=conv,
         shuffles=shuffles,
         seed=seed,
+        tail=share,
     )
 
 
@@ -238,6 +244,7 @@ def _row(
     entry: WeightMatrix,
     *,
     method: str,
+    tail: int | float | None,
     bootstrap: int,
     p_value_draws: int,
     shuffles: int,
@@ -254,6 +261,7 @@ def _row(
     fit = fit_power_law(
         spectrum,
         method=method,
+        tail=tail,
         bootstrap=bootstrap,
         p_value_draws=p_value_draws,
         seed=layer_seed(seed, entry.name, 0),
@@ -263,7 +271,7 @@ def _row(
     # Shuffles cost most of all: none where the exponent is out already, and no more once one of them has put it out.
     for draw in range(shuffles if not against else 0):
         shuffled = shuffle(matrices, layer_seed(seed, entry.name, draw + 1))
-        other = fit_power_law(gram_eigenvalues(shuffled, device=device, beside=beside), method=method)
+        other = fit_power_law(gram_eigenvalues(shuffled, device=device, beside=beside), method=method, tail=tail)
         null += [other.exponent] if other.defined else []
         if null and fit.exponent >= null[-1]:
             break
@@ -299,6 +307,7 @@ def _row(
         axis=entry.axis,
         part=entry.part,
         heads=entry.heads,
+        sizes=entry.sizes,
         kernel=entry.kernel,
         p_value=fit.p_value,
     )

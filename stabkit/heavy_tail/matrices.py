@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stabkit._wrappers import plain_modules
+from stabkit.heavy_tail.fused import Layout, fused_name, layout_of, not_split
 
-FUSED = re.compile(r"(^|[._])(c_attn|qkv|in_proj|query_key_value)$")
-HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_head", "n_heads")
 PARTS = ("q", "k", "v")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -39,8 +37,9 @@ class WeightMatrix:
         stack: Shape (s, a, b) the values are read in: s matrices whose spectra are pooled.
         permute: Axes that bring `weight` into the order of `stack`.
         axis: Axis of the parameter along which it was split.
-        part: Which third of a fused query-key-value weight, or None.
-        heads: Heads over which the thirds are interleaved; 1 for three contiguous blocks.
+        part: Which part of a fused query-key-value weight, or None.
+        heads: Heads over which the parts are interleaved; 1 for three contiguous blocks.
+        sizes: Rows of q, k and v in each of these; None for thirds.
         kernel: Kernel position of one slice, or None.
         flags: What is known to limit trust before any fit.
     """
@@ -55,6 +54,7 @@ class WeightMatrix:
     axis: int = 0
     part: int | None = None
     heads: int = 1
+    sizes: tuple[int, ...] | None = None
     kernel: tuple[int, ...] | None = None
     flags: tuple[str, ...] = ()
 
@@ -70,18 +70,21 @@ class WeightMatrix:
 Entry = WeightMatrix | tuple[str, str]  # a matrix, or (parameter name, why it is left out)
 
 
-def block_index(size: int, part: int, heads: int) -> Tensor:
-    """Positions of one third of a fused query-key-value axis.
+def block_index(size: int, part: int, heads: int, sizes: tuple[int, ...] | None = None) -> Tensor:
+    """Positions of one part of a fused query-key-value axis.
 
     Args:
-        size: Length of the axis, a multiple of 3·heads.
+        size: Length of the axis, a multiple of heads·Σ sizes.
         part: 0 for queries, 1 for keys, 2 for values.
-        heads: Heads over which the thirds are interleaved; 1 for contiguous thirds.
+        heads: Heads over which the parts are interleaved; 1 for contiguous ones.
+        sizes: Numbers of each part in a head; thirds when None.
 
     Returns:
-        Shape (size/3,), on the CPU.
+        Shape (heads·sizes[part],), on the CPU.
     """
-    return torch.arange(size).view(heads, 3, -1)[:, part].reshape(-1)
+    widths = sizes or (size // (len(PARTS) * heads),) * len(PARTS)
+    begin = sum(widths[:part])
+    return torch.arange(size).view(heads, -1)[:, begin : begin + widths[part]].reshape(-1)
 
 
 def weight_matrices(model: nn.Module, *, conv: str = "pooled") -> Iterator[Entry]:
@@ -174,7 +177,9 @@ def _read(model: nn.Module, name: str, key: str, module: nn.Module, weight: Tens
         )
         if isinstance(module, nn.MultiheadAttention):
             attention = replace(plain, kind="attention")
-            yield from _split(attention, axis=0, heads=1) if key == "in_proj_weight" else (attention,)
+            third = weight.shape[0] // 3
+            thirds = Layout(sizes=(third, third, third))
+            yield from _split(attention, axis=0, layout=thirds) if key == "in_proj_weight" else (attention,)
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
             yield replace(plain, kind="recurrent")
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -192,39 +197,31 @@ def _read(model: nn.Module, name: str, key: str, module: nn.Module, weight: Tens
 
 
 def _dense(model: nn.Module, matrix: WeightMatrix, *, axis: int) -> Iterator[WeightMatrix]:
-    """A linear layer, split in three if it is a fused query-key-value projection."""
+    """A linear layer, split in three if it is a fused query-key-value projection; a flag says where that fails."""
+    name = fused_name(matrix.module)
     outputs, inputs = matrix.weight.shape[axis], matrix.weight.shape[1 - axis]
-    if outputs != 3 * inputs or not FUSED.search(matrix.module):
-        yield matrix
-        return
-    heads = 1
-    if matrix.module.endswith("query_key_value"):  # Megatron's order: q, k, v of head 0, q, k, v of head 1, ...
-        found = _heads(model, matrix.module)
-        if found is None or inputs % found:
-            yield replace(matrix, flags=("fused q,k,v not separable: number of heads unknown",))
-            return
-        heads = found
-    yield from _split(replace(matrix, kind="attention"), axis=axis, heads=heads)
+    layout = layout_of(name, _holders(model, name), outputs, inputs)
+    if isinstance(layout, Layout):
+        yield from _split(replace(matrix, kind="attention"), axis=axis, layout=layout)
+    else:
+        yield matrix if layout is None else replace(matrix, flags=(layout,))
 
 
-def _heads(model: nn.Module, name: str) -> int | None:
-    """Number of attention heads, as the nearest enclosing module or the model's configuration states it."""
-    within = dict(plain_modules(model))
+def _holders(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules around a module, the nearest first."""
+    within = dict(plain_modules(model)) if name else {}
+    found = []
     while name:
         name = name.rpartition(".")[0]
-        holder = within[name]
-        for source in (holder, getattr(holder, "config", None)):
-            for attribute in HEAD_ATTRIBUTES:
-                value = getattr(source, attribute, None)
-                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                    return value
-    return None
+        found.append(within[name])
+    return found
 
 
-def _split(matrix: WeightMatrix, *, axis: int, heads: int) -> Iterator[WeightMatrix]:
+def _split(matrix: WeightMatrix, *, axis: int, layout: Layout) -> Iterator[WeightMatrix]:
     size = matrix.weight.shape[axis]
+    sizes = None if len(set(layout.sizes)) == 1 else layout.sizes
     for part, label in enumerate(PARTS):
-        index = block_index(size, part, heads).to(matrix.weight.device)
+        index = block_index(size, part, layout.groups, sizes).to(matrix.weight.device)
         block = matrix.weight.index_select(axis, index)
         yield replace(
             matrix,
@@ -233,7 +230,8 @@ def _split(matrix: WeightMatrix, *, axis: int, heads: int) -> Iterator[WeightMat
             stack=(1, block.shape[0], block.shape[1]),
             axis=axis,
             part=part,
-            heads=heads,
+            heads=layout.groups,
+            sizes=sizes,
         )
 
 
@@ -252,7 +250,9 @@ def _convolution(
     grouped = weight.reshape(groups, rows // groups, columns, *kernel)
     spatial = tuple(range(3, grouped.dim()))
     kind = f"conv{'_transpose' if isinstance(module, TRANSPOSED) else ''}{len(kernel)}d"
-    flags = ("one row or column: the matrices are vectors",) if min(rows // groups, columns) == 1 else ()
+    outputs, inputs = (columns, rows) if isinstance(module, TRANSPOSED) else (rows, columns)
+    fused = not_split(fused_name(module_name), outputs, inputs)
+    vectors = "one row or column: the matrices are vectors" if min(rows // groups, columns) == 1 else ""
     common = WeightMatrix(
         name=name,
         module=module_name,
@@ -261,7 +261,7 @@ def _convolution(
         weight=grouped,
         stack=(groups * int(torch.tensor(kernel).prod()), rows // groups, columns),
         permute=(*spatial, 0, 1, 2),
-        flags=flags,
+        flags=tuple(flag for flag in (vectors, fused) if flag),
     )
     if conv == "pooled" or common.stack[0] == groups:
         yield common

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from stabkit._validate import check_choice, check_seed
-from stabkit.heavy_tail.fit import EIGENVALUE_FLOOR, METHODS, PowerLawFit, fit_power_law
+from stabkit.heavy_tail.fit import EIGENVALUE_FLOOR, METHODS, PowerLawFit, check_tail, fit_power_law
 from stabkit.heavy_tail.layers import CONV, layer_seed, marchenko_pastur, shuffle, spectrum_of
 from stabkit.heavy_tail.matrices import WeightMatrix, weight_matrices
 from stabkit.heavy_tail.scan import Array
@@ -86,6 +86,7 @@ def layer_spectrum(
     *,
     conv: str = "pooled",
     method: str = "mle",
+    tail: int | float | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> LayerSpectrum:
@@ -96,6 +97,7 @@ def layer_spectrum(
         layer: A row's name in `layer_exponents` of the same model and `conv`.
         conv: As in `layer_exponents`.
         method: As in `fit_power_law`.
+        tail: As in `fit_power_law`.
         seed: Seed of the shuffled copy, the first that `layer_exponents` compares with.
         device: As in `layer_exponents`.
 
@@ -103,13 +105,14 @@ def layer_spectrum(
         The spectrum. Cost: twice the layer's in `layer_exponents` without shuffles.
 
     Raises:
-        TypeError: If the model is not a module.
-        ValueError: If no layer has that name.
+        TypeError: If the model is not a module, or `tail` is no number.
+        ValueError: If no layer has that name, or an argument is out of range.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` of `{OWNER}` must be a torch.nn.Module; got {type(model).__name__}.")
     check_choice(conv, name="conv", owner=OWNER, choices=CONV)
     check_choice(method, name="method", owner=OWNER, choices=METHODS)
+    share = check_tail(tail, owner=OWNER)
     check_seed(seed, owner=OWNER)
     with torch.no_grad():
         entries = {e.name: e for e in weight_matrices(model, conv=conv) if isinstance(e, WeightMatrix)}
@@ -117,7 +120,7 @@ def layer_spectrum(
         matrices = entries[layer].matrices()
         every = spectrum_of(matrices, device=device)
         shuffled = spectrum_of(shuffle(matrices, layer_seed(seed, layer, 1)), device=device)
-    fit = fit_power_law(every, method=method)
+    fit = fit_power_law(every, method=method, tail=share)
     kept = _kept(every)
     _, a, b = entries[layer].stack
     edge, spikes = marchenko_pastur(kept, min(a, b), max(a, b)) if len(kept) else (math.nan, 0)

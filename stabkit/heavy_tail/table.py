@@ -42,10 +42,11 @@ class LayerExponent:
         trusted: Whether the exponent may be acted on.
         reason: Why it is not trusted; empty if it is.
         axis: Axis along which a fused parameter is split.
-        part: Which third of a fused query-key-value parameter, or None.
-        heads: Heads over which the thirds are interleaved.
+        part: Which part of a fused query-key-value parameter, or None.
+        heads: Heads over which the parts are interleaved.
         kernel: Kernel position of a convolution's slice, or None.
         p_value: Goodness of fit: share of synthetic samples that fit worse; None unless asked for.
+        sizes: Rows of q, k and v in each of `heads`; None for thirds.
     """
 
     name: str
@@ -76,6 +77,7 @@ class LayerExponent:
     heads: int = 1
     kernel: tuple[int, ...] | None = None
     p_value: float | None = None
+    sizes: tuple[int, ...] | None = None
 
     def __eq__(self, other: object) -> bool:
         return self._values() == other._values() if isinstance(other, LayerExponent) else NotImplemented
@@ -89,7 +91,7 @@ class LayerExponent:
 
 
 TEXTS = ("name", "module", "parameter", "kind", "reason")
-TUPLES = ("shape", "interval", "flags", "kernel")
+TUPLES = ("shape", "interval", "flags", "kernel", "sizes")
 COLUMNS = ("layer", "kind", "shape", "exponent", "± se", "null", "tail", "of", "KS", "trusted", "why not")
 
 
@@ -104,6 +106,7 @@ class LayerExponents:
         conv: How convolutions were read.
         shuffles: Shuffled copies that each layer is compared with at most.
         seed: Seed of shuffles and bootstrap.
+        tail: Size of the tails that was asked for; None: the estimator's own.
     """
 
     rows: tuple[LayerExponent, ...]
@@ -112,6 +115,7 @@ class LayerExponents:
     conv: str
     shuffles: int
     seed: int
+    tail: int | float | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,7 +149,7 @@ class LayerExponents:
             What `from_dict` reads; the table that it makes, also by way of JSON, equals this one.
         """
         rows = [row._values() for row in self.rows]
-        settings = {key: getattr(self, key) for key in ("method", "conv", "shuffles", "seed")}
+        settings = {key: getattr(self, key) for key in ("method", "conv", "shuffles", "seed", "tail")}
         return {"schema": SCHEMA, **settings, "rows": rows, "skipped": [list(pair) for pair in self.skipped]}
 
     @classmethod
@@ -173,6 +177,7 @@ class LayerExponents:
             conv=data["conv"],
             shuffles=data["shuffles"],
             seed=data["seed"],
+            tail=data.get("tail"),
         )
 
     def to_dataframe(self) -> Any:
