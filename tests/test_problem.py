@@ -1,6 +1,7 @@
 """A problem reads the caller's model without touching it, checks it once, and names what is wrong."""
 
 import copy
+import math
 import random
 import threading
 import warnings
@@ -588,6 +589,30 @@ def broken_buffer():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
     model[1].running_var[2] = NAN
     return model
+
+
+class Masked(nn.Module):
+    """Attention over four positions, with the usual additive mask in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(1, 3)
+        self.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+
+    def forward(self, x):
+        seen = torch.softmax(self.mask.to(x) + x.unsqueeze(1), 2) @ x.unsqueeze(2)
+        return self.inner(seen[:, -1])
+
+
+@untrained
+def test_a_mask_may_be_infinite():
+    """Trained or frozen weights may not."""
+    problem = UnlearningProblem(Masked(), (X[:4], Y[:4]), (X[4:], Y[4:]))
+    assert math.isfinite(problem.retain_loss)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    model[0].requires_grad_(False).weight[0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"must have finite weights; '0.weight' holds NaN or infinity"):
+        UnlearningProblem(model, (X[:4], Y[:4]), (X[4:], Y[4:]))
 
 
 FROZEN = MLP(4, 3).requires_grad_(False)

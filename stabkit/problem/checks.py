@@ -7,7 +7,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,14 +34,15 @@ DECODER = "Labels go to the loss: add 'decoder_input_ids', as prepare_decoder_in
 COUPLING = 0.01  # of the largest output: more than other kernels for another batch size make
 
 
-def check_weights(named: Iterable[tuple[str, Tensor]]) -> None:
+def check_weights(named: Iterable[tuple[str, Tensor]], *, masks: Collection[str] = ()) -> None:
     """Refuse weights that are not there, or not finite.
 
     Args:
         named: Every parameter and buffer by name.
+        masks: Names of buffers, which may hold infinity, as attention masks do.
 
     Raises:
-        ValueError: If one is on the meta device, or holds NaN or infinity.
+        ValueError: If one is on the meta device, or holds NaN or, where it is none of the latter, infinity.
     """
     for name, value in named:
         if value.is_meta:
@@ -49,9 +50,10 @@ def check_weights(named: Iterable[tuple[str, Tensor]]) -> None:
                 f"`model` of `UnlearningProblem` must hold its weights; {name!r} is on the meta device. Give it memory "
                 "with model.to_empty(device='cpu') and load its state_dict."
             )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        broken = torch.isnan(value) if name in masks else ~torch.isfinite(value)
+        if value.is_floating_point() and bool(broken.any()):
             raise ValueError(
-                f"`model` of `UnlearningProblem` must have finite weights; {name!r} holds NaN or infinity. Load the "
+                f"`model` of `UnlearningProblem` must have finite weights; {name!r} holds NaN{'' if name in masks else ' or infinity'}. Load the "
                 "checkpoint from before training failed."
             )
 

@@ -222,7 +222,9 @@ class UnlearningProblem:
         self.widest_output = 1
         self._whole: UnlearningProblem | None = None  # what this one reads parts of
         with preserved_rng(), torch.no_grad():
-            check_weights((*self.parameters.items(), *self._constants.items()))
+            check_weights(
+                (*self.parameters.items(), *self._constants.items()), masks=dict(self._module.named_buffers())
+            )
             check_sets(self.forget, self.retain, batchnorm=self.batchnorm)
             for samples in (self.forget, self.retain):
                 self._admit(samples)
