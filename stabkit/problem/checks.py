@@ -53,8 +53,8 @@ def check_weights(named: Iterable[tuple[str, Tensor]], *, masks: Collection[str]
         broken = torch.isnan(value) if name in masks else ~torch.isfinite(value)
         if value.is_floating_point() and bool(broken.any()):
             raise ValueError(
-                f"`model` of `UnlearningProblem` must have finite weights; {name!r} holds NaN{'' if name in masks else ' or infinity'}. Load the "
-                "checkpoint from before training failed."
+                f"`model` of `UnlearningProblem` must have finite weights; {name!r} holds NaN"
+                f"{'' if name in masks else ' or infinity'}. Load the checkpoint from before training failed."
             )
 
 
