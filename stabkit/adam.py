@@ -29,8 +29,8 @@ def frozen_adam(
 
     An approximation, good while a run stays where v is: Adam lets v follow the run, at the rate 1-β₂ a step, and grow with
     it. A run whose gradients grow, as under ascent, may be said to break at smaller steps than it does. With η(1-β₁) as the
-    step size and β₁ as the momentum (`stabkit.stability.Optimiser`) the linear theory applies; rollouts have the true
-    AdamW (T15).
+    step size, β₁ as the momentum and γ/(1-β₁) as decoupled decay (`stabkit.stability.Optimiser`) the linear theory applies;
+    rollouts have the true AdamW (T15).
 
     Args:
         problem: The unlearning problem.

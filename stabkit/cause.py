@@ -26,9 +26,9 @@ TOP_SAMPLES = 10
 def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth: float) -> Cause:
     """The eigenvector of the mixed curvature that breaks first (T4), and where the rolled-out run goes.
 
-    Growth a step is above 1 for η·λ > 2(1+β), with momentum β, and for λ < 0. A direction is named as the mechanism if it
-    grows by at least a factor e within the run; what creeps, along negative curvature or in the mean square, by the time
-    that the rollout breaks, if it does.
+    Growth a step is above 1 for η·λ > 2(1+β), with momentum β, for less with Nesterov's, and for λ < 0. A direction is named
+    as the mechanism if it grows by at least a factor e within the run; what creeps, along negative curvature or in the mean
+    square, by the time that the rollout breaks, if it does.
 
     Args:
         measurement: Spectrum and linearised network.
@@ -41,7 +41,7 @@ def find_cause(measurement: Measurement, rolled: Rollout, *, mean_square_growth:
     """
     problem, spectrum, algorithm = measurement.problem, measurement.spectrum, measurement.algorithm
     values = spectrum.pairs.values
-    growth = mean_growth(values, algorithm.lr, momentum=algorithm.inertia)
+    growth = mean_growth(values, algorithm.lr, momentum=algorithm.inertia, nesterov=algorithm.nesterov)
     place = int(growth.argmax())
     value = float(values[place])
     retain, forget = float(spectrum.retain[place]), float(spectrum.forget[place])

@@ -177,6 +177,7 @@ def _judged(measurement: Measurement, seeds: Sequence[int], limits: _Limits | No
             probability,
             max(ADVISED, used.margin(RISK)),
             sure=all(check.passed for check in checks),
+            near=used.kind in {"one", "staged"},
         ),
         costs=(
             *measurement.costs,

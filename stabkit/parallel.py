@@ -87,7 +87,7 @@ class DataParallel:
             self._wait(lambda: distributed.monitored_barrier(self.group, timedelta(seconds=self.timeout)), "operator")
         distributed.all_gather_object(gathered, facts, group=self.group)
         for name, value in facts.items():
-            values = [other[name] for other in gathered]
+            values = [other.get(name) for other in gathered]  # a rank that holds a shard tells less
             if any(v != value for v in values):
                 listed = ", ".join(f"{v} on rank {r}" for r, v in enumerate(values))
                 raise ValueError(

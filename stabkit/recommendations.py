@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from stabkit.algorithms import Algorithm
+
 
 UNSURE = "holds in a linearised network that is wrong there; mode='thorough' knows"
 
@@ -23,8 +25,9 @@ class Recommendation:
 
     Attributes:
         remedy: "step size", "mix", "batch size", "warm-up", "decay" of the step size, "forget decay", "no weight decay",
-            "clipping" or "layer damping".
+            "clipping", "layer damping" or "algorithm".
         changes: Settings to change, by name, for `algorithm.replace`.
+        algorithm: Name of another algorithm to take, with the settings that all have; None for the one in question.
         probability: P(diverge) with them, by the rollouts alone.
         retain_loss: Predicted retain loss at the end of the run, mean over the seeds.
         forget_loss: The same for the forget set.
@@ -44,6 +47,21 @@ class Recommendation:
     forget_loss: float
     holds: bool
     error: float | None = None
+    algorithm: str | None = None
+
+    def apply(self, algorithm: Algorithm) -> Algorithm:
+        """The algorithm that this advises.
+
+        Args:
+            algorithm: The one that was asked about.
+
+        Returns:
+            It with the changes, or another one with its settings and the changes.
+        """
+        from stabkit.algorithms import ALGORITHMS  # values are read without it
+
+        kind = None if self.algorithm is None else ALGORITHMS[self.algorithm]
+        return (algorithm if kind is None else algorithm.turned_into(kind)).replace(**self.changes)
 
     @property
     def unsure(self) -> bool:
@@ -90,7 +108,7 @@ class Recommendations(Shown, Stored):
         front: The Pareto front of forget loss (up) against retain loss (down), by one linearisation, ascending in both.
     """
 
-    schema: ClassVar[int] = 3
+    schema: ClassVar[int] = 4
 
     algorithm: str
     risk: float
@@ -133,7 +151,10 @@ class Recommendations(Shown, Stored):
             rows=tuple(
                 (
                     name,
-                    ", ".join(f"{key}={setting(value)}" for key, value in item.changes.items()),
+                    ", ".join([
+                        *([] if item.algorithm is None else [item.algorithm]),
+                        *(f"{key}={setting(value)}" for key, value in item.changes.items()),
+                    ]),
                     f"{item.probability:.2f}",
                     "–" if item.further_probability is None else f"{item.further_probability:.2f}",
                     f"{item.retain_loss:.3g}",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stabkit._validate import check_real
-from stabkit.algorithms import Algorithm
+from stabkit.algorithms import NPO, Algorithm, GradDiff, GradientAscent
 from stabkit.algorithms.plan import factors_of
 from stabkit.boundary import critical_lr
 from stabkit.calibration import FAR_ERROR, MAX_AWAKENED, RISK, calibration
@@ -109,6 +109,7 @@ class _Search:
         place: int,
         further: float | None,
         network: LinearisedNetwork | None = None,
+        algorithm: str | None = None,
     ) -> Recommendation:
         """One setting of a rollout as a recommendation; it holds if its P, that at the margin and the error are small."""
         probability = float(rolled.probability[place])
@@ -123,6 +124,7 @@ class _Search:
             further_probability=further,
             error=error,
             holds=likely and (error is None or error <= FAR_ERROR),
+            algorithm=algorithm,
         )
 
     def _error(self, network: LinearisedNetwork, rolled: Rollout, place: int) -> float | None:
@@ -160,6 +162,7 @@ class _Search:
             self._batches(n_retain, n_forget),
             self._clipping(),
             self._damping(),
+            *self._others(),
         ]
 
     def _scheduled(self, name: str, shape: str) -> dict[str, Any]:
@@ -190,15 +193,17 @@ class _Search:
             )
         return np.geomspace(end, end / REACH, POINTS).tolist()
 
-    def _line(self, remedy: str, name: str, values: Sequence[float]) -> Recommendation:
-        """Along one setting, from strong to weak: the strongest that holds with all weaker ones."""
-        lrs = values if name == "lr" else [self._algorithm.lr] * len(values)
-        mixes = values if name == "mix" else [self._algorithm.mix] * len(values)
-        rolled, further = self._with_margin(self._algorithm, lrs, mixes)
+    def _line(self, remedy: str, name: str, values: Sequence[float], other: Algorithm | None = None) -> Recommendation:
+        """Along one setting, of another algorithm if given, from strong to weak: the strongest that holds with all after."""
+        algorithm = self._algorithm if other is None else other
+        lrs = values if name == "lr" else [algorithm.lr] * len(values)
+        mixes = values if name == "mix" else [algorithm.mix] * len(values)
+        rolled, further = self._with_margin(algorithm, lrs, mixes)
         worst = [max(pair) for pair in zip(rolled.probability.tolist(), further, strict=False)]
         found = None
         for place in range(_strongest(worst, self._risk), len(values)):
-            found = self._item(remedy, {name: float(values[place])}, rolled, place, further[place])
+            changes, of = {name: float(values[place])}, None if other is None else other.name
+            found = self._item(remedy, changes, rolled, place, further[place], algorithm=of)
             if not found.unsure:
                 break
         assert found is not None
@@ -277,6 +282,23 @@ class _Search:
                 break
         return found
 
+    def _others(self) -> list[Recommendation]:
+        """Other algorithms on the same linearisation, whose P is the identity too.
+
+        Ascent alone is given a retain part, and ascent on the loss the weights that let it die away.
+
+        Returns:
+            The strongest mix of each that holds, or its safest.
+        """
+        asked = type(self._algorithm)
+        if asked not in {GradientAscent, GradDiff}:
+            return []
+        kinds: list[type[Algorithm]] = [GradDiff, NPO] if asked is GradientAscent else [NPO]
+        mixes = (np.linspace(1, 0, POINTS + 1)[1:-1] * self._algorithm.mix).tolist()
+        if asked is GradDiff:
+            mixes = [self._algorithm.mix, *mixes]
+        return [self._line("algorithm", "mix", mixes, self._algorithm.turned_into(kind)) for kind in kinds]
+
     def _linearised(self, algorithm: Algorithm) -> LinearisedNetwork:
         """The network compressed anew for an algorithm whose P is another, as the measurement was; AdamW keeps its own."""
         if isinstance(self._network, CoordinateNetwork):
@@ -289,7 +311,7 @@ class _Search:
         """The same setting by a staged rollout; its step size lowered until it holds, unless it is the one asked about."""
         best = item
         for factor in BACKING_OFF[:1] if first else BACKING_OFF:
-            changed = self._algorithm.replace(**item.changes)
+            changed = item.apply(self._algorithm)
             changes = dict(item.changes) if factor == 1 else {**item.changes, "lr": changed.lr * factor}
             changed = changed.replace(**changes)
             network = self._network
@@ -300,7 +322,7 @@ class _Search:
             if float(rolled.probability[0]) <= self._risk:
                 beyond = self._staged(network, changed.replace(lr=self.margin * changed.lr))
                 further = float(beyond.probability[0])
-            best = self._item(item.remedy, changes, rolled, 0, further)
+            best = self._item(item.remedy, changes, rolled, 0, further, algorithm=item.algorithm)
             if best.holds:
                 break
         return best
@@ -344,7 +366,7 @@ class _Search:
                 forget_loss=item.forget_loss,
             )
             for item in items
-            if item.holds and set(item.changes) <= {"lr", "mix"}
+            if item.holds and item.algorithm is None and set(item.changes) <= {"lr", "mix"}
         ]
         return _undominated(points, self._algorithm)
 

@@ -288,7 +288,7 @@ def _theory(report: Report) -> Section:
                 + ("" if t.converged else "; not converged"),
             ),
             Row(
-                label="2(1+β)/λ_max(D)" if momentum else "2/λ_max(D)",
+                label=f"{_numerator(momentum, nesterov=run.settings.get('nesterov', False))}/λ_max(D)",
                 value=number(t.step_limit),
                 note="above it the mean overshoots (T4)",
             ),
@@ -321,6 +321,13 @@ def _theory(report: Report) -> Section:
             Row(label="self-loop bound", value="diverges" if t.self_loop else "silent", note="theory §4"),
         ),
     )
+
+
+def _numerator(momentum: float, *, nesterov: bool) -> str:
+    """Of the step size above which the mean overshoots (T4)."""
+    if nesterov:
+        return "2(1+β)/(1+2β)"
+    return "2(1+β)" if momentum else "2"
 
 
 def _alignment(report: Report) -> Section:

@@ -105,7 +105,8 @@ class Thresholds:
         largest: λ_max(D).
         residuals: Eigen-residuals of the two.
         converged: Whether the eigen-solver met its tolerance.
-        step_limit: 2(1+β)/λ_max(D), above which the mean overshoots (T4); infinity without positive curvature.
+        step_limit: 2(1+β)/λ_max(D), with Nesterov's momentum a 1+2β-th of that, above which the mean overshoots (T4);
+            infinity without positive curvature.
         mean_stable: Whether λ_min(D) >= 0 and lr <= step_limit (T4).
         asymptotic_mix: Mix above which D is indefinite, from the damped pencil (T5), on the compressed curvature.
         damping: ε of that pencil.
@@ -217,9 +218,9 @@ class Cause:
     """What breaks first, and where.
 
     Attributes:
-        mechanism: "overshoot" (lr·λ_max(D) > 2(1+β) grows fastest), "ascent" (curvature that the forget set makes negative
-            does), "saddle" (curvature that the retain set itself makes negative), "noise" (only the mean square grows; not
-            named with momentum), "nonlinear" (predicted to diverge without any of these) or "none".
+        mechanism: "overshoot" (what lies beyond `Thresholds.step_limit` grows fastest), "ascent" (curvature that the forget
+            set makes negative does), "saddle" (curvature that the retain set itself makes negative), "noise" (only the mean
+            square grows; not named with momentum), "nonlinear" (predicted to diverge without any of these) or "none".
         eigenvalue: Eigenvalue of D in that direction; without a growing one, the one nearest to growing.
         retain_curvature: vᵀH_R v there, preconditioned.
         forget_curvature: vᵀH_F v there.

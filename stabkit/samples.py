@@ -227,3 +227,41 @@ def _holds(held: Sequence[Tensor], one: Sequence[Tensor]) -> bool:
         few = torch.linspace(0, row.numel() - 1, min(FIRST_LOOKED_AT, row.numel()), device=row.device).long()
         rows = rows[(part[rows[:, None], few] == row[few]).all(1)]
     return any(all(bool((part[k] == row).all()) for part, row in zip(held, one, strict=True)) for k in rows.tolist())
+
+
+def checked_indices(samples: Samples, indices: Tensor | Sequence[int] | None, *, owner: str) -> Tensor:
+    """Which samples of a set are meant.
+
+    Args:
+        samples: The set.
+        indices: Whole numbers, shape (m,), m >= 1; all samples when None.
+        owner: Function or class they were given to, for messages.
+
+    Returns:
+        The indices, on the CPU.
+
+    Raises:
+        TypeError: If they are not numbers.
+        ValueError: If they are none, no whole numbers, or out of the set.
+    """
+    if indices is None:
+        return torch.arange(samples.size)
+    try:
+        found = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`indices` of `{owner}` must be whole numbers of shape (m,); got {type(indices).__name__}. {error}"
+        ) from error
+    if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool or found.numel() == 0:
+        remedy = " Of a mask take mask.nonzero().flatten()." if found.dtype == torch.bool else ""
+        raise ValueError(
+            f"`indices` of `{owner}` must be whole numbers of shape (m,), m >= 1; got {found.dtype} of shape "
+            f"{tuple(found.shape)}.{remedy}"
+        )
+    low, high = int(found.min()), int(found.max())
+    if low < 0 or high >= samples.size:
+        raise ValueError(
+            f"`indices` of `{owner}` must be in [0, {samples.size - 1}] for `{samples.name}`; got "
+            f"{low if low < 0 else high}."
+        )
+    return found.cpu()

@@ -76,7 +76,7 @@ def step_guess(measurement: Measurement) -> float:
         measurement: What was measured.
 
     Returns:
-        2(1+β)/λ_max(D) where that is finite; for AdamW, and where no curvature is positive, another of the same use.
+        `Thresholds.step_limit` where that is finite; for AdamW, and where no curvature is positive, another of the same use.
     """
     if measurement.algorithm.adaptive:
         # Not below what is asked about, which the scan is to reach past.

@@ -32,16 +32,19 @@ def advice(
     margin: float,
     *,
     sure: bool,
+    near: bool,
 ) -> tuple[str, ...]:
-    """What to do: a margin below the critical step size, and half the critical mix.
+    """What to do: a margin below the critical step size, and below the critical mix.
 
     Args:
         algorithm: The algorithm with its settings.
         lr_detail: The critical step size.
         mix_detail: The critical mix.
         probability: P(diverge) of the report.
-        margin: How far below the critical step size an advised one lies.
+        margin: How far below the critical step size an advised one lies, and an advised mix below the critical one.
         sure: Whether the report's confidence is high.
+        near: Whether the linearised network is right as far as the boundary, or real steps have been taken; elsewhere how a
+            smaller mix moves that boundary is not known.
 
     Returns:
         Sentences, what to do first first.
@@ -73,9 +76,10 @@ def advice(
             "linearisation says nothing to rely on: stay below, or predict with mode='thorough'."
         )
     if mix_detail.found and mix_detail.low > 0:
-        said.append(
-            f"Or keep step size {algorithm.lr:.3g} and lower the mix to {_two_digits(mix_detail.low / 2)} or less."
+        far = (
+            f" to {_two_digits(mix_detail.low / margin)} or less." if near else ": `report.recommend()` looks how far."
         )
+        said.append(f"Or keep step size {algorithm.lr:.3g} and lower the mix{far}")
     elif mix_detail.found:
         said.append(
             "At this step size no mix is safe, not even fine-tuning on the retain set: only a smaller step helps."

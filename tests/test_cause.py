@@ -154,6 +154,21 @@ def test_overshoot():
     assert below.mechanism == "none"
 
 
+def test_nesterovs_overshoot():
+    """It begins at 2(1+β)/((1+2β)λ), long before heavy-ball's."""
+    problem = linear_problem()
+    top = float(eigenvalues(problem, 0.0)[-1])
+    limit = stability.step_limit(top, momentum=0.9, nesterov=True)
+    assert limit < 1.5 / top
+    for factor, mechanism in ((1.3, "overshoot"), (0.9, "none")):
+        asked = FineTune(lr=factor * limit, steps=60, batch_size=20, momentum=0.9, nesterov=True)
+        cause, rolled, _, _ = found_for(problem, asked)
+        assert cause.mechanism == mechanism
+        assert (float(rolled.score[0, 0]) > 0) == (mechanism == "overshoot")
+        if mechanism == "overshoot":
+            assert cause.eigenvalue == pytest.approx(top, rel=1e-6)
+
+
 def test_ascent():
     problem = linear_problem()
     values = eigenvalues(problem, 0.9)

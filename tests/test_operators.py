@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,12 +19,16 @@ from stabkit.curvature import (
     GGNOperator,
     HessianOperator,
     MixedOperator,
+    PreconditionedOperator,
     RestrictedOperator,
+    curvature_gram,
     curvature_operator,
 )
+from stabkit.curvature.gradients import mean_gradient
 from stabkit.models import MLP, ResNet, VisionTransformer
+from stabkit.preconditioner import Diagonal
 from stabkit.problem import UnlearningProblem
-from tests.cases import CASES, compare_products, dense_ggn, dense_hessian, mean_loss
+from tests.cases import CASES, compare_products, dense_ggn, dense_hessian, mean_loss, problem_of
 
 RTOL = 1e-8
 CPU = torch.device("cpu")
@@ -384,6 +389,46 @@ def test_lstm_products_are_right_in_single_precision_too():
 
 
 # ------------------------------------------------------------------ combination
+
+
+@untrained
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        (torch.tensor([True] * 4 + [False] * 4), ValueError, r"got torch.bool of shape .*mask.nonzero\(\).flatten\(\)"),
+        (torch.empty(0, dtype=torch.int64), ValueError, r"shape \(m,\), m >= 1; got torch.int64 of shape \(0,\)"),
+        (torch.tensor([-1, 2]), ValueError, r"must be in \[0, \d+\] for `retain`; got -1"),
+        (torch.tensor([2, 10**6]), ValueError, "got 1000000"),
+        (torch.tensor([0.5]), ValueError, "must be whole numbers"),
+        (["a"], TypeError, "must be whole numbers of shape"),
+    ],
+)
+def test_samples_that_are_not_there_are_refused(indices, error, message):
+    """A mask was taken for samples and divided by its length; none gave NaN."""
+    problem = problem_of(0)
+    for ask in (
+        lambda: curvature_operator(problem, problem.retain, indices=indices),
+        lambda: mean_gradient(problem, problem.retain, indices=indices),
+        lambda: curvature_gram(problem, problem.retain, indices=indices),
+    ):
+        with pytest.raises(error, match=message):
+            ask()
+    some = curvature_operator(problem, problem.retain, indices=[1, 2])
+    chosen = curvature_operator(problem, problem.retain, indices=torch.tensor([1, 2]))
+    vector = torch.ones(problem.size, dtype=problem.dtype)
+    assert torch.equal(some @ vector, chosen @ vector)
+
+
+@untrained
+def test_what_operators_cannot_multiply_is_named():
+    problem, other = problem_of(0), problem_of(1)
+    operator = curvature_operator(problem, problem.retain)
+    with pytest.raises(TypeError, match=r"must get a tensor; got ndarray. For NumPy arrays take `to_scipy\(\)`"):
+        operator @ np.ones(problem.size)
+    with pytest.raises(ValueError, match="must be of one order; got"):
+        MixedOperator(operator, curvature_operator(other, other.forget), 0.5)
+    with pytest.raises(ValueError, match="`preconditioner` of `PreconditionedOperator` must have"):
+        PreconditionedOperator(operator, Diagonal(torch.ones(3, dtype=torch.float64)))
 
 
 @untrained

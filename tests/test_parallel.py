@@ -68,6 +68,43 @@ def other_weights(rank, ranks):
     return curvature_operator(problem, problem.retain, parallel=DataParallel(timeout=20))
 
 
+def problem_with(rank, what):
+    """One that differs on the second rank."""
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(20, 4, generator=g), torch.arange(20) % 3
+    order = torch.arange(13)
+    if rank == 1 and what == "order":
+        order = order.flip(0)
+    if rank == 1 and what == "number":
+        order = order[:9]
+    loss = "cross_entropy"
+    if rank == 1 and what == "loss":
+        loss = lambda outputs, targets: torch.nn.functional.cross_entropy(outputs, targets, reduction="none")  # noqa: E731
+    return UnlearningProblem(
+        MLP(4, 3, hidden=(6,), seed=0).double(), (x[:7], y[:7]), (x[7:][order], y[7:][order]), loss=loss
+    )
+
+
+def other_data(rank, ranks):
+    """What every mismatch is called."""
+    torch.set_num_threads(1)
+    said = {}
+    for what in ("order", "number", "loss", "set", "indices", "holds"):
+        problem = problem_with(rank, what)
+        odd = rank == 1
+        samples = problem.forget if what == "set" and odd else problem.retain
+        indices = torch.tensor([1, 3] if odd else [1, 2]) if what == "indices" else None
+        sharing = DataParallel(holds="shard" if what == "holds" and odd else "all", timeout=60)
+        try:
+            curvature_operator(problem, samples, indices=indices, parallel=sharing)
+            said[what] = "nothing"
+        except ValueError as error:
+            said[what] = str(error)
+        except KeyError as error:
+            said[what] = f"KeyError {error}"
+    return said
+
+
 def one_dies(rank, ranks):
     problem = problem_of()
     operator = curvature_operator(problem, problem.retain, parallel=DataParallel(timeout=3))
@@ -122,6 +159,21 @@ def launch(task, ranks, answers=None):
         for process in processes:
             process.join(timeout=20)
             process.kill()
+
+
+def test_ranks_with_other_data_are_refused():
+    """Products over some samples twice and over others not at all have no error of their own."""
+    for kind, said in launch(other_data, 2).values():
+        assert kind == "ok", said
+        for what, name in (
+            ("order", "samples"),
+            ("number", "number of samples"),
+            ("loss", "loss"),
+            ("set", "set"),
+            ("indices", "indices"),
+            ("holds", "holds"),
+        ):
+            assert f"all ranks must have the same {name}" in said[what], (what, said[what])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

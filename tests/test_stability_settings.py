@@ -161,6 +161,63 @@ def test_the_critical_step_with_momentum_is_where_growth_passes_the_bound(nester
         assert growth_of(dynamics, share * found, 50, how) <= math.log(100) + 1e-5
 
 
+@pytest.mark.parametrize(
+    "how", [Optimiser(momentum=1e-9), Optimiser(momentum=0.9), Optimiser(momentum=0.9, nesterov=True)]
+)
+@pytest.mark.parametrize(
+    ("steps", "growth", "mix"), [(10, 100.0, 0.0), (3, 2.0, 0.3), (2000, 2.0, 1.0), (10**5, 1.5, 1.0)]
+)
+def test_the_critical_step_with_momentum_may_lie_beyond_what_is_scanned(how, steps, growth, mix):
+    """Above, where few steps may grow much; and below, where slow ascent has many steps to grow in."""
+    full = problem("without_replacement", mix=mix, batch_sizes=(6, 4), rank=2)
+    found = critical_lr_within(full, steps, growth, optimiser=how)
+    assert 0 < found < math.inf
+    assert growth_of(full, found, steps, how) <= math.log(growth) + 1e-5
+    assert growth_of(full, found * 1.01, steps, how) > math.log(growth)
+    for share in np.geomspace(0.03, 0.99, 12):
+        assert growth_of(full, share * found, steps, how) <= math.log(growth) + 1e-5
+    if how.momentum < 1e-6:
+        assert found == pytest.approx(critical_lr_within(full, steps, growth), rel=2e-3)
+
+
+def test_adamw_with_a_still_second_moment_is_the_documented_optimiser():
+    """m⁺ = β₁m + (1-β₁)g, θ⁺ = θ - η(P m̂ + γθ), the bias correction left out: in coordinates where P is the identity."""
+    dynamics = problem("without_replacement", mix=0.3, batch_sizes=(6, 4), rank=2)
+    eta, beta, gamma = 0.05, 0.9, 0.4
+    anchor = torch.tensor([0.7, -1.3], dtype=torch.float64)
+    decaying = replace(
+        dynamics, weight_decay=gamma / (1 - beta), metric=torch.eye(2, dtype=torch.float64), anchor=anchor
+    )
+    how = Optimiser(momentum=beta, decoupled=True)
+    h, g = dynamics.mean_hessian(), dynamics.mean_gradient()
+    delta, m = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for step in range(1, 13):
+        m = beta * m + (1 - beta) * (h @ delta + g)
+        delta = delta - eta * (m + gamma * (delta + anchor))
+        found = moments(decaying, lr=eta * (1 - beta), steps=step, optimiser=how)
+        torch.testing.assert_close(found.mean, delta, rtol=1e-9, atol=1e-12)
+
+
+def test_arguments_of_growth_are_checked():
+    dynamics = problem("without_replacement", rank=2)
+    expected = mean_square(dynamics, 0.1).radius
+    assert (
+        mean_square(dynamics, np.array(0.1)).radius
+        == mean_square(dynamics, torch.tensor(0.1, dtype=torch.float64)).radius
+    )
+    assert mean_square(dynamics, np.array(0.1)).radius == pytest.approx(expected)
+    with pytest.raises(
+        ValueError, match="`lr` and `mix` of `mean_square` must hold at least one step's value; got none"
+    ):
+        mean_square(dynamics, [])
+    for ask in (
+        lambda: mean_square(dynamics, 0.1, tolerance=-1.0),
+        lambda: critical_lr_within(dynamics, 5, 2.0, optimiser=Optimiser(momentum=0.5), tolerance=0.0),
+    ):
+        with pytest.raises(ValueError, match=r"`tolerance` of `\w+` must be a finite number in \(0"):
+            ask()
+
+
 def test_a_critical_step_with_momentum_that_allows_no_growth():
     quiet = problem("without_replacement", mix=0.0, batch_sizes=(6, 4), rank=2)
     how = Optimiser(momentum=0.5)

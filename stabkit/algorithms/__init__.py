@@ -85,6 +85,12 @@ def resolve_algorithm(
             "Training from scratch ascends no loss and does not start at the trained model, so it is not predicted: call "
             "stabkit.retrain(problem, stabkit.FineTune(lr=0.1, steps=1000)) for such a model."
         )
+    of_class = {kind.__name__.lower(): name for name, kind in ALGORITHMS.items()}
+    if isinstance(algorithm, str) and algorithm not in ALGORITHMS and algorithm.lower() in of_class:
+        raise ValueError(
+            f"`algorithm` of `{owner}` must be one of {', '.join(map(repr, sorted(ALGORITHMS)))}; got {algorithm!r}. "
+            f"Did you mean {of_class[algorithm.lower()]!r}?"
+        )
     if isinstance(algorithm, str):
         algorithm = ALGORITHMS[check_choice(algorithm, name="algorithm", owner=owner, choices=ALGORITHMS)]()
     optimizer = settings.get("optimizer")

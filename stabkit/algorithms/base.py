@@ -537,6 +537,20 @@ class Algorithm(abc.ABC):
                 raise TypeError(f"`{type(self).__name__}` has no setting {key!r}; it has {', '.join(sorted(known))}.")
         return type(self)(**{**self.settings(), **changes})  # type: ignore[arg-type]
 
+    def turned_into(self, kind: type[Algorithm]) -> Algorithm:
+        """Another algorithm with what of the settings all have: steps, batches, schedules, optimiser.
+
+        Args:
+            kind: Its class.
+
+        Returns:
+            The algorithm; its mix is its own where it has but one.
+        """
+        shared = {f.name: getattr(self, f.name) for f in fields(Algorithm)}
+        if kind.fixed_mix:
+            del shared["mix"]
+        return kind(**shared)
+
     def shortened(self, steps: int) -> Algorithm | None:
         """The same run, ended after fewer steps: schedules keep the factors they begin with and are not squeezed.
 

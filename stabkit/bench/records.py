@@ -408,7 +408,7 @@ def _linear_theory(
     for j, mix in enumerate(mixes):
         here = dynamics.at(mix)
         largest = float(torch.linalg.eigvalsh(here.mean_hessian())[-1])
-        limits.append(stability.step_limit(largest / plain, momentum=algorithm.inertia))
+        limits.append(stability.step_limit(largest / plain, momentum=algorithm.inertia, nesterov=algorithm.nesterov))
         sigma = coherence(here.retain.thin(COHERENCE_SAMPLES), here.forget.thin(COHERENCE_SAMPLES), mix=mix).for_rule()
         rules[:, j] = [stability.coherence_rule(here, lr, sigma=sigma).diverges for lr in lrs]
     return growth, limits, rules

@@ -9,6 +9,7 @@ convolutions, and k times the memory.
 from __future__ import annotations
 
 import abc
+import hashlib
 import warnings
 from collections.abc import Callable
 
@@ -25,9 +26,10 @@ from stabkit.network import check_twice
 from stabkit.parallel import DataParallel
 from stabkit.precision import float32_by_default
 from stabkit.problem import Parameters, UnlearningProblem
-from stabkit.samples import Inputs, Samples
+from stabkit.samples import Inputs, Samples, checked_indices, tensors_of
 
 LARGEST_BATCH = 512
+MARKED = 16  # samples that ranks compare
 BatchProduct = Callable[[Tensor], Tensor]  # one vector (d,) -> one vector (d,), summed over the batch
 # Problem, function of the parameters, u -> J^T u, outputs; gives v -> Jv.
 Way = Callable[
@@ -68,12 +70,17 @@ class DataOperator(CurvatureOperator):
         super().__init__(problem.size, problem.dtype, problem.device)
         self._problem = problem
         self._samples = samples
-        self._indices = torch.arange(samples.size) if indices is None else indices
+        self._indices = checked_indices(samples, indices, owner=owner)
         self._parallel = parallel
         if parallel is not None:
-            self._indices = parallel.shard(self._indices)
+            whole = self._indices
+            self._indices = parallel.shard(whole)
             parallel.check_same(
                 operator=owner,
+                holds=parallel.holds,
+                set=samples.name,
+                loss=problem.loss.name,
+                **(_marks(samples, whole) if parallel.holds == "all" else {}),
                 **{"number of parameters": problem.size, "weights": float(problem.vector().double().square().sum())},
             )
         budget = memory_budget(memory, owner=owner, device=problem.device)
@@ -146,6 +153,19 @@ class DataOperator(CurvatureOperator):
         with saved_tensors_hooks(note, lambda tensor: tensor):
             _gradient_graph(self._problem, inputs, targets)
         return sum(held.values())
+
+
+def _marks(samples: Samples, indices: Tensor) -> dict[str, object]:
+    """What tells that two ranks hold the same samples in the same order, as far as a few of them tell."""
+    some = indices[torch.linspace(0, len(indices) - 1, min(MARKED, len(indices))).long()]
+    inputs, targets = samples.batch(some)
+    places = torch.arange(1, len(some) + 1, dtype=torch.float64)
+    sums = [float(t.cpu().double().reshape(len(some), -1).sum(1) @ places) for t in (*tensors_of(inputs), targets)]
+    return {
+        "number of samples": len(indices),
+        "indices": hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16],
+        "samples": sums,
+    }
 
 
 def _add(total: Tensor, graph: BatchProduct, block: Tensor) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from stabkit._memory import pass_bytes
+from stabkit._memory import is_out_of_memory, pass_bytes
 from stabkit.precision import float32_by_default
 from stabkit.problem import Parameters, UnlearningProblem
-from stabkit.samples import Inputs, Samples, map_tensors
+from stabkit.samples import Inputs, Samples, checked_indices, map_tensors
 
 GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients held at once, at least
 SQUARED_BYTES = 2**20  # of them, in double precision, that are squared at once, at least: they stay in a CPU's caches
@@ -31,6 +31,7 @@ def mean_gradient(problem: UnlearningProblem, samples: Samples, *, indices: Tens
     Returns:
         Vector of shape (d,) in the problem's dtype. Cost: one gradient a sample, in batches.
     """
+    indices = checked_indices(samples, indices, owner="mean_gradient")
     total = torch.zeros(problem.size, dtype=torch.float64, device=problem.device)
     for inputs, targets in samples.batches(MEAN_BATCH, indices):
         leaves = {name: p.detach().requires_grad_() for name, p in problem.parameters.items()}
@@ -38,7 +39,7 @@ def mean_gradient(problem: UnlearningProblem, samples: Samples, *, indices: Tens
             losses = problem.loss.per_sample(problem.outputs(leaves, inputs), targets)
             found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         total += problem.flatten(dict(zip(leaves, found, strict=True))).double()
-    return (total / (samples.size if indices is None else indices.numel())).to(problem.dtype)
+    return (total / indices.numel()).to(problem.dtype)
 
 
 def gradient_blocks(
@@ -59,6 +60,9 @@ def gradient_blocks(
     Yields:
         Gradients by parameter name, each of shape (b, *parameter), detached; at most 256 MiB of them, or one sample's,
         and more on an accelerator. Cost: one gradient a sample. What cannot be batched over samples goes one by one.
+
+    Raises:
+        RuntimeError: If memory runs out.
     """
 
     def single(parameters: Parameters, sample: Inputs, target: Tensor) -> Tensor:
@@ -77,7 +81,9 @@ def gradient_blocks(
         with float32_by_default():
             try:
                 gradients = per_sample(problem.parameters, inputs, targets)
-            except RuntimeError:
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 singles = [
                     grad(single)(problem.parameters, map_tensors(itemgetter(i), inputs), targets[i])
                     for i in range(targets.shape[0])

@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from stabkit._validate import check_real
-from stabkit.preconditioner import Preconditioner
+from stabkit.preconditioner import Diagonal, Preconditioner
 from stabkit.problem import UnlearningProblem
 
 
@@ -40,6 +40,11 @@ class CurvatureOperator(abc.ABC):
         """Product with a block (d, k)."""
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
+        if not isinstance(vectors, Tensor):
+            raise TypeError(
+                f"`{type(self).__name__}` @ vectors must get a tensor; got {type(vectors).__name__}. For NumPy arrays take "
+                "`to_scipy()`."
+            )
         if vectors.dim() not in {1, 2} or vectors.shape[0] != self.shape[0]:
             raise ValueError(
                 f"`{type(self).__name__}` @ vectors must get shape ({self.shape[0]},) or ({self.shape[0]}, k); got "
@@ -67,6 +72,11 @@ class MixedOperator(CurvatureOperator):
     """(1-α) H_R - α H_F, the matrix that governs the mean of a step (T3). Indefinite in general."""
 
     def __init__(self, retain: CurvatureOperator, forget: CurvatureOperator, mix: float) -> None:
+        if retain.shape != forget.shape:
+            raise ValueError(
+                f"`retain` and `forget` of `MixedOperator` must be of one order; got {retain.shape[0]} and "
+                f"{forget.shape[0]}."
+            )
         super().__init__(retain.shape[0], retain.dtype, retain.device)
         self.retain = retain
         self.forget = forget
@@ -86,6 +96,11 @@ class PreconditionedOperator(CurvatureOperator):
 
     def __init__(self, operator: CurvatureOperator, preconditioner: Preconditioner) -> None:
         super().__init__(operator.shape[0], operator.dtype, operator.device)
+        if isinstance(preconditioner, Diagonal) and preconditioner.diagonal.shape != (operator.shape[0],):
+            raise ValueError(
+                f"`preconditioner` of `PreconditionedOperator` must have {operator.shape[0]} entries, as the operator; got "
+                f"shape {tuple(preconditioner.diagonal.shape)}."
+            )
         self._operator = operator
         self._preconditioner = preconditioner
 

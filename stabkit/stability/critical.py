@@ -24,6 +24,7 @@ from stabkit.stability.mean_square import largest_eigenpair, mean_square, mean_s
 from stabkit.stability.optimiser import Optimiser
 
 ROUNDING = 1e-10  # what counts as zero beside D's largest eigenvalue
+BEYOND = 1.3  # from one step size to the next where the scanned ones hold no crossing
 SCANNED_DECADES = 4  # of step sizes below the one at which the mean overshoots
 SCANNED_LRS = 33
 SCANNED_MIXES = 41
@@ -79,7 +80,8 @@ def critical_lr_within(
     For any symmetric U, ρ(T_η) is at least ⟨U, T_η U⟩, a parabola in η that is 1 at η = 0. Its right crossing of the allowed
     rate is an upper bound, and the eigenmatrix found there gives the next parabola: a Newton iteration from above on a
     convex function, which therefore cannot miss. With momentum the step sizes over four decades below 2(1+β)/λ_max(D) are
-    scanned (less for Nesterov's), eight a decade, and the first crossing is bisected.
+    scanned (less for Nesterov's), eight a decade, and further up or down where the crossing is not among them; the first one
+    found is bisected.
 
     Args:
         dynamics: The linearised process.
@@ -97,11 +99,13 @@ def critical_lr_within(
     """
     check_int(steps, name="steps", owner="critical_lr_within", low=1)
     check_real(growth, name="growth", owner="critical_lr_within", low=1)
+    check_real(tolerance, name="tolerance", owner="critical_lr_within", low=0, low_open=True)
     if optimiser is not None and optimiser.momentum > 0:
-        return _scanned_lr(dynamics, optimiser, _excess(dynamics, steps, growth, optimiser), tolerance)
+        excess = _excess(dynamics, steps, growth, optimiser)
+        return _scanned_lr(dynamics, optimiser, excess, tolerance, some=growth > 1)
     if growth == 1:  # directions without curvature then hold ρ at 1, and the parabola through them says nothing
         return critical_lr_mean_square(dynamics)
-    excess = math.expm1(math.log(growth) / steps)
+    allowed = math.expm1(math.log(growth) / steps)
     d = dynamics.mean_hessian()
 
     def crossing(u: Tensor) -> float:
@@ -109,7 +113,7 @@ def critical_lr_within(
         bend = float((u * dynamics.quadratic(u)).sum())
         if bend <= 0:
             return math.inf
-        return max(0.0, (slope + math.sqrt(max(0.0, slope**2 + bend * excess))) / bend)
+        return max(0.0, (slope + math.sqrt(max(0.0, slope**2 + bend * allowed))) / bend)
 
     start = torch.eye(dynamics.rank, dtype=d.dtype, device=d.device) / math.sqrt(dynamics.rank)
     lr = crossing(start)
@@ -271,8 +275,10 @@ def _excess(dynamics: LinearDynamics, steps: int, growth: float, how: Optimiser)
     return excess
 
 
-def _scanned_lr(dynamics: LinearDynamics, how: Optimiser, excess: Callable[[float], float], tolerance: float) -> float:
-    """First crossing on a grid of step sizes, bisected."""
+def _scanned_lr(
+    dynamics: LinearDynamics, how: Optimiser, excess: Callable[[float], float], tolerance: float, *, some: bool
+) -> float:
+    """First crossing on a grid of step sizes, bisected; where `some` growth is allowed small enough steps always will do."""
     values = torch.linalg.eigvalsh(dynamics.mean_hessian())
     largest = float(values.abs().max())
     if largest == 0:
@@ -280,12 +286,23 @@ def _scanned_lr(dynamics: LinearDynamics, how: Optimiser, excess: Callable[[floa
     top = step_limit(largest, momentum=how.momentum, nesterov=how.nesterov)  # beyond it the mean overshoots
     grid = np.geomspace(top * 10.0**-SCANNED_DECADES, top * 1.01, SCANNED_LRS)
     crossed = next((i for i, lr in enumerate(grid) if excess(float(lr)) > 0), None)
-    if crossed is None:
-        return math.inf
-    if crossed == 0:
+    if crossed == 0 and not some:
         return 0.0
-    inside, outside = math.log(grid[crossed - 1]), math.log(grid[crossed])
-    return math.exp(_bisect(lambda x: excess(math.exp(x)), inside, outside, tolerance))
+    if crossed is None:  # above, where it is once steps are large enough: K·ln ρ grows without end
+        inside, outside = float(grid[-1]), BEYOND * float(grid[-1])
+        while excess(outside) <= 0:
+            inside, outside = outside, BEYOND * outside
+            if not math.isfinite(outside):
+                return math.inf
+    elif crossed == 0:  # below: what grows slowly takes the horizon's many steps
+        inside, outside = float(grid[0]) / BEYOND, float(grid[0])
+        while excess(inside) > 0:
+            inside, outside = inside / BEYOND, inside
+            if inside == 0:
+                return 0.0
+    else:
+        inside, outside = float(grid[crossed - 1]), float(grid[crossed])
+    return math.exp(_bisect(lambda x: excess(math.exp(x)), math.log(inside), math.log(outside), tolerance))
 
 
 def _bisect(excess: Callable[[float], float], inside: float, outside: float, tolerance: float) -> float:

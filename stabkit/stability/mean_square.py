@@ -15,9 +15,10 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from stabkit._validate import check_real
 from stabkit.stability.bounds import eigenvector_quotients
 from stabkit.stability.dynamics import LinearDynamics
-from stabkit.stability.optimiser import Optimiser, Step, planned_steps
+from stabkit.stability.optimiser import Optimiser, Step, is_scalar, planned_steps
 from stabkit.stability.pair import Pair, step_pair
 
 DENSE_RANK = 12  # up to here all r(r+1)/2 images are computed at once
@@ -86,8 +87,10 @@ def mean_square(
         TypeError: If an argument has the wrong type.
         ValueError: If one is out of its domain, or the step sizes and mixes of a cycle differ in number.
     """
-    lengths = [len(value) for value in (lr, mix) if isinstance(value, Sequence | np.ndarray | Tensor)]
-    cycle = max(lengths, default=1)
+    check_real(tolerance, name="tolerance", owner="mean_square", low=0, low_open=True)
+    cycle = max((len(value) for value in (lr, mix) if not is_scalar(value)), default=1)  # type: ignore[arg-type]
+    if cycle == 0:
+        raise ValueError("`lr` and `mix` of `mean_square` must hold at least one step's value; got none.")
     plan = list(planned_steps(dynamics, lr, mix, cycle, owner="mean_square"))
     how = optimiser or Optimiser()
     if cycle == 1 and how.momentum == 0:

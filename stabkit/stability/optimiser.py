@@ -16,7 +16,8 @@ class Optimiser:
     """v⁺ = βv + g and δ⁺ = δ - ηv⁺, with g = A δ + b: what torch.optim.SGD does without dampening.
 
     Adam whose second-moment estimate stands still is the same thing: P = diag(1/(√v̂ + ε)) (`frozen_adam`), β = β₁ and
-    η(1-β₁) as the step size, divided by 1-β₁^k in step k as long as that bias correction matters.
+    η(1-β₁) as the step size, divided by 1-β₁^k in step k as long as that bias correction matters. AdamW's decoupled decay is
+    multiplied by that step size here and by η there: give γ/(1-β₁), and leave bias correction out, which is none of its.
 
     Attributes:
         momentum: β in [0, 1).
@@ -111,24 +112,32 @@ def planned_steps(
     lrs = _sequence(lr, steps, name="lr", owner=owner)
     mixes = [dynamics.mix] * steps if mix is None else _sequence(mix, steps, name="mix", owner=owner)
     for place, value in enumerate(lrs):
-        name = "lr" if _is_scalar(lr) else f"lr[{place}]"
+        name = "lr" if is_scalar(lr) else f"lr[{place}]"
         # A pause, η_k = 0, is a step too; a run of nothing but pauses is none.
-        check_real(value, name=name, owner=owner, low=0, low_open=_is_scalar(lr))
+        check_real(value, name=name, owner=owner, low=0, low_open=is_scalar(lr))
     for place, value in enumerate(mixes):
-        check_real(value, name="mix" if _is_scalar(mix) else f"mix[{place}]", owner=owner, low=0, high=1)
+        check_real(value, name="mix" if is_scalar(mix) else f"mix[{place}]", owner=owner, low=0, high=1)
     known = {dynamics.mix: dynamics}
     for value in mixes:
         known.setdefault(float(value), dynamics.at(float(value)))
     return (Step(lr=float(eta), dynamics=known[float(alpha)]) for eta, alpha in zip(lrs, mixes, strict=True))
 
 
-def _is_scalar(value: object) -> bool:
+def is_scalar(value: object) -> bool:
+    """Whether a value is one for every step, a number or an array without an axis.
+
+    Args:
+        value: A number or a sequence.
+
+    Returns:
+        False for what has a length.
+    """
     return not hasattr(value, "__len__") or (hasattr(value, "ndim") and value.ndim == 0)
 
 
 def _sequence(value: float | Sequence[float], steps: int, *, name: str, owner: str) -> list[float]:
-    if _is_scalar(value):
-        return [value] * steps  # type: ignore[list-item]  # scalar
+    if is_scalar(value):
+        return [value.item() if hasattr(value, "item") else value] * steps  # type: ignore[list-item]  # scalar
     values = list(value)  # type: ignore[arg-type]  # a sequence
     if len(values) != steps:
         raise ValueError(

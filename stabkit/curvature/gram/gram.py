@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from stabkit._memory import memory_budget
+from stabkit._memory import is_out_of_memory, memory_budget
 from stabkit._progress import progress_bar
 from stabkit._rng import preserved_rng
 from stabkit._validate import check_choice, check_int
@@ -21,7 +21,7 @@ from stabkit.curvature.gram.plan import AUTOGRAD, Part, Plan, Unit, choose, pass
 from stabkit.precision import float32_by_default
 from stabkit.preconditioner import Diagonal, Identity, Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
-from stabkit.samples import Inputs, Samples, map_tensors
+from stabkit.samples import Inputs, Samples, checked_indices, map_tensors
 
 LARGEST_BATCH = 64
 OWNER = "curvature_gram"
@@ -205,9 +205,9 @@ class _Builder:
         plan = trace(self.problem, samples.batch(indices[:1])[0])
         try:
             matrix, planned, runs = self._run(plan)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # no batching rule, or control flow that depends on the data
+        except RuntimeError as error:  # no batching rule, or control flow that depends on the data
+            if is_out_of_memory(error):
+                raise
             matrix, planned, runs = self._run(plain(self.problem, plan.activations))
         used = {name: unit.method for unit in planned.units for name in unit.names}
         return Gram(
@@ -431,7 +431,7 @@ def _chosen_samples(
     """Each set with the indices of its samples."""
     if isinstance(sets, Samples):
         several: list[Samples] = [sets]
-        wanted = [indices if indices is None or isinstance(indices, Tensor) else torch.as_tensor(indices)]
+        wanted: list[Any] = [indices]
     else:
         several = list(sets)
         wanted = [None] * len(several) if indices is None else list(indices)
@@ -445,24 +445,7 @@ def _chosen_samples(
             f"`indices` of `{OWNER}` must have one entry per set, None for all its samples; got {len(wanted)} for "
             f"{len(several)} sets."
         )
-    return [(s, _checked(s, i)) for s, i in zip(several, wanted, strict=True)]
-
-
-def _checked(samples: Samples, indices: Tensor | None) -> Tensor:
-    if indices is None:
-        return torch.arange(samples.size)
-    if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool or indices.numel() == 0:
-        raise ValueError(
-            f"`indices` of `{OWNER}` must be whole numbers of shape (m,), m >= 1; got {indices.dtype} of shape "
-            f"{tuple(indices.shape)}."
-        )
-    low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= samples.size:
-        raise ValueError(
-            f"`indices` of `{OWNER}` must be in [0, {samples.size - 1}] for `{samples.name}`; got "
-            f"{low if low < 0 else high}."
-        )
-    return indices.cpu()
+    return [(s, checked_indices(s, i, owner=OWNER)) for s, i in zip(several, wanted, strict=True)]
 
 
 def _outputs_per_sample(problem: UnlearningProblem, chosen: list[tuple[Samples, Tensor]]) -> int:
