@@ -308,7 +308,8 @@ class Report(Shown, Stored):
         verdict: "stable", "marginal" or "diverges".
         probability: P(diverge) within the run's steps: the mean of what the rollouts say and of the probability that the
             critical step size is smaller than the run's (theory §7); the former alone where the scan found none, and with
-            one half for the latter beyond where the linearised network was found right.
+            one half for the latter beyond where the linearised network was found right. Maps make it rise with the step
+            size; reports of several step sizes need not.
         mode: "fast", "standard" or "thorough".
         divergence_step: Median predicted step of divergence; None where fewer than half of the seeds diverge.
         critical_lr: Smallest step size predicted to diverge at this mix; infinity if none was found in the scan.

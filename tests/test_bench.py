@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import stabkit.bench.verification as verification
+from benchmarks import algorithms
 from stabkit import bench
 from stabkit._serialise import dumps, from_plain, to_plain
-from stabkit.bench.cells import DATASETS, MODELS, prepared
+from stabkit.bench.cells import DATASETS, EPOCHS, MODELS, Cell, prepared
 from stabkit.cli import main
 
 NAME = "digits-mlp-class-graddiff"
@@ -530,3 +531,19 @@ def test_the_shipped_calibration_is_of_its_kind():
         assert kind in {"one", "far"} or set(shipped.cells) == known
     with pytest.raises(ValueError, match=r"`kind` of `calibration` must be one of .*; got 'two'"):
         calibration("two")
+
+
+def test_golds_of_the_algorithms_train_as_long_as_their_originals(monkeypatch):
+    """A gold of fewer epochs is one that any algorithm which harms the retain set comes near to."""
+
+    class TrainedError(Exception):
+        pass
+
+    def noted(*_, epochs, **__):
+        raise TrainedError(epochs)
+
+    monkeypatch.setitem(EPOCHS, "digits", 3)
+    monkeypatch.setattr(algorithms, "train", noted)
+    cell = Cell(dataset="digits", model="mlp", deletion="random10", algorithm="", steps=2)
+    with pytest.raises(TrainedError, match=r"^3$"):
+        algorithms.one(cell, 0, ())
