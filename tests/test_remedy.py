@@ -183,7 +183,7 @@ def test_another_algorithm_is_predicted_as_if_it_had_been_asked_about(mode, digi
         (stabkit.GradientAscent(lr=0.1, steps=40, momentum=0.5), ["graddiff", "npo"]),
         (stabkit.GradDiff(lr=0.3, mix=0.5, steps=40), ["npo"]),
     ):
-        report = stabkit.predict(digits_mlp, *class_deletion, algorithm=asked, mode=mode, rank=40, seeds=2)
+        report = stabkit.predict(digits_mlp, *class_deletion, algorithm=asked, mode=mode, **QUICK)
         assert report.verdict == "diverges"
         items = [item for item in report.recommend().items if item.remedy == "algorithm"]
         assert [item.algorithm for item in items] == names
@@ -192,7 +192,7 @@ def test_another_algorithm_is_predicted_as_if_it_had_been_asked_about(mode, digi
             assert (other.name, other.steps, other.momentum) == (item.algorithm, asked.steps, asked.momentum)
             assert other.mix == item.changes["mix"] <= asked.mix
             assert other.lr == item.changes.get("lr", asked.lr)
-            again = stabkit.predict(digits_mlp, *class_deletion, algorithm=other, mode=mode, rank=40, seeds=2)
+            again = stabkit.predict(digits_mlp, *class_deletion, algorithm=other, mode=mode, **QUICK)
             assert again.rollout.probability == pytest.approx(item.probability, abs=1e-3)
             if item.holds and mode == "thorough":  # one linearisation may be wrong about what it has not seen
                 assert not run(problem, other, seed=5).diverged
