@@ -179,7 +179,7 @@ def spectrum(store: Store, task: Task) -> dict[str, Any]:
 
 
 def predictions(store: Store, task: Task) -> dict[str, Any]:
-    """`predict` in every mode, a map of 400 settings both ways, and the run that they are about."""
+    """`predict` in two modes, a map of 400 settings both ways, and the run that they are about."""
     problem, device, scale = subject(store, task), store.device, task.scale
     model, sets = problem.new_model(), task.sets("random10")
     batch = min(PUBLISHED_BATCH, scale.batch)
@@ -215,7 +215,6 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
         ("predict_tf32", "standard", "tf32", sizes),
         ("predict_fast", "fast", "float32", own),
         ("predict_standard", "standard", "float32", sizes),
-        ("predict_thorough", "thorough", "float32", sizes),
     ):
         report, rows[name] = timed(
             lambda mode=mode, multiplied=multiplied, given=given: stabkit.predict(

@@ -432,9 +432,7 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: Iterable[di
         r |= entry["result"]
     if "run" in r:
         steps = r["run_steps"][0]
-        for mode in ("fast", "standard", "thorough"):
-            if f"predict_{mode}" not in r:  # of records from before it was timed
-                continue
+        for mode in ("fast", "standard"):
             rows.append((
                 f"predict, mode {mode}, against a run of {steps} steps",
                 _number(r[f"predict_{mode}"]),
