@@ -848,9 +848,8 @@ def main() -> None:
         "table\nmakes its result anew. `verify.md` has predictions against real runs over many cells (`stabkit bench "
         "verify`),\n`gpu/results.md` the experiments on a GPU, `gpu/reduced.md` the same jobs with narrow networks on "
         "a CPU. Speeds are ratios\nwithin one run, as absolute times depend on the machine.",
-        "The staged rollouts of `verify.md` went one look past a crossing. They go ten steps now, which of crossings among\n"
-        "the first ten steps, where looks are close, says more. Nor did they hold steps before a place against real ones,\n"
-        "as they do now: four steps and two small passes at most places that are looked at.",
+        "Some records of `verify.md`, which it names, are from before staged rollouts went ten steps past a crossing, and\n"
+        "not one look, and held the last steps before every place that they look at against real ones.",
     ]
     for name, section in (
         ("digits_grid.json", digits_grid),
