@@ -428,3 +428,9 @@ def test_one_stream_does_not_move_with_the_other():
     for _ in range(10):
         next(forget)
         assert torch.equal(next(retain), next(alone))
+
+
+def test_a_class_name_is_no_name_but_leads_to_it():
+    for kind, name in (("GradientAscent", "ga"), ("SFROn", "sfr_on"), ("finetune".title(), "finetune")):
+        with pytest.raises(ValueError, match=f"Did you mean '{name}'"):
+            resolve_algorithm(kind)

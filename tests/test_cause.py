@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,7 @@ from stabkit.preconditioner import Identity
 from stabkit.problem import UnlearningProblem
 from stabkit.rollout import rollout
 from stabkit.runner import run
+from stabkit.verdict import advice
 from tests.cases import CASES, dense_ggn, dense_hessian, dense_jacobian, dense_output_hessian
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
@@ -495,3 +497,22 @@ def test_a_run_that_goes_nowhere_has_no_error():
     rolled = rolled_out(network, FineTune(lr=0.01, steps=2))
     still = replace(rolled, coordinates=torch.zeros_like(rolled.coordinates))
     assert linearisation_errors(problem, network, still)[0] == 0
+
+
+# ------------------------------------------------------------------ advice
+
+
+def test_a_smaller_mix_is_advised_by_number_only_where_the_boundary_is_near(digits_mlp, class_deletion):
+    settings = {"lr": 0.3, "mix": 0.4, "steps": 40, "seeds": 2}
+    report = stabkit.predict(digits_mlp, *class_deletion, mode="thorough", **settings)
+    said = next(line for line in report.advice if "lower the mix" in line)
+    advised = float(re.search(r"lower the mix to ([\d.e-]+) or less", said).group(1))
+    assert advised < report.critical_mix_detail.low
+    assert report.at(mix=advised).rollout.probability <= 0.05
+    details = GradDiff(lr=0.3, mix=0.4), report.critical_lr_detail, report.critical_mix_detail
+    near, far = (advice(*details, 1.0, 4.0, sure=True, near=near) for near in (True, False))
+    said = next(line for line in near if "lower the mix" in line)
+    told = float(re.search(r"lower the mix to ([\d.e-]+) or less", said).group(1))
+    assert told == pytest.approx(report.critical_mix_detail.low / 4, rel=0.1)
+    assert told <= report.critical_mix_detail.low / 4
+    assert "Or keep step size 0.3 and lower the mix: `report.recommend()` looks how far." in far

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabkit.coherence import coherence
 from stabkit.curvature import SampleFactors, curvature_gram, linearise
+from stabkit.curvature.gram import gram as gram_file
 from stabkit.curvature.gram.calls import Tracer
 from stabkit.models import MLP, SmallCNN
 from stabkit.preconditioner import Diagonal, Identity, Preconditioner
@@ -572,3 +573,15 @@ def test_sets_of_different_lengths_have_no_joint_gram():
     problem = UnlearningProblem(model, (short, short), (long, long))
     with pytest.raises(ValueError, match=r"same number of outputs per sample; got \[15, 10\]"):
         curvature_gram(problem, (problem.retain, problem.forget))
+
+
+def test_memory_that_runs_out_is_no_missing_batching_rule(monkeypatch):
+    """A CPU says so by a RuntimeError; going on sample by sample would take it for another one."""
+
+    def out_of_memory(self, plan):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    problem = CASES[0].problem()
+    monkeypatch.setattr(gram_file._Builder, "_run", out_of_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        curvature_gram(problem, problem.retain)
