@@ -591,6 +591,15 @@ def test_products_are_timed_in_gradients(folder):
         assert 0.2 < found[name] < 50, name
 
 
+def test_what_is_compiled_is_the_same_gradient_and_the_same_product(folder, monkeypatch):
+    monkeypatch.setattr(speed, "COMPILER", "aot_eager")  # traces, and needs no C++ compiler
+    monkeypatch.setattr(speed, "STEP_BATCHES", (4,))
+    found = speed.compiled(Store(folder, "small", CPU), Task("resnet18", TINY, CPU))
+    for what in ("gradient", "hvp"):
+        assert found[f"compiled_{what}_4_difference"] < 1e-4
+        assert found[f"compiled_{what}_4"] > 0
+
+
 @pytest.mark.parametrize("part", ["predictions", "sfr_on", "spectrum", "exponents", "steps"])
 def test_what_else_is_timed_comes_out_as_numbers(folder, part):
     found = speed.PARTS[part](Store(folder, "small", CPU), Task("resnet18", TINY, CPU))

@@ -61,6 +61,7 @@ SPEED_MINUTES = {
     "precision": 0.3,
     "spectrum": 0.4,
     "steps": 0.3,
+    "compiled": 2.0,
 }
 WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes, where the call has it to itself
 WORKER_BYTES = 17e9  # that a job beside others takes at most: ResNet-18's cells took 16.5e9 of an H200's
@@ -116,6 +117,7 @@ def jobs() -> list[Job]:
         _cell("vit", "random10", "graddiff", mixes=1, optimizer="adamw"),
         _cell("resnet18", "random10", "graddiff", mixes=1, optimizer="adamw"),
         _cell("lm-gpt2", "people", "graddiff", mixes=1, optimizer="adamw"),
+        _speed("compiled"),
     ]
 
 

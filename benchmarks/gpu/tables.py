@@ -519,6 +519,7 @@ def _speed(kinds: dict[str, dict[str, Any]]) -> str:
         "sfr_on": "A fast prediction of SFR-on and its run, seconds",
         "exponents": "Layer exponents, seconds",
         "steps": "Steps of a run, milliseconds",
+        "compiled": "Compiled by torch.compile, in gradients that are not",
     }
 
     def again(kind: str, name: str) -> bool:
