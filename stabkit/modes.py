@@ -58,6 +58,7 @@ ROLLED_SETTINGS, THEORY_PRODUCTS, OPERATIONS_A_SECOND = 200, 300, 6e10
 # a step of one takes however small the network is, for each set it draws from: calls of small operations. Typical of one
 # core with a perceptron of 227 parameters and three seeds.
 ROLLOUTS, STEP_SECONDS = 6, 2e-4
+THEORY_SECONDS = 0.4  # of the searches for the theory's limits, however small the network is; typical of one core
 STAGED_SCAN = 8  # staged rollouts, one seed each, that find the critical step size, and as many the critical mix
 # Gradients times parameters up to which "auto" is thorough without being asked: a minute or two of one core, and of a GPU
 # that does a fifth of what an H200 does in runs of ResNet-18 (benchmarks/gpu). Own choice.
@@ -255,7 +256,7 @@ def estimate_cost(
         + ROLLED_SETTINGS * seeds * outputs * rank * rolled,
     }
     each_step = STEP_SECONDS * algorithm.steps * ((algorithm.mix < 1) + (algorithm.mix > 0))
-    small = {"rollouts and theory": ROLLOUTS * each_step}  # seconds of calls, whatever they compute
+    small = {"rollouts and theory": THEORY_SECONDS + ROLLOUTS * each_step}  # seconds of calls, whatever they compute
     if read.reading_gradients:
         gradients["reading"] = read.reading_gradients
     run = algorithm.steps * float(sum(algorithm.batch_sizes(problem)))
