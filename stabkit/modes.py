@@ -23,6 +23,7 @@ from stabkit.curvature import (
     forward_size,
     linearisation_cost,
     row_budget,
+    rows_kept,
     rows_pay,
 )
 from stabkit.curvature.dormant import SAMPLES
@@ -205,6 +206,9 @@ def estimate_cost(
     by_rows = outputs * problem.size * problem.dtype.itemsize <= row_budget(problem, outputs)
     landmarks = int(bool(algorithm.weight_decay))
     kept_whole = algorithm.adaptive or basis_fits(problem, sum(held) * outputs, settings.rank, landmarks=landmarks)
+    kept = 0.0  # vector by vector there are no rows to keep
+    if by_rows and not coupled and rows_pay(outputs, rank, size=problem.size, operations=passed):
+        kept = rows_kept(problem, sum(held), outputs, rank, landmarks=landmarks)
     linearisation = linearisation_cost(
         held,
         (problem.retain.size, problem.forget.size),
@@ -216,6 +220,7 @@ def estimate_cost(
         landmarks=landmarks,
         hold=kept_whole,
         products=1,
+        rows_kept=kept,
     )
     if algorithm.adaptive:
         rank = coordinate_count(settings, outputs)

@@ -205,6 +205,12 @@ def go_by_rows(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
     monkeypatch.setattr(jacobian_module, "forward_size", lambda *given: (known(*given)[0], 0))
 
 
+def forget_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have rows of the Jacobian computed anew for each product."""
+    keep = jacobian_module.ScaledJacobian.keep_rows
+    monkeypatch.setattr(jacobian_module.ScaledJacobian, "keep_rows", lambda self, first, memory: keep(self, first, 0))
+
+
 @functools.cache
 def problem_of(case: int) -> UnlearningProblem:
     """One case's problem, the same whenever it is asked for."""

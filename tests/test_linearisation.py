@@ -17,7 +17,7 @@ from stabkit.curvature.room import OVERSAMPLING
 from stabkit.models import MLP
 from stabkit.preconditioner import Diagonal, Identity
 from stabkit.problem import UnlearningProblem
-from tests.cases import CASES, TiedLanguageModel, dense_jacobian, go_by_rows
+from tests.cases import CASES, TiedLanguageModel, dense_jacobian, forget_rows, go_by_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::stabkit.UntrainedModelWarning")
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -274,7 +274,15 @@ def test_costs_are_those_of_the_passes_made(monkeypatch, counted, by_rows, rank,
     assert network.gradient_equivalents == pytest.approx(counted["derivatives"] + counted["forward"] / 3)
     width = rank + OVERSAMPLING
     by_columns = 2 * width + 11 + 2 * power_iterations * width
-    assert counted["derivatives"] == 31 * (4 * (1 + power_iterations) if by_rows else by_columns)
+    assert counted["derivatives"] == 31 * (2 if by_rows else by_columns)  # rows are kept
+    if by_rows:
+        forget_rows(monkeypatch)
+        again = counted["derivatives"]
+        other = linearise(
+            problem, Identity(), rank=rank, power_iterations=power_iterations, retain_samples=21, forget_samples=10
+        )
+        assert counted["derivatives"] - again == 31 * 4 * (1 + power_iterations)
+        assert other.gradient_equivalents == pytest.approx(31 * (4 * (1 + power_iterations) + 1 / 3))
 
 
 @pytest.mark.parametrize(
@@ -383,12 +391,17 @@ def test_few_samples_to_draw_from_save_as_much_as_is_said(monkeypatch, counted, 
     counted.update(derivatives=0, forward=0)
     network = linearise(problem, Identity(), sketch_samples=asked, **PART)
     drawn = max(asked, 28) + 15
-    both = 2 * (drawn + 135) if by_rows else (14 + 9) * drawn + (14 + 2) * 135
+    both = 2 * 135 if by_rows else (14 + 9) * drawn + (14 + 2) * 135
     assert counted["derivatives"] == both + 135 - drawn  # the last ones for the mean gradient alone
     assert network.gradient_equivalents == pytest.approx(counted["derivatives"] + counted["forward"] / 3)
     if by_rows:
-        told = linearisation_cost((120, 15), (285, 15), 2, 4, sketch_samples=asked)
+        told = linearisation_cost((120, 15), (285, 15), 2, 4, sketch_samples=asked, rows_kept=1e9)
         assert network.gradient_equivalents == pytest.approx(told)
+        forget_rows(monkeypatch)
+        told = linearisation_cost((120, 15), (285, 15), 2, 4, sketch_samples=asked)
+        other = linearise(problem, Identity(), sketch_samples=asked, **PART)
+        assert other.gradient_equivalents == pytest.approx(told)
+        assert other.gradient_equivalents == network.gradient_equivalents + 2 * drawn
 
 
 @pytest.mark.parametrize(("columns", "most"), [(False, 40), (True, 40), (True, 57)])
@@ -401,7 +414,9 @@ def test_what_a_rank_that_is_found_takes_is_told_for_the_largest(monkeypatch, co
     )
     assert network.rank == most
     outputs = 10**9 if columns else 2
-    told = linearisation_cost((60, 15), (285, 15), outputs, None, max_rank=most, sketch_samples=96)
+    told = linearisation_cost(
+        (60, 15), (285, 15), outputs, None, max_rank=most, sketch_samples=96, rows_kept=0 if columns else 75
+    )
     assert network.gradient_equivalents == pytest.approx(told)
 
 

@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,13 +183,89 @@ def test_a_killed_run_resumes_with_the_same_result(tmp_path, monkeypatch, passes
     settings = {**SETTINGS, "rank": None, "tolerance": 0.15} if growing else SETTINGS
     if growing is None:
         settings = {**SETTINGS, "rank": 2, "sketch_samples": 25}
-    whole = linearise(problem, p, **settings)
+    whole = linearise(problem, p, checkpoint=tmp_path / "whole.npz", **settings)
     with monkeypatch.context() as patch:
         killed_after(patch, problem, passes)
         with pytest.raises(KilledError):
             linearise(problem, p, checkpoint=path, checkpoint_every=1, **settings)
-    assert os.listdir(tmp_path) == ["state.npz"]
-    assert same(whole, linearise(problem, p, checkpoint=str(path), checkpoint_every=1, **settings))
+    assert sorted(os.listdir(tmp_path)) == ["state.npz", "whole.npz"]
+    resumed = linearise(problem, p, checkpoint=str(path), checkpoint_every=1, **settings)
+    assert same(whole, resumed)
+    quick = linearise(problem, p, **settings)  # keeps rows, which is a matter of cost alone
+    assert quick.gradient_equivalents < whole.gradient_equivalents if by_rows else same(whole, quick)
+    assert same(whole, replace(quick, gradient_equivalents=whole.gradient_equivalents))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("power_iterations", [0, 1])
+def test_rows_are_kept_as_far_as_they_fit_and_change_nothing(monkeypatch, share, power_iterations):
+    go_by_rows(monkeypatch, True)
+    monkeypatch.setattr(jacobian_module, "PRODUCT_BATCH", 4)
+    problem, asked = wide_problem(), {**SETTINGS, "rank": 2, "sketch_samples": 24, "power_iterations": power_iterations}
+    one = 2 * problem.size * 8  # bytes of a sample's two rows
+    kept, rows = [], jacobian_module.ScaledJacobian._rows
+
+    def watched(self, inputs, place):
+        found = rows(self, inputs, place)
+        kept.append((id(self), self._kept_bytes()))
+        return found
+
+    monkeypatch.setattr(jacobian_module.ScaledJacobian, "_rows", watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(room_module.Room, "spare", lambda self, rank: 0.0)
+        plain = linearise(problem, Identity(), **asked)
+    assert max(size for _, size in kept) == 0
+    kept.clear()
+    drawn = [24, 15] if power_iterations == 0 else [30, 15]  # with power iterations all that are held
+    monkeypatch.setattr(room_module.Room, "spare", lambda self, rank: share * sum(drawn) * one)
+    quick = linearise(problem, Identity(), **asked)
+    assert same(plain, replace(quick, gradient_equivalents=plain.gradient_equivalents))
+    most = [max(size for of, size in kept if of == which) for which in dict(kept)]
+    assert sum(most) <= share * sum(drawn) * one
+    walks = 1 + 2 * power_iterations  # after the first
+    assert plain.gradient_equivalents - quick.gradient_equivalents == 2 * walks * sum(most) / one
+    assert share == 0 or sum(most) > (share - 0.2) * sum(drawn) * one
+
+
+def test_kept_rows_are_let_go_of_where_memory_runs_out(monkeypatch):
+    go_by_rows(monkeypatch, True)
+    monkeypatch.setattr(jacobian_module, "PRODUCT_BATCH", 4)
+    problem, asked = wide_problem(), {**SETTINGS, "rank": 2, "power_iterations": 1}
+    plain = linearise(problem, Identity(), **asked)
+    rows, calls = jacobian_module.ScaledJacobian._rows, []
+
+    def failing(self, inputs, place):
+        if self._kept and len(calls) < 3 and place.start > 4:
+            calls.append(place)
+            raise torch.OutOfMemoryError("out of memory")
+        return rows(self, inputs, place)
+
+    monkeypatch.setattr(jacobian_module.ScaledJacobian, "_rows", failing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # batches are as large as before
+        found = linearise(problem, Identity(), **asked)
+    assert calls
+    assert found.gradient_equivalents > plain.gradient_equivalents
+    assert same(plain, replace(found, gradient_equivalents=plain.gradient_equivalents))
+
+
+def test_a_budget_of_memory_is_kept_with_the_rows(monkeypatch):
+    go_by_rows(monkeypatch, True)
+    problem = wide_problem()
+    given, keep = [], ScaledJacobian.keep_rows
+
+    def watched(self, first, memory):
+        given.append(memory)
+        keep(self, first, memory)
+
+    monkeypatch.setattr(ScaledJacobian, "keep_rows", watched)
+    rows = 2 * 50
+    needed = 2 * (problem.size + rows) * 8 * (12 + 10 + room_module.EXTRA)
+    for budget in (4 * needed // 3 + 8, 3 * needed):
+        given.clear()
+        linearise(problem, Identity(), memory=budget, **{**SETTINGS, "retain_samples": None})
+        assert sum(given) <= budget - budget // 4 - needed + 1 or sum(given) == 0
+    assert sum(given) > 0
 
 
 def test_a_resumed_run_repeats_no_more_than_it_says(tmp_path, monkeypatch):

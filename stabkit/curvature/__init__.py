@@ -29,7 +29,7 @@ from stabkit.curvature.operators import (
     PreconditionedOperator,
     RestrictedOperator,
 )
-from stabkit.curvature.room import basis_fits, linearisation_cost
+from stabkit.curvature.room import basis_fits, linearisation_cost, rows_kept
 
 __all__ = [
     "COPIES",
@@ -58,6 +58,7 @@ __all__ = [
     "linearise",
     "ritz_residuals",
     "row_budget",
+    "rows_kept",
     "rows_pay",
     "sample_coordinates",
 ]

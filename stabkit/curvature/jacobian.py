@@ -219,6 +219,7 @@ class ScaledJacobian:
         outputs_per_sample: O.
         batch_size: Samples of a pass at most; halved for good where memory runs out, unless batches are coupled.
         counted: Outputs whose rows are to count, booleans of shape (m, O), the others' being taken for zero; all when None.
+        reused: Samples that a product took kept rows of, counted once for each product.
     """
 
     def __init__(
@@ -249,6 +250,9 @@ class ScaledJacobian:
         self._indices = indices
         self._preconditioner = preconditioner
         self.counted: Tensor | None = None
+        self.reused = 0
+        self._kept: dict[int, Tensor] = {}  # rows by the first sample of their batch
+        self._keep_bytes = self._keep_until = 0
         first, _ = samples.batch(indices[:1])
         self.outputs_per_sample, self._operations = forward_size(problem, first)
         rows = row_budget(problem, self.outputs_per_sample)
@@ -279,6 +283,17 @@ class ScaledJacobian:
             It, or the end of the coupled batch that it falls into; m at most.
         """
         return min([end for end in self._ends if end >= count] or [min(count, len(self))])
+
+    def keep_rows(self, first: int, memory: float) -> None:
+        """Keep rows of J from one product to the next, where products go by rows.
+
+        Args:
+            first: Of how many of the first samples; a batch of rows ends there, whether they are kept or not.
+            memory: Bytes that kept rows may take; what is kept beyond them is let go.
+        """
+        self._keep_until, self._keep_bytes = first, int(memory)
+        while self._kept and self._kept_bytes() > self._keep_bytes:
+            self._kept.popitem()
 
     def __matmul__(self, block: Tensor) -> Tensor:
         return torch.cat([part for _, part in self.images(block)])
@@ -328,7 +343,7 @@ class ScaledJacobian:
 
         def image(inputs: Inputs, place: slice) -> Tensor:
             if self.by_rows(block.shape[1]):
-                moved = jacobian_rows(self._problem, inputs) @ scaled
+                moved = self._rows(inputs, place) @ scaled
             else:
                 moved = jvp_block(self._problem, inputs, scaled, at_once=self._at_once, coupled=self._coupled)[1]
             return moved if self.counted is None else moved * self.counted[place].unsqueeze(-1)
@@ -379,7 +394,7 @@ class ScaledJacobian:
             if self.counted is not None:
                 chosen = chosen * self.counted[place].unsqueeze(-1)
             if self.by_rows(cotangents.shape[2]):
-                rows = jacobian_rows(self._problem, inputs)
+                rows = self._rows(inputs, place)
                 total.addmm_(rows.flatten(0, 1).T, chosen.flatten(0, 1))
             else:
                 total.add_(vjp_block(self._problem, inputs, chosen, at_once=self._at_once, coupled=self._coupled))
@@ -415,6 +430,22 @@ class ScaledJacobian:
         fits = self._row_bytes() <= self._row_budget
         return not self._coupled and self.outputs_per_sample < vectors and fits
 
+    def _rows(self, inputs: Inputs, place: slice) -> Tensor:
+        """Rows of one batch, kept ones where there are any, and kept where they are to be."""
+        kept = self._kept.get(place.start)
+        if kept is not None and len(kept) == place.stop - place.start:
+            self.reused += len(kept)
+            return kept
+        rows = jacobian_rows(self._problem, inputs)
+        size = rows.numel() * rows.element_size()
+        if place.stop <= self._keep_until and kept is None and self._kept_bytes() + size <= self._keep_bytes:
+            self._kept[place.start] = rows
+        return rows
+
+    def _kept_bytes(self) -> int:
+        """Size of all kept rows."""
+        return sum(rows.numel() * rows.element_size() for rows in self._kept.values())
+
     def _row_bytes(self) -> int:
         """Size of one sample's rows."""
         return self.outputs_per_sample * self._problem.size * self._problem.dtype.itemsize
@@ -437,6 +468,8 @@ class ScaledJacobian:
                 size = next(end for end in self._ends if end > start) - start
             if by_rows:
                 size = max(1, min(size, self._row_budget // (2 * self._row_bytes())))
+                if start < self._keep_until:  # the same batches with rows that are kept as without
+                    size = min(size, self._keep_until - start)
             place = slice(start, start + size)
             try:
                 inputs, _ = self._samples.batch(self._indices[place])
@@ -444,7 +477,7 @@ class ScaledJacobian:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if (self._at_once if self._coupled else size) == 1:
+                if not self._kept and (self._at_once if self._coupled else size) == 1:
                     least = f"one vector and {size} samples" if self._coupled else "one sample"
                     raise MemoryError(
                         f"a product of {vectors} vectors with the Jacobian ran out of memory with {least} at a time. "
@@ -455,6 +488,9 @@ class ScaledJacobian:
                 yield start, value
                 continue
             # Outside the handler, so that the failed pass's tensors are gone before the next one starts.
+            if self._kept:  # these can be had again
+                self.keep_rows(self._keep_until, 0)
+                continue
             if self._coupled:
                 self._at_once = max(1, min(self._at_once, vectors) // 2)
                 left = f"{self._at_once} vectors"

@@ -237,6 +237,9 @@ def linearise(
 
         while True:
             width = room.width(asked)
+            if store is None:  # a resumed run, which has no rows, is to cost what an uninterrupted one does
+                for jacobian, drawn in zip(jacobians, drawn_from, strict=True):
+                    jacobian.keep_rows(drawn, room.spare(asked) * drawn / sum(drawn_from))
             steps = _one_by_one(sketch.grow(asked, width, save, checkpoint_every))
             label = f"{OWNER}, rank {asked}"
             for _ in progress_bar(steps, label, progress, total=sketch.samples_to_walk(width)):
@@ -255,6 +258,8 @@ def linearise(
                 )
                 break
             asked = further
+        for jacobian in jacobians:
+            jacobian.keep_rows(0, 0)
 
     leading = rotation.shape[1]
     if beside.shape[1]:

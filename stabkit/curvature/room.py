@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stabkit._memory import free_memory
+from stabkit._memory import free_memory, pass_bytes
 from stabkit.curvature.sketch import OWN, PROBES
 from stabkit.problem import UnlearningProblem
 
@@ -27,6 +27,7 @@ def linearisation_cost(
     landmarks: int = 0,
     hold: bool = True,
     products: int = 0,
+    rows_kept: float = 0.0,
 ) -> float:
     """What `linearise` takes without power iterations.
 
@@ -42,6 +43,7 @@ def linearisation_cost(
         landmarks: How many there are.
         hold: Whether the basis is held, which a rank that is found needs.
         products: Where it is not, metrics to find besides VᵀV: for a P that is not the identity, and for factors.
+        rows_kept: Samples whose rows are kept from one product to the next, where products go by rows.
 
     Returns:
         Per-sample gradients: two walks for each block of directions, by rows or by vectors where those are fewer, the mean
@@ -63,10 +65,11 @@ def linearisation_cost(
     total = sum(samples) - sum(drawn) + sum(samples) * passes / 3
     for place, block in enumerate(blocks):
         vectors = block + (0 if place else OVERSAMPLING)
-        pulled, pushed = vectors + (0 if place else OWN), vectors + (0 if place else 2 + landmarks)
-        if batch_sizes is None:
-            pulled, pushed = min(outputs, pulled), min(outputs, pushed)
-        total += sum(drawn) * pulled + sum(samples) * pushed
+        walks = (sum(drawn), vectors + (0 if place else OWN)), (sum(samples), vectors + (0 if place else 2 + landmarks))
+        for walk, (met, columns) in enumerate(walks):
+            by_rows = batch_sizes is None and outputs < columns
+            again = min(rows_kept, sum(drawn)) if by_rows and (place or walk) else 0.0  # their rows are there already
+            total += (met - again) * (outputs if by_rows else columns)
     return total
 
 
@@ -99,6 +102,23 @@ def basis_fits(problem: UnlearningProblem, rows: int, rank: int | None, *, landm
     return rank is None or Room(problem, rows, None, beside=EXTRA + landmarks).holds(rank)
 
 
+def rows_kept(problem: UnlearningProblem, samples: int, outputs: int, rank: int, *, landmarks: int = 0) -> float:
+    """Of how many samples `linearise` keeps the rows of J from one product to the next, when it is given no memory.
+
+    Args:
+        problem: The unlearning problem.
+        samples: Samples to linearise, of both sets.
+        outputs: Outputs O of each.
+        rank: Directions.
+        landmarks: How many there are.
+
+    Returns:
+        As many as fit into the memory, whether or not there are so many.
+    """
+    room = Room(problem, samples * outputs, None, beside=EXTRA + landmarks)
+    return room.spare(rank) / (outputs * problem.size * problem.dtype.itemsize)
+
+
 def holds_basis(room: Room, rank: int, asked: bool | None, *, needed: bool) -> bool:
     """Whether to hold the basis."""
     if asked is False and needed:
@@ -115,6 +135,8 @@ class Room:
     def __init__(self, problem: UnlearningProblem, rows: int, budget: int | None, *, beside: int) -> None:
         self._beside = beside  # columns that are not Gaussian
         self._full = min(rows, problem.size)
+        self._given = budget is not None
+        self._for_rows = float(pass_bytes(0, problem.device, wanted=2**62))  # an eighth of the memory
         self._column = 2 * (problem.size + rows) * problem.dtype.itemsize  # each is there as it was and as it becomes
         self._bytes = float(free_memory(problem.device))
         if budget is not None:
@@ -127,6 +149,11 @@ class Room:
     def holds(self, rank: int) -> bool:
         """Whether the memory suffices for a rank."""
         return self._column * (self.width(rank) + self._beside) <= self._bytes
+
+    def spare(self, rank: int) -> float:
+        """Bytes beside a rank's basis and features for rows of J: half of them, or all that a budget leaves."""
+        left = self._bytes - self._column * (self.width(rank) + self._beside)
+        return max(0.0, left if self._given else min(left / 2, self._for_rows))
 
     def check(self, rank: int, memory: int | str | None) -> None:
         """Refuse a rank for which it does not."""

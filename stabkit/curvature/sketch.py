@@ -231,10 +231,12 @@ class RowSketch:
 
     def _through(self, walk: Iterator[int], samples: int, columns: int) -> Iterator[int]:
         """Follow a walk over so many of the set's samples, noting the place."""
+        jacobian = self._jacobians[self._set]
+        before = jacobian.reused
         for done in walk:
             count, self._sample = done - self._sample, done
             yield count
-        self.gradients += samples * self._jacobians[self._set].passes(columns)
+        self.gradients += (samples - (jacobian.reused - before)) * jacobian.passes(columns)
 
     def _cotangents(self) -> list[Tensor]:
         """What the pull at hand pulls back, (m, O, k) of either set: drawn at first, then the orthonormalised images."""
