@@ -37,7 +37,8 @@ from stabkit.spectrum import Eigenpairs, affordable_basis, extreme_eigenpairs
 COHERENCE_SAMPLES = 256  # of each set, and fewer where their factors have more rows in all than the next number
 COHERENCE_ROWS, THEORY_ROWS, FEWEST_SAMPLES = 2**12, 2**14, 16
 MOST_DIRECTIONS = 400  # of a rank that is found: what the theory's maps cost grows with its square
-# Settings that no measurement depends on.
+# Of a product with a graph that is kept and took a gradient more; typical of convolutions (benchmarks/curvature.py).
+PRODUCT_GRADIENTS = {"hessian": 2.5, "ggn": 1.5}
 # What PyTorch says of layers that lack a derivative which a prediction takes.
 UNDIFFERENTIABLE = (
     "derivative for",
@@ -54,6 +55,7 @@ COORDINATES, COORDINATES_OF_STAGED = 8, 1
 # many samples at least.
 COORDINATE_ENTRIES, COORDINATE_ROWS, FEWEST_ROLLED = 2**17, 2**15, 64
 SECOND_MOMENT_READS = frozenset({"batch_size", "forget_batch_size", "sampling"})  # and the mix
+# Settings that no measurement depends on.
 FREE_SETTINGS = frozenset({
     "lr",
     "steps",
@@ -460,6 +462,9 @@ def _spectrum(
         )
         return retain, forget
 
+    def spent(pair: Sequence[PreconditionedOperator]) -> float:
+        return sum(products_cost(settings.curvature, o.products, i.numel()) for o, i in zip(pair, indices, strict=True))
+
     retain, forget = operators()
     mixed = MixedOperator(retain, forget, mix)
     # One vector at a time: of as many products, a Krylov space of one start reaches twice the degree. The tolerance is a
@@ -472,7 +477,7 @@ def _spectrum(
         with arithmetic("float32"):
             others = operators()
             exact = MixedOperator(*others, mix) @ v
-        gradients = _gradients(others, indices)
+        gradients = spent(others)
         error = float((mixed @ v - exact).double().norm() / exact.double().norm())
     vectors = pairs.vectors.to(problem.device, problem.dtype)
     # The quotient of the set that weighs less is measured, the other one follows from λ = (1-α) vᵀH_R v - α vᵀH_F v.
@@ -482,13 +487,22 @@ def _spectrum(
         (pairs.values + mix * measured) / (1 - mix) if mix <= 0.5 else ((1 - mix) * measured - pairs.values) / mix
     )
     quotients = (measured, followed) if mix > 0.5 else (followed, measured)
-    gradients += _gradients((retain, forget), indices)
+    gradients += spent((retain, forget))
     return Spectrum(pairs=pairs, retain=quotients[0], forget=quotients[1], tf32_error=error), gradients
 
 
-def _gradients(operators: Sequence[PreconditionedOperator], indices: Sequence[Tensor]) -> float:
-    """What both operators' products have taken, in per-sample gradients."""
-    return 2.0 * sum(o.products * i.numel() for o, i in zip(operators, indices, strict=True))
+def products_cost(curvature: str, products: int, samples: int) -> float:
+    """What products with the curvature of some samples take.
+
+    Args:
+        curvature: "hessian" or "ggn".
+        products: How many.
+        samples: Of how many samples.
+
+    Returns:
+        Per-sample gradients, of graphs that are kept.
+    """
+    return (1 + PRODUCT_GRADIENTS[curvature] * products) * samples if products else 0.0
 
 
 def _layers(problem: UnlearningProblem, algorithm: Algorithm) -> tuple[LayerGate, ...]:

@@ -36,13 +36,13 @@ from stabkit.measure import (
     MeasureSettings,
     coordinate_count,
     coordinate_samples,
+    products_cost,
 )
 from stabkit.problem import UnlearningProblem
 from stabkit.report import Cost
 from stabkit.runner import check_steps
 from stabkit.staged import PATH_STEPS
 
-HVP_GRADIENTS = 2.5  # of a Hessian-vector product, benchmarks/curvature.py
 SPECTRUM_PRODUCTS = 14  # that the two extreme eigenpairs take, with the quotients; typical, not a bound
 CHECKING = "checking the problem"  # the stage before all others
 # What a staged rollout of one seed takes beside its first steps: a share of the run for real, with the looks there, and
@@ -229,7 +229,7 @@ def estimate_cost(
     gradients = {
         CHECKING: problem.checking_gradients,
         "preconditioner": algorithm.preconditioner_cost(problem),
-        "spectrum": HVP_GRADIENTS * SPECTRUM_PRODUCTS * watched,
+        "spectrum": products_cost(settings.curvature, SPECTRUM_PRODUCTS, watched),
         "linearisation": linearisation,
         "coherence": 0.0,
         "rollouts and theory": sum(held) / 3 * (1 if settings.staged or algorithm.adaptive else 2),

@@ -289,21 +289,22 @@ def test_algorithms_without_a_preconditioner_share_a_linearisation():
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
 @pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
 def test_products_with_the_curvature_are_counted_sample_by_sample(monkeypatch, kind, mix):
-    """Two gradients a product and sample, over the samples that each product walked."""
-    walked = 0
+    """So many gradients a product and sample, over the samples that each product walked, and one a sample for its graph."""
+    walked, each, graphs = 0, {"hessian": 2.5, "ggn": 1.5}[kind], {}
     cls = HessianOperator if kind == "hessian" else GGNOperator
     product = cls._matmat
 
     def counted(self, block):
         nonlocal walked
         walked += block.shape[1] * self._indices.numel()
+        graphs[id(self)] = self._indices.numel()
         return product(self, block)
 
     monkeypatch.setattr(cls, "_matmat", counted)
     algorithm = AGU(mix=mix)
     found = measure(problem_of(0), algorithm, replace(SMALL, curvature=kind))
     costs = costs_of(found)
-    assert costs["spectrum"] == 2 * walked > 0
+    assert costs["spectrum"] == each * walked + sum(graphs.values()) > 0
     assert costs["preconditioner"] == 6  # one gradient a forget sample
     assert costs["linearisation"] == found.network.gradient_equivalents > 0
     assert costs["coherence"] == costs["layer exponents"] == 0
