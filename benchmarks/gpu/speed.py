@@ -21,6 +21,7 @@ import torch.compiler.config
 from torch import Tensor, nn
 
 import stabkit
+from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.store import Store, timed
 from benchmarks.gpu.tasks import Task
 from benchmarks.gpu.unlearning import PUBLISHED_BATCH, problem_of
@@ -32,7 +33,7 @@ from stabkit.measure import measure
 from stabkit.modes import MODES, Sizes
 from stabkit.precision import arithmetic
 from stabkit.problem import Parameters, UnlearningProblem
-from stabkit.runner import run
+from stabkit.runner import RunResult, run
 from stabkit.spectrum import extreme_eigenpairs
 from stabkit.stability import LinearDynamics, stability_map
 
@@ -186,13 +187,13 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
     model, sets = problem.new_model(), task.sets("random10")
     batch = min(PUBLISHED_BATCH, scale.batch)
     plain = GradDiff(mix=0.2, batch_size=batch)
-    sizes = dict(scale.measured[task.name])
     rows: dict[str, Any] = {"kind": "predictions", "run_steps": list(scale.run_steps)}
 
     given = {key: value for key, value in scale.linearised.items() if key != "seeds"}
     settings = Sizes(**given).settings(MODES["standard"], curvature="hessian", seed=0)
     shortest = plain.replace(steps=scale.run_steps[0])
     measurement, rows["measure"] = timed(lambda: measure(problem, shortest, settings), device)
+    rows["measure_gradients"] = sum(cost.gradient_equivalents for cost in measurement.costs)
     rows["measure_stages"] = {cost.stage: cost.seconds for cost in measurement.costs}
     rows["captured"] = measurement.network.captured
     sizes_of_batches = shortest.batch_sizes(problem)
@@ -211,16 +212,14 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
         sampling=shortest.sampling,
     )
     _, rows["map_of_400_exact"] = timed(lambda: stability_map(dynamics, {"lr": lrs, "mix": mixes}), device)
-    sizes.pop("precision", None)
-    own = dict(scale.linearised) or {"seeds": sizes["seeds"]}
-    for name, mode, multiplied, given in (
-        ("predict_tf32", "standard", "tf32", sizes),
-        ("predict_fast", "fast", "float32", own),
-        ("predict_standard", "standard", "float32", sizes),
+    for name, mode, multiplied in (
+        ("predict_tf32", "standard", "tf32"),
+        ("predict_fast", "fast", "float32"),
+        ("predict_standard", "standard", "float32"),
     ):
         report, rows[name] = timed(
-            lambda mode=mode, multiplied=multiplied, given=given: stabkit.predict(
-                model, sets.forget, sets.retain, algorithm=shortest, mode=mode, precision=multiplied, **given
+            lambda mode=mode, multiplied=multiplied: stabkit.predict(
+                model, sets.forget, sets.retain, algorithm=shortest, mode=mode, precision=multiplied, **_own(task)
             ),
             device,
         )
@@ -229,8 +228,18 @@ def predictions(store: Store, task: Task) -> dict[str, Any]:
         rows[f"{name}_stages"] = {cost.stage: cost.seconds for cost in report.costs}
     safe = 0.1 * min(report.critical_lr, report.thresholds.step_limit)
     result, rows["run"] = timed(lambda: run(problem, shortest.replace(lr=safe), monitor_samples=scale.watched), device)
-    rows["run_gradients"], rows["run_diverged"] = result.gradient_equivalents, result.diverged
+    rows["run_gradients"], rows["run_diverged"] = _of_steps(result, scale), result.diverged
     return rows
+
+
+def _own(task: Task) -> dict[str, Any]:
+    """What a timed prediction is given: its mode's own sizes and the seeds of the cells, or tiny sizes."""
+    return dict(task.scale.linearised) or {"seeds": task.scale.measured[task.name]["seeds"]}
+
+
+def _of_steps(result: RunResult, scale: Scale) -> float:
+    """Gradients of a run's steps alone, without its looks, which a loop of one's own would not take."""
+    return result.gradient_equivalents - len(result.trajectory) * 2 * scale.watched / 3
 
 
 def sfr_on(store: Store, task: Task) -> dict[str, Any]:
@@ -238,17 +247,17 @@ def sfr_on(store: Store, task: Task) -> dict[str, Any]:
     problem, device, scale = subject(store, task), store.device, task.scale
     model, sets = problem.new_model(), task.sets("random10")
     plain = SFROn(steps=scale.run_steps[1], batch_size=min(PUBLISHED_BATCH, scale.batch))
-    own = dict(scale.linearised) or {"seeds": scale.measured[task.name]["seeds"]}
     rows: dict[str, Any] = {"kind": "sfr_on", "sfr_on_steps": plain.steps}
     report, rows["predict_sfr_on"] = timed(
-        lambda: stabkit.predict(model, sets.forget, sets.retain, algorithm=plain, mode="fast", **own), device
+        lambda: stabkit.predict(model, sets.forget, sets.retain, algorithm=plain, mode="fast", **_own(task)), device
     )
     # A run that does not break, and so takes all of its steps.
     safe = plain.replace(lr=0.1 * min(report.critical_lr, report.thresholds.step_limit))
     result, rows["run_sfr_on"] = timed(
         lambda: run(problem, safe, preconditioner=report.preconditioner, monitor_samples=scale.watched), device
     )
-    rows["run_sfr_on_gradients"], rows["run_sfr_on_diverged"] = result.gradient_equivalents, result.diverged
+    rows["run_sfr_on_gradients"], rows["run_sfr_on_diverged"] = _of_steps(result, scale), result.diverged
+    rows["run_sfr_on_seconds_a_gradient"] = rows["run_sfr_on"] / result.gradient_equivalents
     rows["predict_sfr_on_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
     rows["predict_sfr_on_mask_gradients"] = sum(
         cost.gradient_equivalents for cost in report.costs if cost.stage == "preconditioner"
@@ -375,7 +384,8 @@ def steps(store: Store, task: Task) -> dict[str, Any]:
 def compiled(store: Store, task: Task) -> dict[str, Any]:
     """Gradients and Hessian products by torch.compile beside those of runs and of eigenpairs, in gradients of runs.
 
-    Runs take theirs by autograd, eigenpairs multiply with a graph of autograd's that is kept; neither is what is compiled.
+    Runs take theirs by autograd, eigenpairs multiply with a graph of autograd's that is kept; neither is what is compiled,
+    which goes through the passes of the gradient with each product, as one whose graph is not kept does.
     """
     uncached = torch.compiler.config.patch(force_disable_caches=True)  # each compiles as for the first time
     with arithmetic("float32"), uncached:
@@ -419,6 +429,9 @@ def _compiled(store: Store, task: Task) -> dict[str, Any]:
         exact = operator @ vector
         rows[f"gradient_{size}_milliseconds"] = 1000 * unit
         rows[f"hvp_{size}"] = median(lambda o=operator, v=vector: o @ v, device, repeats) / unit
+        single: DataOperator = HessianOperator(problem, problem.retain, indices=indices, batch_size=indices.numel())
+        single.kept = False  # with the passes of the gradient, as the compiled one has them
+        rows[f"hvp_{size}_not_kept"] = median(lambda o=single, v=vector: o @ v, device, repeats) / unit
         for mode in modes:
             name = "compiled" if mode == "default" else f"compiled_{mode.replace('-', '_')}"
             how: dict[str, Any] = (

@@ -446,7 +446,15 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: Iterable[di
                 _number(r[f"map_of_400_{way}"]),
                 _number(r["run"]),
                 _number(r[f"map_of_400_{way}"] / r["run"]),
-                "0",
+                "–",
+            ))
+            whole = r["measure"] + r[f"map_of_400_{way}"]
+            rows.append((
+                "the same with the linearisation it is made from",
+                _number(whole),
+                _number(r["run"]),
+                _number(whole / r["run"]),
+                _number(r["measure_gradients"] / r["run_gradients"]) if "measure_gradients" in r else "–",
             ))
     if "run_sfr_on" in r:
         steps = r["sfr_on_steps"] if "sfr_on_steps" in r else r["run_steps"][1]  # once part of the other predictions
@@ -458,13 +466,14 @@ def _cost(cells: dict[str, Any], published: dict[str, Any], timings: Iterable[di
             _number(r["predict_sfr_on_gradients"] / r["run_sfr_on_gradients"]),
         ))
         if "predict_sfr_on_mask_gradients" in r:
-            own = r["predict_sfr_on_gradients"] - r["predict_sfr_on_mask_gradients"]
+            mask = r["predict_sfr_on_mask_gradients"]
+            seconds = r["predict_sfr_on_stages"]["preconditioner"]
             rows.append((
-                "the same without SFR-on's mask, which the run takes over",
-                "–",
-                "–",
-                "–",
-                _number(own / r["run_sfr_on_gradients"]),
+                "the same beyond SFR-on's mask, which a run without a prediction has to make",
+                _number(r["predict_sfr_on"] - seconds),
+                _number(r["run_sfr_on"] + seconds),
+                _number((r["predict_sfr_on"] - seconds) / (r["run_sfr_on"] + seconds)),
+                _number((r["predict_sfr_on_gradients"] - mask) / (r["run_sfr_on_gradients"] + mask)),
             ))
     for entry in published.values():
         r = entry["result"]
