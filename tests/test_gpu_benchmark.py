@@ -21,7 +21,7 @@ from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import shards, speed, tables
 from benchmarks.gpu.run import Job, jobs, jobs_named, work
 from benchmarks.gpu.scale import FULL, REDUCED, SCALES, SMALL, Scale, Training
-from benchmarks.gpu.store import Store, arithmetic_now, canonical, sha256
+from benchmarks.gpu.store import Store, arithmetic_now, canonical, device_name, sha256
 from benchmarks.gpu.tasks import PADDING, Task, augmented, fit
 from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of, published
 from stabkit.calibration import calibration, combined
@@ -134,7 +134,42 @@ def test_jobs_by_name_come_with_what_they_need():
         keys = [job.key for job in jobs_named(some)]
         assert keys == [key for key in every if key in set(keys)]
         assert all(set(job.needs) <= set(keys) for job in jobs_named(some))
-    assert jobs_named(["nothing"]) == []
+    with pytest.raises(ValueError, match=r"begins with 'cell-resnt18' or 'spede-'; --list tells all names"):
+        jobs_named(["cell-resnt18", "train-vit", "spede-"])
+
+
+def called(monkeypatch, *options):
+    """What a call from the command line began, were it to go so far."""
+    begun = []
+    monkeypatch.setattr(gpu_run, "work", lambda store, scale, wanted, **how: begun.extend(job.key for job in wanted))
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, options)])
+    gpu_run.main()
+    return begun
+
+
+def test_the_full_scale_is_not_begun_without_a_gpu(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        called(monkeypatch, "--folder", folder, "--device", "cpu")
+    assert "--scale full needs a GPU" in (said := capsys.readouterr().err)
+    assert "Use --scale reduced" in said
+    assert "or --scale small" in said
+    assert not folder.exists()
+    assert called(monkeypatch, "--folder", folder, "--device", "cpu", "--scale", "small", "--only", "train-lm")
+    # What only tells or makes pages asks for no GPU.
+    assert called(monkeypatch, "--folder", folder, "--device", "cpu", "--list") == []
+    assert "speed-compiled: 6 min" in capsys.readouterr().out
+    assert called(monkeypatch, "--folder", folder, "--device", "cpu", "--page", tmp_path / "page.md") == []
+    assert (tmp_path / "page.md").exists()
+
+
+def test_a_name_that_no_job_has_is_told(monkeypatch, tmp_path, capsys):
+    for more in ([], ["--list"]):
+        with pytest.raises(SystemExit):
+            called(
+                monkeypatch, "--folder", tmp_path, "--scale", "small", "--only", "train-lm", "speed-exponent_", *more
+            )
+        assert "no job's name begins with 'speed-exponent_'; --list tells all names" in capsys.readouterr().err
 
 
 def test_every_scale_says_what_each_network_needs_and_is_what_a_folder_can_hold():
@@ -449,8 +484,32 @@ def test_no_job_is_begun_that_would_outlast_the_call(tmp_path):
 
 
 def test_a_folder_holds_one_scale(folder):
-    with pytest.raises(ValueError, match=r"holds results of scale 'small'; got 'full'"):
+    with pytest.raises(
+        ValueError, match=r"holds results of scale 'small'; got 'full'\. Give another folder, or --scale small"
+    ):
         Store(folder, "full", CPU)
+
+
+def test_a_folder_holds_results_of_one_kind_of_device(tmp_path, monkeypatch, capsys):
+    store = Store(tmp_path, "small", CPU)
+    store.write("it", {"kind": "luck"}, started="", seconds=1, minutes=1)
+    with pytest.raises(
+        ValueError, match=r"of device 'cpu' \(cpu \(.+\)\); got 'cuda'.+another folder, or --device cpu"
+    ):
+        Store(tmp_path, "small", torch.device("cuda"))
+    assert store.result("it")["device"] == device_name(CPU)
+    path = tmp_path / "jobs" / "it.json"
+    path.write_text(json.dumps({**store.result("it"), "device": "NVIDIA H200"}))
+    with pytest.raises(
+        ValueError, match=r"of device 'cuda' \(NVIDIA H200\); got 'cpu'.+another folder, or --device cuda"
+    ):
+        Store(tmp_path, "small", CPU)
+    with pytest.raises(SystemExit):
+        called(monkeypatch, "--folder", tmp_path, "--scale", "small", "--device", "cpu")
+    assert "holds results of device 'cuda'" in capsys.readouterr().err
+    for name in ("NVIDIA H200", "Tesla T4", "NVIDIA GeForce RTX 3090 (mobile)"):  # whichever GPUs there were
+        path.write_text(json.dumps({**json.loads(path.read_text()), "device": name}))
+        Store(tmp_path, "small", torch.device("cuda"))
 
 
 def test_weights_come_back_bit_for_bit_and_without_pickle(tmp_path):
