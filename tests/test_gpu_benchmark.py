@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from benchmarks.gpu import shards, speed, tables
 from benchmarks.gpu.run import Job, jobs, jobs_named, work
 from benchmarks.gpu.scale import FULL, REDUCED, SCALES, SMALL, Scale, Training
 from benchmarks.gpu.store import Store, arithmetic_now, canonical, device_name, sha256
-from benchmarks.gpu.tasks import PADDING, Task, augmented, fit
+from benchmarks.gpu.tasks import GOLD_SEED, PADDING, Task, augmented, fit
 from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of, published
 from stabkit.calibration import calibration, combined
 from stabkit.curvature.room import OVERSAMPLING
@@ -554,6 +556,9 @@ def test_networks_learn_and_their_accuracy_is_measured_on_what_was_held_out(fold
         right = float((model(split.x_test).argmax(1) == split.y_test).float().mean())
     assert result["test_accuracy"] == pytest.approx(right)
     assert right > 0.3  # ten classes
+    assert result["seeds"] == [0]
+    gold = json.loads((folder / "jobs" / "gold-resnet18-random10.json").read_text())["result"]
+    assert gold["seeds"] == [GOLD_SEED]
 
 
 def test_the_first_step_is_as_long_as_adams():
@@ -659,6 +664,41 @@ def test_what_is_compiled_is_the_same_gradient_and_the_same_product(folder, monk
         assert found[f"compiled_{what}_4"] > 0
 
 
+@pytest.mark.parametrize("part", list(speed.PARTS))
+def test_what_is_timed_says_its_seeds(part, monkeypatch):
+    monkeypatch.setitem(speed.PARTS, part, lambda store, task: {"kind": part})
+    found = chosen(f"speed-{part}")[0].make(None, Task("resnet18", FULL, CPU))
+    rollouts = {"predictions": [0, 1, 2], "sfr_on": [0, 1, 2]}
+    drawn = {"products": [0, 1], "compiled": [0, 1], "precision": [0, 2]}
+    assert found == {"kind": part, "seeds": (rollouts | drawn).get(part, [0])}
+
+
+def test_the_seeds_of_timed_vectors_are_those_that_they_are_drawn_with():
+    for part in speed.PARTS:
+        sources = [inspect.getsource(f) for f in (speed.PARTS[part], getattr(speed, f"_{part}", None)) if f is not None]
+        seeds = re.findall(r"manual_seed\((\w+)\)", "".join(sources))
+        assert tuple(map(int, seeds)) == gpu_run.VECTOR_SEEDS.get(part, ()), part
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu_reduced"])
+def test_every_stored_result_says_its_seeds(name):
+    root = Path(gpu_run.__file__).parents[1]
+    entries = json.loads((root / "results" / name / "results.json").read_text(encoding="utf-8"))
+    for key, entry in entries.items():
+        scale, result = SCALES[entry["scale"]], entry["result"]
+        if result["kind"] == "published":
+            sizes = scale.measured_long if result["task"] == "resnet18" else scale.measured[result["task"]]
+            expected = [*range(sizes["seeds"]), 777]
+        elif result["kind"] == "training":
+            expected = [0 if result["deletion"] is None else 100]
+        elif result["kind"] == "cell":
+            expected = list(scale.seeds)
+        else:
+            rollouts = range(3 if result["kind"] in {"predictions", "sfr_on"} else 0)
+            expected = sorted({0, *gpu_run.VECTOR_SEEDS.get(result["kind"], ()), *rollouts})
+        assert result["seeds"] == expected, key
+
+
 @pytest.mark.parametrize("part", ["predictions", "sfr_on", "spectrum", "exponents", "steps"])
 def test_what_else_is_timed_comes_out_as_numbers(folder, part):
     found = speed.PARTS[part](Store(folder, "small", CPU), Task("resnet18", TINY, CPU))
@@ -686,3 +726,4 @@ def test_published_settings_are_predicted_and_run(folder, setting):
     assert run["diverged"] == (run["divergence_step"] is not None)
     assert run["diverged"] or run["steps"] == found["settings"]["steps"]
     assert (found["audit"] is None) == run["diverged"]
+    assert found["seeds"] == [*range(TINY.measured_long["seeds"]), 777]

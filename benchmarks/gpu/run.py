@@ -19,8 +19,9 @@ carried to the GPU, `shards.py` packs them to 58 %.
 
 Every real run is preceded by predictions of it that are on disk, with time and SHA-256. BatchNorm is frozen, the
 library's default, in runs and predictions alike, but for one cell. Networks are of seed 0, retrained ones of seed
-100. Needs PyTorch, NumPy, SciPy, scikit-learn, joblib, threadpoolctl and tqdm; curvlinops and weightwatcher are timed
-where they are installed.
+100. Every result has its `seeds`: of training the network's, of a cell those of its runs, which draw with 777 more, and
+otherwise all that its network, vectors, rollouts and runs were made with. Needs PyTorch, NumPy, SciPy, scikit-learn,
+joblib, threadpoolctl and tqdm; curvlinops and weightwatcher are timed where they are installed.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ SPEED_MINUTES = {
     "steps": 0.3,
     "compiled": 6.0,  # eight compilations
 }
+# Of the vectors that `speed.py` draws; its network is of seed 0, and its rollouts count from there.
+VECTOR_SEEDS = {"products": (1,), "precision": (2,), "compiled": (1,)}
 WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes, where the call has it to itself
 WORKER_BYTES = 17e9  # that a job beside others takes at most: ResNet-18's cells took 16.5e9 of an H200's
 
@@ -131,8 +134,8 @@ def _train(task: str, deletion: str | None = None) -> Job:
 
 def _trained(store: Store, task: Task, *, deletion: str | None) -> dict[str, Any]:
     """Train and keep the weights."""
-    started = time.perf_counter()
-    model, found = task.trained(0 if deletion is None else GOLD_SEED, deletion)
+    started, seed = time.perf_counter(), 0 if deletion is None else GOLD_SEED
+    model, found = task.trained(seed, deletion)
     store.save_weights(f"train-{task.name}" if deletion is None else f"gold-{task.name}-{deletion}", model)
     how = task.scale.training[task.name]
     return {
@@ -146,6 +149,7 @@ def _trained(store: Store, task: Task, *, deletion: str | None) -> dict[str, Any
         "batch_size": how.batch_size,
         "optimiser": how.optimiser,
         "augmented": how.augment and not task.name.startswith("lm"),
+        "seeds": [seed],
         "train_seconds": time.perf_counter() - started,
     }
 
@@ -183,9 +187,15 @@ def _speed(part: str) -> Job:
         task="resnet18",
         minutes=SPEED_MINUTES[part],
         needs=("train-resnet18",),
-        make=speed.PARTS[part],
+        make=partial(_timed, part=part),
         alone=part != "precision",
     )
+
+
+def _timed(store: Store, task: Task, *, part: str) -> dict[str, Any]:
+    """Time a part and say which seeds its network, vectors and rollouts are of."""
+    rollouts = range(task.scale.measured[task.name]["seeds"] if part in {"predictions", "sfr_on"} else 0)
+    return {**speed.PARTS[part](store, task), "seeds": sorted({0, *VECTOR_SEEDS.get(part, ()), *rollouts})}
 
 
 def jobs_named(only: Sequence[str] | None) -> list[Job]:
