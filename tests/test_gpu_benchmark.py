@@ -27,6 +27,7 @@ from benchmarks.gpu.store import Store, arithmetic_now, canonical, device_name, 
 from benchmarks.gpu.tasks import GOLD_SEED, PADDING, Task, augmented, fit
 from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of, published
 from stabkit.calibration import calibration, combined
+from stabkit.checks import MAX_TF32_ERROR
 from stabkit.curvature.room import OVERSAMPLING
 from stabkit.curvature.sketch import OWN
 from stabkit.datasets import digits
@@ -632,6 +633,79 @@ def test_the_pages_are_what_is_stored(name, page, tmp_path):
     stored = root / "gpu" / f"{page}.md"
     made = tables.write(root / "results" / name, tmp_path / stored.name, total=len(jobs()))
     assert made.read_text(encoding="utf-8") == stored.read_text(encoding="utf-8")
+
+
+def stored(name):
+    root = Path(gpu_run.__file__).parents[1] / "results" / name
+    found = [json.loads((root / f"{what}.json").read_text(encoding="utf-8")) for what in ("results", "predictions")]
+    return {key: e["result"] for key, e in found[0].items() if e["result"]["kind"] == "cell"}, found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "apart"),
+    [("gpu", FULL, "1.17 apart, a step of the grid (1.90) after 2 halvings"),
+     ("gpu_reduced", REDUCED, "1.59 apart, a step of the grid (2.52) after 1 halving;")],
+)  # fmt: skip
+def test_the_page_says_how_near_an_observed_boundary_is_known(name, scale, apart):
+    cells, _ = stored(name)
+    (text,) = tables._resolution(cells, scale.halvings)
+    assert apart in text
+    step = scale.span ** (2 / (scale.points - 1))
+    assert f"{step**0.5**scale.halvings:.2f}" == apart.split()[0]
+    # What is left of a step of the grid lies around the observed one, to the ends that further runs had.
+    half = step**0.5 ** (scale.halvings + 1)
+    for found in cells.values():
+        for edge in found["boundaries"]:
+            if edge["observed"] is not None:
+                lrs = [setting["lr"] for setting in found["settings"] if setting["mix"] == edge["mix"]]
+                places = [math.log(edge["observed"] / half / lrs[0]), math.log(edge["observed"] * half / lrs[0])]
+                units = [place / math.log(step) * 2**scale.halvings for place in places]
+                assert units == pytest.approx([round(unit) for unit in units], abs=1e-6)
+                assert round(units[1]) - round(units[0]) == 1
+    assert list(tables._resolution({"alone": {"settings": [{"mix": 0.2, "lr": 1.0}]}}, 1)) == []
+
+
+def test_the_page_says_where_tf32_is_too_rough(folder):
+    cells, predictions = stored("gpu")
+    (text,) = tables._rough(cells, predictions, tables.NETWORKS["full"])
+    assert "more than 0.01" in text
+    assert "float32: ResNet-18, 5 of 5 cells, 0.0236 to 0.0248." in text
+    for key in cells:
+        if key.startswith("cell-resnet18"):
+            assert {line["confidence"] for line in predictions[key]["predictions"]["mixes"]} == {"low"}
+    checks = predictions["cell-resnet18-random10-ga"]["predictions"]["checks"]
+    checks["error of TF32"] = MAX_TF32_ERROR  # lets pass
+    predictions["cell-lm-people-ga"]["predictions"]["checks"]["error of TF32"] = 0.5
+    (text,) = tables._rough(cells, predictions, tables.NETWORKS["full"])
+    assert "ResNet-18, 4 of 5 cells, 0.0237 to 0.0248; language model, 1 of 2 cells, 0.5 to 0.5." in text
+    assert list(tables._rough(*stored("gpu_reduced"), tables.NETWORKS["reduced"])) == []  # a CPU has no TF32
+    assert "TF32 is off" not in (folder / "page.md").read_text()
+
+
+def test_the_order_of_methods_says_where_it_chose_between_two_runs():
+    def entry(gap):
+        return {"average_gap": {"value": gap}}
+
+    models = {"gold": {}, "salun": entry(0.3), "ga": entry(0.2), "scrub": entry(0.4)}
+    told = {"models": models, "sizes": [1, 2, 3], "attack": "a", "task": "resnet18", "deletion": "random10"}
+    text = tables._audit(told, tables.NETWORKS["full"])
+    assert "order takes" not in text
+    assert "By gap, best first: ga < salun < scrub here" in text
+    assert "the published settings are one run\neach" in text
+    models["published-salun-torchunlearn"] = entry(0.1)
+    text = tables._audit(told, tables.NETWORKS["full"])
+    assert "By gap, best first: salun < ga < scrub here" in text
+    assert "Of salun there are two runs, at the advised step and at a published setting; the order takes\n" in text
+    assert "order takes" not in tables._audit({**told, "deletion": "class"}, tables.NETWORKS["full"])
+
+
+def test_the_page_says_what_is_one_run(folder, tmp_path):
+    assert "what became of it is one run's" in (folder / "page.md").read_text()
+    results = json.loads((Path(gpu_run.__file__).parents[1] / "results/gpu/results.json").read_text(encoding="utf-8"))
+    kept = {key: entry for key, entry in results.items() if key == "published-ga-open-unlearning"}
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    page = tables.write(tmp_path, tmp_path / "page.md", total=5).read_text()
+    assert "## Published settings\n\nEach was run once: what happened here is one run's." in page
 
 
 def test_nothing_done_is_a_page_too(tmp_path):
