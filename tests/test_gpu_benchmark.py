@@ -708,6 +708,58 @@ def test_the_page_says_what_is_one_run(folder, tmp_path):
     assert "## Published settings\n\nEach was run once: what happened here is one run's." in page
 
 
+def right(cells, predictions, kind):
+    """How many runs a kind of prediction was right about, and of how many."""
+    every = [r for key in cells for r in tables._records(cells[key], predictions[key]["predictions"]["mixes"], True)]
+    return sum((getattr(r, kind).probability >= 0.5) == r.diverged for r in every), len(every)
+
+
+def test_the_papers_pages_say_what_is_stored():
+    papers = Path(gpu_run.__file__).parents[2] / "papers"
+    theory, agu = ((papers / name).read_text(encoding="utf-8") for name in ("theory.md", "agu_2025.md"))
+    theory, flat = (" ".join(text.split()) for text in (theory, agu))
+    for name, where in (("gpu", "306 runs on a GPU"), ("gpu_reduced", "468 runs on a CPU")):
+        cells, predictions = stored(name)
+        sgd = {key: found for key, found in cells.items() if tables._optimizer(found["cell"]) == "sgd"}
+        assert f"{right(sgd, predictions, 'one')[1]} runs on a" in where
+        scored = [
+            tables._scores({key: found for key, found in sgd.items() if found["cell"]["task"] == task}, predictions)
+            for task in ("resnet18", "vit", "lm", "lm-gpt2")
+        ]
+        said = theory[theory.index(where) :]
+        for kind in ("one", "staged"):
+            *first, last = [f"{getattr(found, kind).balanced_accuracy:.3f}" for found in scored]
+            assert f"{', '.join(first)} and {last}" in said, (name, kind)
+    adamw = {key: cells[key] for key in cells.keys() - sgd.keys()}
+    assert [right(adamw, predictions, kind) for kind in ("one", "staged")] == [(45, 60), (60, 60)]
+    assert "one linearisation was right about 45 of 60 runs by AdamW, staged predictions about all 60" in theory
+    named = {("resnet18", "gpu_reduced"): "ResNet-18/8", ("vit", "gpu_reduced"): "narrow transformer"}
+    deletions = {"random10": "random 10%", "random50": "random 50%", "class": "class 3"}
+    for name in ("gpu", "gpu_reduced"):
+        cells, predictions = stored(name)
+        for key, found in cells.items():
+            if found["cell"]["algorithm"] == "agu":
+                scored, (edge,) = tables._scores({key: found}, predictions), found["boundaries"]
+                counted = f"{round(scored.share_diverged * scored.settings)} of {scored.settings}"
+                accuracies = (scored.one, scored.staged, scored.step_limit)
+                row = (
+                    named.get((found["cell"]["task"], name), "transformer"),
+                    deletions[found["cell"]["deletion"]],
+                    counted,
+                    *(f"{quality.balanced_accuracy:.3f}" for quality in accuracies),
+                    " / ".join(f"{edge[side]:.3g}" for side in ("predicted", "staged", "observed")),
+                )
+                assert f"\n| {' | '.join(row)} |\n" in agu
+                assert not found["advised"]["diverged"]
+                if found["audit"]:
+                    gap, before = (
+                        f"{100 * found['audit']['models'][model]['average_gap']['value']:.2f} %"
+                        for model in ("unlearned", "original")
+                    )
+                    assert f"{gap} where " in flat
+                    assert f" is {before} ({deletions[found['cell']['deletion']]})" in flat
+
+
 def test_nothing_done_is_a_page_too(tmp_path):
     assert "No job has left a result yet." in tables.write(tmp_path, tmp_path / "page.md", total=5).read_text()
 
