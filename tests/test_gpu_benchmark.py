@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,10 +23,11 @@ from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import shards, speed, tables
 from benchmarks.gpu.run import Job, jobs, jobs_named, work
 from benchmarks.gpu.scale import FULL, REDUCED, SCALES, SMALL, Scale, Training
-from benchmarks.gpu.store import Store, arithmetic_now, canonical, sha256
-from benchmarks.gpu.tasks import PADDING, Task, augmented, fit
+from benchmarks.gpu.store import Store, arithmetic_now, canonical, device_name, sha256
+from benchmarks.gpu.tasks import GOLD_SEED, PADDING, Task, augmented, fit
 from benchmarks.gpu.unlearning import ADAM_LR, PUBLISHED, Cell, cell, problem_of, published
 from stabkit.calibration import calibration, combined
+from stabkit.checks import MAX_TF32_ERROR
 from stabkit.curvature.room import OVERSAMPLING
 from stabkit.curvature.sketch import OWN
 from stabkit.datasets import digits
@@ -134,7 +137,42 @@ def test_jobs_by_name_come_with_what_they_need():
         keys = [job.key for job in jobs_named(some)]
         assert keys == [key for key in every if key in set(keys)]
         assert all(set(job.needs) <= set(keys) for job in jobs_named(some))
-    assert jobs_named(["nothing"]) == []
+    with pytest.raises(ValueError, match=r"begins with 'cell-resnt18' or 'spede-'; --list tells all names"):
+        jobs_named(["cell-resnt18", "train-vit", "spede-"])
+
+
+def called(monkeypatch, *options):
+    """What a call from the command line began, were it to go so far."""
+    begun = []
+    monkeypatch.setattr(gpu_run, "work", lambda store, scale, wanted, **how: begun.extend(job.key for job in wanted))
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, options)])
+    gpu_run.main()
+    return begun
+
+
+def test_the_full_scale_is_not_begun_without_a_gpu(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        called(monkeypatch, "--folder", folder, "--device", "cpu")
+    assert "--scale full needs a GPU" in (said := capsys.readouterr().err)
+    assert "Use --scale reduced" in said
+    assert "or --scale small" in said
+    assert not folder.exists()
+    assert called(monkeypatch, "--folder", folder, "--device", "cpu", "--scale", "small", "--only", "train-lm")
+    # What only tells or makes pages asks for no GPU.
+    assert called(monkeypatch, "--folder", folder, "--device", "cpu", "--list") == []
+    assert "speed-compiled: 6 min" in capsys.readouterr().out
+    assert called(monkeypatch, "--folder", folder, "--device", "cpu", "--page", tmp_path / "page.md") == []
+    assert (tmp_path / "page.md").exists()
+
+
+def test_a_name_that_no_job_has_is_told(monkeypatch, tmp_path, capsys):
+    for more in ([], ["--list"]):
+        with pytest.raises(SystemExit):
+            called(
+                monkeypatch, "--folder", tmp_path, "--scale", "small", "--only", "train-lm", "speed-exponent_", *more
+            )
+        assert "no job's name begins with 'speed-exponent_'; --list tells all names" in capsys.readouterr().err
 
 
 def test_every_scale_says_what_each_network_needs_and_is_what_a_folder_can_hold():
@@ -449,8 +487,32 @@ def test_no_job_is_begun_that_would_outlast_the_call(tmp_path):
 
 
 def test_a_folder_holds_one_scale(folder):
-    with pytest.raises(ValueError, match=r"holds results of scale 'small'; got 'full'"):
+    with pytest.raises(
+        ValueError, match=r"holds results of scale 'small'; got 'full'\. Give another folder, or --scale small"
+    ):
         Store(folder, "full", CPU)
+
+
+def test_a_folder_holds_results_of_one_kind_of_device(tmp_path, monkeypatch, capsys):
+    store = Store(tmp_path, "small", CPU)
+    store.write("it", {"kind": "luck"}, started="", seconds=1, minutes=1)
+    with pytest.raises(
+        ValueError, match=r"of device 'cpu' \(cpu \(.+\)\); got 'cuda'.+another folder, or --device cpu"
+    ):
+        Store(tmp_path, "small", torch.device("cuda"))
+    assert store.result("it")["device"] == device_name(CPU)
+    path = tmp_path / "jobs" / "it.json"
+    path.write_text(json.dumps({**store.result("it"), "device": "NVIDIA H200"}))
+    with pytest.raises(
+        ValueError, match=r"of device 'cuda' \(NVIDIA H200\); got 'cpu'.+another folder, or --device cuda"
+    ):
+        Store(tmp_path, "small", CPU)
+    with pytest.raises(SystemExit):
+        called(monkeypatch, "--folder", tmp_path, "--scale", "small", "--device", "cpu")
+    assert "holds results of device 'cuda'" in capsys.readouterr().err
+    for name in ("NVIDIA H200", "Tesla T4", "NVIDIA GeForce RTX 3090 (mobile)"):  # whichever GPUs there were
+        path.write_text(json.dumps({**json.loads(path.read_text()), "device": name}))
+        Store(tmp_path, "small", torch.device("cuda"))
 
 
 def test_weights_come_back_bit_for_bit_and_without_pickle(tmp_path):
@@ -495,6 +557,9 @@ def test_networks_learn_and_their_accuracy_is_measured_on_what_was_held_out(fold
         right = float((model(split.x_test).argmax(1) == split.y_test).float().mean())
     assert result["test_accuracy"] == pytest.approx(right)
     assert right > 0.3  # ten classes
+    assert result["seeds"] == [0]
+    gold = json.loads((folder / "jobs" / "gold-resnet18-random10.json").read_text())["result"]
+    assert gold["seeds"] == [GOLD_SEED]
 
 
 def test_the_first_step_is_as_long_as_adams():
@@ -570,6 +635,131 @@ def test_the_pages_are_what_is_stored(name, page, tmp_path):
     assert made.read_text(encoding="utf-8") == stored.read_text(encoding="utf-8")
 
 
+def stored(name):
+    root = Path(gpu_run.__file__).parents[1] / "results" / name
+    found = [json.loads((root / f"{what}.json").read_text(encoding="utf-8")) for what in ("results", "predictions")]
+    return {key: e["result"] for key, e in found[0].items() if e["result"]["kind"] == "cell"}, found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "apart"),
+    [("gpu", FULL, "1.17 apart, a step of the grid (1.90) after 2 halvings"),
+     ("gpu_reduced", REDUCED, "1.59 apart, a step of the grid (2.52) after 1 halving;")],
+)  # fmt: skip
+def test_the_page_says_how_near_an_observed_boundary_is_known(name, scale, apart):
+    cells, _ = stored(name)
+    (text,) = tables._resolution(cells, scale.halvings)
+    assert apart in text
+    step = scale.span ** (2 / (scale.points - 1))
+    assert f"{step**0.5**scale.halvings:.2f}" == apart.split()[0]
+    # What is left of a step of the grid lies around the observed one, to the ends that further runs had.
+    half = step**0.5 ** (scale.halvings + 1)
+    for found in cells.values():
+        for edge in found["boundaries"]:
+            if edge["observed"] is not None:
+                lrs = [setting["lr"] for setting in found["settings"] if setting["mix"] == edge["mix"]]
+                places = [math.log(edge["observed"] / half / lrs[0]), math.log(edge["observed"] * half / lrs[0])]
+                units = [place / math.log(step) * 2**scale.halvings for place in places]
+                assert units == pytest.approx([round(unit) for unit in units], abs=1e-6)
+                assert round(units[1]) - round(units[0]) == 1
+    assert list(tables._resolution({"alone": {"settings": [{"mix": 0.2, "lr": 1.0}]}}, 1)) == []
+
+
+def test_the_page_says_where_tf32_is_too_rough(folder):
+    cells, predictions = stored("gpu")
+    (text,) = tables._rough(cells, predictions, tables.NETWORKS["full"])
+    assert "more than 0.01" in text
+    assert "float32: ResNet-18, 5 of 5 cells, 0.0236 to 0.0248." in text
+    for key in cells:
+        if key.startswith("cell-resnet18"):
+            assert {line["confidence"] for line in predictions[key]["predictions"]["mixes"]} == {"low"}
+    checks = predictions["cell-resnet18-random10-ga"]["predictions"]["checks"]
+    checks["error of TF32"] = MAX_TF32_ERROR  # lets pass
+    predictions["cell-lm-people-ga"]["predictions"]["checks"]["error of TF32"] = 0.5
+    (text,) = tables._rough(cells, predictions, tables.NETWORKS["full"])
+    assert "ResNet-18, 4 of 5 cells, 0.0237 to 0.0248; language model, 1 of 2 cells, 0.5 to 0.5." in text
+    assert list(tables._rough(*stored("gpu_reduced"), tables.NETWORKS["reduced"])) == []  # a CPU has no TF32
+    assert "TF32 is off" not in (folder / "page.md").read_text()
+
+
+def test_the_order_of_methods_says_where_it_chose_between_two_runs():
+    def entry(gap):
+        return {"average_gap": {"value": gap}}
+
+    models = {"gold": {}, "salun": entry(0.3), "ga": entry(0.2), "scrub": entry(0.4)}
+    told = {"models": models, "sizes": [1, 2, 3], "attack": "a", "task": "resnet18", "deletion": "random10"}
+    text = tables._audit(told, tables.NETWORKS["full"])
+    assert "order takes" not in text
+    assert "By gap, best first: ga < salun < scrub here" in text
+    assert "the published settings are one run\neach" in text
+    models["published-salun-torchunlearn"] = entry(0.1)
+    text = tables._audit(told, tables.NETWORKS["full"])
+    assert "By gap, best first: salun < ga < scrub here" in text
+    assert "Of salun there are two runs, at the advised step and at a published setting; the order takes\n" in text
+    assert "order takes" not in tables._audit({**told, "deletion": "class"}, tables.NETWORKS["full"])
+
+
+def test_the_page_says_what_is_one_run(folder, tmp_path):
+    assert "what became of it is one run's" in (folder / "page.md").read_text()
+    results = json.loads((Path(gpu_run.__file__).parents[1] / "results/gpu/results.json").read_text(encoding="utf-8"))
+    kept = {key: entry for key, entry in results.items() if key == "published-ga-open-unlearning"}
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    page = tables.write(tmp_path, tmp_path / "page.md", total=5).read_text()
+    assert "## Published settings\n\nEach was run once: what happened here is one run's." in page
+
+
+def right(cells, predictions, kind):
+    """How many runs a kind of prediction was right about, and of how many."""
+    every = [r for key in cells for r in tables._records(cells[key], predictions[key]["predictions"]["mixes"], True)]
+    return sum((getattr(r, kind).probability >= 0.5) == r.diverged for r in every), len(every)
+
+
+def test_the_papers_pages_say_what_is_stored():
+    papers = Path(gpu_run.__file__).parents[2] / "papers"
+    theory, agu = ((papers / name).read_text(encoding="utf-8") for name in ("theory.md", "agu_2025.md"))
+    theory, flat = (" ".join(text.split()) for text in (theory, agu))
+    for name, where in (("gpu", "306 runs on a GPU"), ("gpu_reduced", "468 runs on a CPU")):
+        cells, predictions = stored(name)
+        sgd = {key: found for key, found in cells.items() if tables._optimizer(found["cell"]) == "sgd"}
+        assert f"{right(sgd, predictions, 'one')[1]} runs on a" in where
+        scored = [
+            tables._scores({key: found for key, found in sgd.items() if found["cell"]["task"] == task}, predictions)
+            for task in ("resnet18", "vit", "lm", "lm-gpt2")
+        ]
+        said = theory[theory.index(where) :]
+        for kind in ("one", "staged"):
+            *first, last = [f"{getattr(found, kind).balanced_accuracy:.3f}" for found in scored]
+            assert f"{', '.join(first)} and {last}" in said, (name, kind)
+    adamw = {key: cells[key] for key in cells.keys() - sgd.keys()}
+    assert [right(adamw, predictions, kind) for kind in ("one", "staged")] == [(45, 60), (60, 60)]
+    assert "one linearisation was right about 45 of 60 runs by AdamW, staged predictions about all 60" in theory
+    named = {("resnet18", "gpu_reduced"): "ResNet-18/8", ("vit", "gpu_reduced"): "narrow transformer"}
+    deletions = {"random10": "random 10%", "random50": "random 50%", "class": "class 3"}
+    for name in ("gpu", "gpu_reduced"):
+        cells, predictions = stored(name)
+        for key, found in cells.items():
+            if found["cell"]["algorithm"] == "agu":
+                scored, (edge,) = tables._scores({key: found}, predictions), found["boundaries"]
+                counted = f"{round(scored.share_diverged * scored.settings)} of {scored.settings}"
+                accuracies = (scored.one, scored.staged, scored.step_limit)
+                row = (
+                    named.get((found["cell"]["task"], name), "transformer"),
+                    deletions[found["cell"]["deletion"]],
+                    counted,
+                    *(f"{quality.balanced_accuracy:.3f}" for quality in accuracies),
+                    " / ".join(f"{edge[side]:.3g}" for side in ("predicted", "staged", "observed")),
+                )
+                assert f"\n| {' | '.join(row)} |\n" in agu
+                assert not found["advised"]["diverged"]
+                if found["audit"]:
+                    gap, before = (
+                        f"{100 * found['audit']['models'][model]['average_gap']['value']:.2f} %"
+                        for model in ("unlearned", "original")
+                    )
+                    assert f"{gap} where " in flat
+                    assert f" is {before} ({deletions[found['cell']['deletion']]})" in flat
+
+
 def test_nothing_done_is_a_page_too(tmp_path):
     assert "No job has left a result yet." in tables.write(tmp_path, tmp_path / "page.md", total=5).read_text()
 
@@ -600,6 +790,41 @@ def test_what_is_compiled_is_the_same_gradient_and_the_same_product(folder, monk
         assert found[f"compiled_{what}_4"] > 0
 
 
+@pytest.mark.parametrize("part", list(speed.PARTS))
+def test_what_is_timed_says_its_seeds(part, monkeypatch):
+    monkeypatch.setitem(speed.PARTS, part, lambda store, task: {"kind": part})
+    found = chosen(f"speed-{part}")[0].make(None, Task("resnet18", FULL, CPU))
+    rollouts = {"predictions": [0, 1, 2], "sfr_on": [0, 1, 2]}
+    drawn = {"products": [0, 1], "compiled": [0, 1], "precision": [0, 2]}
+    assert found == {"kind": part, "seeds": (rollouts | drawn).get(part, [0])}
+
+
+def test_the_seeds_of_timed_vectors_are_those_that_they_are_drawn_with():
+    for part in speed.PARTS:
+        sources = [inspect.getsource(f) for f in (speed.PARTS[part], getattr(speed, f"_{part}", None)) if f is not None]
+        seeds = re.findall(r"manual_seed\((\w+)\)", "".join(sources))
+        assert tuple(map(int, seeds)) == gpu_run.VECTOR_SEEDS.get(part, ()), part
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu_reduced"])
+def test_every_stored_result_says_its_seeds(name):
+    root = Path(gpu_run.__file__).parents[1]
+    entries = json.loads((root / "results" / name / "results.json").read_text(encoding="utf-8"))
+    for key, entry in entries.items():
+        scale, result = SCALES[entry["scale"]], entry["result"]
+        if result["kind"] == "published":
+            sizes = scale.measured_long if result["task"] == "resnet18" else scale.measured[result["task"]]
+            expected = [*range(sizes["seeds"]), 777]
+        elif result["kind"] == "training":
+            expected = [0 if result["deletion"] is None else 100]
+        elif result["kind"] == "cell":
+            expected = list(scale.seeds)
+        else:
+            rollouts = range(3 if result["kind"] in {"predictions", "sfr_on"} else 0)
+            expected = sorted({0, *gpu_run.VECTOR_SEEDS.get(result["kind"], ()), *rollouts})
+        assert result["seeds"] == expected, key
+
+
 @pytest.mark.parametrize("part", ["predictions", "sfr_on", "spectrum", "exponents", "steps"])
 def test_what_else_is_timed_comes_out_as_numbers(folder, part):
     found = speed.PARTS[part](Store(folder, "small", CPU), Task("resnet18", TINY, CPU))
@@ -627,3 +852,4 @@ def test_published_settings_are_predicted_and_run(folder, setting):
     assert run["diverged"] == (run["divergence_step"] is not None)
     assert run["diverged"] or run["steps"] == found["settings"]["steps"]
     assert (found["audit"] is None) == run["diverged"]
+    assert found["seeds"] == [*range(TINY.measured_long["seeds"]), 777]

@@ -4,11 +4,12 @@
     PYTHONPATH=. STABKIT_DATA=... python benchmarks/gpu/run.py --folder OUT --minutes 150 --scale reduced --workers 2
 
 The second takes the same way on a CPU with narrow networks and a fifth of the images; `--scale small`, with tiny ones and
-some hundred, only shows that every job runs. Works through jobs in order of importance and stops beginning them when the
-minutes are used up; called again with the same folder it goes on where it was. Each job leaves one file. What they left is
-gathered in OUT/results.json, OUT/predictions.json and, as a page, OUT/page.md. Of a folder these two files alone need to be
-kept: called on a folder that holds no more, it goes on after what they tell, and trains anew the networks that further jobs
-need. Estimates are of an H200; where the jobs so far took longer, the others are expected to.
+some hundred, only shows that every job runs. The full scale is refused where there is no GPU. Works through jobs in order
+of importance and stops beginning them when the minutes are used up; called again with the same folder it goes on where it
+was. Each job leaves one file. What they left is gathered in OUT/results.json, OUT/predictions.json and, as a page,
+OUT/page.md. Of a folder these two files alone need to be kept: called on a folder that holds no more, it goes on after what
+they tell, and trains anew the networks that further jobs need. Estimates are of an H200; where the jobs so far took longer,
+the others are expected to.
 
 Several workers fill the device, which waits for the next kernel most of the time where batches are small. On NVIDIA's GPUs
 start its multi-process service before (`nvidia-cuda-mps-control -d`): without it processes take turns at the device, and
@@ -18,8 +19,9 @@ carried to the GPU, `shards.py` packs them to 58 %.
 
 Every real run is preceded by predictions of it that are on disk, with time and SHA-256. BatchNorm is frozen, the
 library's default, in runs and predictions alike, but for one cell. Networks are of seed 0, retrained ones of seed
-100. Needs PyTorch, NumPy, SciPy, scikit-learn, joblib, threadpoolctl and tqdm; curvlinops and weightwatcher are timed
-where they are installed.
+100. Every result has its `seeds`: of training the network's, of a cell those of its runs, which draw with 777 more, and
+otherwise all that its network, vectors, rollouts and runs were made with. Needs PyTorch, NumPy, SciPy, scikit-learn,
+joblib, threadpoolctl and tqdm; curvlinops and weightwatcher are timed where they are installed.
 """
 
 from __future__ import annotations
@@ -61,8 +63,10 @@ SPEED_MINUTES = {
     "precision": 0.3,
     "spectrum": 0.4,
     "steps": 0.3,
-    "compiled": 2.0,
+    "compiled": 6.0,  # eight compilations
 }
+# Of the vectors that `speed.py` draws; its network is of seed 0, and its rollouts count from there.
+VECTOR_SEEDS = {"products": (1,), "precision": (2,), "compiled": (1,)}
 WORKERS_MEMORY = 0.9  # of an accelerator's memory, over all worker processes, where the call has it to itself
 WORKER_BYTES = 17e9  # that a job beside others takes at most: ResNet-18's cells took 16.5e9 of an H200's
 
@@ -130,8 +134,8 @@ def _train(task: str, deletion: str | None = None) -> Job:
 
 def _trained(store: Store, task: Task, *, deletion: str | None) -> dict[str, Any]:
     """Train and keep the weights."""
-    started = time.perf_counter()
-    model, found = task.trained(0 if deletion is None else GOLD_SEED, deletion)
+    started, seed = time.perf_counter(), 0 if deletion is None else GOLD_SEED
+    model, found = task.trained(seed, deletion)
     store.save_weights(f"train-{task.name}" if deletion is None else f"gold-{task.name}-{deletion}", model)
     how = task.scale.training[task.name]
     return {
@@ -145,6 +149,7 @@ def _trained(store: Store, task: Task, *, deletion: str | None) -> dict[str, Any
         "batch_size": how.batch_size,
         "optimiser": how.optimiser,
         "augmented": how.augment and not task.name.startswith("lm"),
+        "seeds": [seed],
         "train_seconds": time.perf_counter() - started,
     }
 
@@ -182,9 +187,15 @@ def _speed(part: str) -> Job:
         task="resnet18",
         minutes=SPEED_MINUTES[part],
         needs=("train-resnet18",),
-        make=speed.PARTS[part],
+        make=partial(_timed, part=part),
         alone=part != "precision",
     )
+
+
+def _timed(store: Store, task: Task, *, part: str) -> dict[str, Any]:
+    """Time a part and say which seeds its network, vectors and rollouts are of."""
+    rollouts = range(task.scale.measured[task.name]["seeds"] if part in {"predictions", "sfr_on"} else 0)
+    return {**speed.PARTS[part](store, task), "seeds": sorted({0, *VECTOR_SEEDS.get(part, ()), *rollouts})}
 
 
 def jobs_named(only: Sequence[str] | None) -> list[Job]:
@@ -195,8 +206,14 @@ def jobs_named(only: Sequence[str] | None) -> list[Job]:
 
     Returns:
         Those jobs and whatever they need, which is done again only where something is left to be done with it.
+
+    Raises:
+        ValueError: If one of them is the beginning of no job's name.
     """
     every = jobs()
+    unknown = [name for name in only or () if not any(job.key.startswith(name) for job in every)]
+    if unknown:
+        raise ValueError(f"no job's name begins with {' or '.join(map(repr, unknown))}; --list tells all names.")
     wanted = {job.key for job in every if only is None or job.key.startswith(tuple(only))}
     for job in reversed(every):  # each comes after what it needs
         wanted.update(job.needs if job.key in wanted else ())
@@ -452,7 +469,10 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the jobs and do nothing")
     parser.add_argument("--page", type=Path, help="write the page of what FOLDER holds there, and do nothing else")
     options = parser.parse_args()
-    wanted = jobs_named(options.only)
+    try:
+        wanted = jobs_named(options.only)
+    except ValueError as error:
+        parser.error(str(error))
     if options.list:
         for job in wanted:
             print(f"{job.key}: {job.minutes:g} min")
@@ -460,8 +480,17 @@ def main() -> None:
     if options.page:
         tables.write(options.folder, options.page, total=len(jobs()))
         return
+    device = torch.device(options.device)
+    if device.type == "cpu" and options.scale == "full":
+        parser.error(
+            "--scale full needs a GPU: on a CPU its jobs take hours each. Use --scale reduced, which takes some hours of a "
+            "core in all, or --scale small, which only shows that every job runs."
+        )
     quiet()
-    store = Store(options.folder, options.scale, torch.device(options.device))
+    try:
+        store = Store(options.folder, options.scale, device)
+    except ValueError as error:
+        parser.error(str(error))
     workers = options.workers
     if store.device.type == "cuda" and options.scale == "full":
         room = options.memory * torch.cuda.get_device_properties(store.device).total_memory

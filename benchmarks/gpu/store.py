@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
@@ -34,12 +35,12 @@ PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "curvlinops-for-pytorch",
 
 
 class Store:
-    """A folder of results of one scale on one device.
+    """A folder of results of one scale on one kind of device.
 
     Attributes:
         folder: The folder.
         scale: "full", "reduced" or "small"; a folder holds one of them.
-        device: Where the jobs compute.
+        device: Where the jobs compute; a folder holds results of one kind, as "cpu" or "cuda", of whichever GPUs.
         beside: Jobs that may be at work at the same time, on the same device.
 
     What was gathered in a few files is taken up, unless `gathered` is False, as in a process that another one has begun.
@@ -54,9 +55,18 @@ class Store:
         if gathered:
             self._unpack()
         for path in sorted((self.folder / "jobs").glob("*.json"))[:1]:
-            found = json.loads(path.read_text(encoding="utf-8"))["scale"]
-            if found != scale:
-                raise ValueError(f"{os.fspath(self.folder)!r} holds results of scale {found!r}; got {scale!r}.")
+            entry, here = json.loads(path.read_text(encoding="utf-8")), os.fspath(self.folder)
+            if entry["scale"] != scale:
+                raise ValueError(
+                    f"{here!r} holds results of scale {entry['scale']!r}; got {scale!r}. "
+                    f"Give another folder, or --scale {entry['scale']}."
+                )
+            kind = device_kind(entry["device"])
+            if kind != device.type:
+                raise ValueError(
+                    f"{here!r} holds results of device {kind!r} ({entry['device']}); got {device.type!r}, whose seconds and "
+                    f"rounding are others. Give another folder, or --device {kind}."
+                )
 
     # ------------------------------------------------------------------ results
 
@@ -237,6 +247,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
+
+
+def device_kind(name: str) -> str:
+    """The kind of device that called itself so: "cpu", or "cuda" for whatever a GPU calls itself."""
+    found = re.fullmatch(r"([a-z]+) \(.*\)", name)
+    return found[1] if found else "cuda"
 
 
 def versions() -> dict[str, str | None]:

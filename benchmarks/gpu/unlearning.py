@@ -591,6 +591,7 @@ def published(store: Store, task: Task, setting: Published, job: str) -> dict[st
         "said": {key: said[key] for key in ("verdict", "probability", "divergence_step", "critical_lr", "mechanism")},
         "run": done,
         "audit": _audited(store, task, setting.deletion, problem, result),
+        "seeds": sorted({*range(sizes["seeds"]), FIRST_RUN_SEED}),  # network, rollouts and audit from 0 on; the run's
         "seconds": {"predict": said["seconds"]["predict"], "run": done["seconds"]},
         "gradients": {"predict": said["gradients"], "run": result.gradient_equivalents},
     }
