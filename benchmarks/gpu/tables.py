@@ -595,7 +595,7 @@ def _speed(kinds: dict[str, dict[str, Any]]) -> str:
             rows = [
                 (name.replace("_", " "), _shown(value))
                 for name, value in entry["result"].items()
-                if name != "kind" and not isinstance(value, dict) and not again(kind, name)
+                if name not in {"kind", "seeds"} and not isinstance(value, dict) and not again(kind, name)
             ]
             if kind in {"products", "spectrum"} and "multiplied" not in entry["result"]:
                 rows.append(("multiplied", "as PyTorch does by default"))  # of records from before it was decided
