@@ -257,7 +257,6 @@ def sfr_on(store: Store, task: Task) -> dict[str, Any]:
         lambda: run(problem, safe, preconditioner=report.preconditioner, monitor_samples=scale.watched), device
     )
     rows["run_sfr_on_gradients"], rows["run_sfr_on_diverged"] = _of_steps(result, scale), result.diverged
-    rows["run_sfr_on_seconds_a_gradient"] = rows["run_sfr_on"] / result.gradient_equivalents
     rows["predict_sfr_on_gradients"] = sum(cost.gradient_equivalents for cost in report.costs)
     rows["predict_sfr_on_mask_gradients"] = sum(
         cost.gradient_equivalents for cost in report.costs if cost.stage == "preconditioner"

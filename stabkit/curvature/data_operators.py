@@ -2,8 +2,8 @@
 
 A product walks the data in mini-batches and sums in float64. What a batch needs besides the vectors, its primal pass and
 the graph behind it, is made once and, where all batches fit into the memory budget, kept for the products to come. The
-k vectors of a block go through that graph one after the other: batching them through it costs about twice as much on
-convolutions, and k times the memory.
+k vectors of a block go through that graph one after the other: batching them through it costs about twice as much on a
+CPU's convolutions, and k times the memory.
 """
 
 from __future__ import annotations
