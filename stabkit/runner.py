@@ -182,8 +182,9 @@ def run(
         cuda_graphs: Whether to record the network's passes as CUDA graphs and replay them, which saves the time of
             launching their kernels one by one. For a GPU and frozen BatchNorm, and best with batches of one size: those of a
             fifth size are passed as ever.
-        on_step: Called after every step. If it raises StopIteration the run ends there and returns; any other exception
-            ends it too and reaches the caller, after the state is written where there is a `checkpoint`.
+        on_step: Called after every step, which an accelerator is then waited for. If it raises StopIteration the run ends
+            there and returns; any other exception ends it too and reaches the caller, after the state is written where there
+            is a `checkpoint`.
         checkpoint: File that holds the state: written whole or not at all, resumed from where it exists, left in place at
             the end. A resumed run returns on the CPU bit for bit what an uninterrupted one does. It takes 3·d numbers, 4·d
             with AdamW.
@@ -292,9 +293,11 @@ def run(
                 store.save({**state.arrays(), **{name: mark.cpu().numpy() for name, mark in marks.items()}})
 
         for step in progress_bar(remaining, f"run {algorithm.name}", progress):
-            record = steps.take(state, measured=on_step is not None)
+            writes = store is not None and step % checkpoint_every == 0
+            due = step in checks or writes or on_step is not None
+            record = steps.take(state, measured=on_step is not None, settled=due)
             if step in checks or state.stop_reason != "steps":
-                look(step)
+                look(state.taken)  # an earlier step where the algorithm's rule has ended the run since the last look
             if on_step is not None and record is not None:
                 try:
                     on_step(record)
@@ -307,7 +310,7 @@ def run(
                     raise
             if state.stop_reason != "steps":
                 break
-            if step % checkpoint_every == 0:
+            if writes:
                 save()
         save()
     model = problem.new_model({**problem.unflatten(state.theta), **state.statistics})

@@ -255,14 +255,14 @@ class _Run:
         if not ahead:
             return at
         last = min(first_look(self._algorithm), ahead[-1])
-        for at in self._steps(self._start()):
+        for at in self._steps(self._start(), last):
             if at.step == last or at.stopped:
                 break
         self.gradients += at.gradient_equivalents
         return at
 
-    def _steps(self, start: Position) -> Iterator[Position]:
-        """Real steps with the batches of the rollout, stand-ins included."""
+    def _steps(self, start: Position, last: int) -> Iterator[Position]:
+        """Real steps, of which the last is looked at, with the batches of the rollout, stand-ins included."""
         return steps_from(
             self._problem,
             self._algorithm,
@@ -271,6 +271,7 @@ class _Run:
             batch_sizes=self._batch_sizes,
             seed=self._seed,
             players=players_of(self._network, self._seed),
+            looks={last},
         )
 
     def _start(self) -> Position:
@@ -305,7 +306,7 @@ class _Run:
         if before <= 0:
             return 0.0  # the first steps have been looked at
         at = start = self._position(before)
-        for at in self._steps(start):
+        for at in self._steps(start, step):
             if at.step == step or at.stopped:
                 break
         network = self._few
@@ -388,6 +389,7 @@ class _Run:
             start,
             batch_sizes=self._batch_sizes,
             seed=self._seed,
+            looks=frozenset(looks),
         ):
             if at.step != looks[place] and not at.stopped:
                 continue

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from stabkit.algorithms.base import Algorithm, Batch, PlainSteps
 from stabkit.algorithms.contract import checked_residual
-from stabkit.algorithms.plan import StepPlan
+from stabkit.algorithms.plan import StepPlan, StopRule
 from stabkit.graphs import NetworkGraphs
 from stabkit.preconditioner import Preconditioner
 from stabkit.problem import Parameters, UnlearningProblem
@@ -98,6 +98,7 @@ def steps_from(
     batch_sizes: tuple[int, int],
     seed: int,
     players: tuple[Tensor, Tensor] | None = None,
+    looks: Container[int] | None = None,
 ) -> Iterator[Position]:
     """The steps of a run from the middle of it on, with the batches that a whole run of that seed has.
 
@@ -109,6 +110,8 @@ def steps_from(
         batch_sizes: B_R and B_F.
         seed: Seed of the batches.
         players: For every retain and every forget sample the one that stands in for it; each for itself when None.
+        looks: Steps whose positions are read; all when None. On an accelerator it is only there, and at the last step, that
+            a position says whether the algorithm's rule has ended the run, and then it is the one where that was.
 
     Yields:
         The position after each step, to the last one or where the algorithm's rule ends the run. Cost of each: B_R + B_F
@@ -118,7 +121,8 @@ def steps_from(
     steps = Steps(problem, algorithm, preconditioner, batch_sizes, seed, "full", players=players)
     steps.skip(start.step)
     while state.taken < algorithm.steps and state.stop_reason == "steps":
-        steps.take(state, measured=False)
+        ahead = state.taken + 1
+        steps.take(state, measured=False, settled=looks is None or ahead in looks or ahead == algorithm.steps)
         yield Position(
             step=state.taken,
             theta=state.theta,
@@ -178,6 +182,12 @@ class Steps:
         self._streams = batch_streams((problem.retain.size, problem.forget.size), batches, algorithm.sampling, seed)
         self._plan = algorithm.plan()
         self._rule = algorithm.stop_rule()
+        # A rule of another class may not be asked past its end.
+        self._defers = problem.device.type != "cpu" and type(self._rule) is StopRule
+        self._unread: list[float] = []  # gradients evaluated after each step since the rule was read
+        self._ended: Tensor | None = (
+            None  # step at which it ended the run since then, below zero for leakage; 0 for none
+        )
         self._mask = preconditioner.forget_mask if isinstance(preconditioner, PlainSteps) else None
         self._paces, decays = algorithm.layer_factors(problem), algorithm.decay_factors(problem)
         self._decay: Tensor | float = algorithm.weight_decay
@@ -200,8 +210,9 @@ class Steps:
         for plan in self._plan[:steps]:
             self.draw(plan)
 
-    def take(self, state: StepState, *, measured: bool) -> StepRecord | None:
-        """One step, in place; what it was, if asked for."""
+    def take(self, state: StepState, *, measured: bool, settled: bool = True) -> StepRecord | None:
+        """One step, in place, and what it was, if measured; settled, it is known whether the rule has ended the run."""
+        before = replace(state, statistics=copies(state.statistics)) if self._unread else None
         algorithm, plan, theta = self._algorithm, self._plan[state.taken], state.theta
         retain, forget = self.draw(plan)
         weights = (1 - algorithm.mix) * plan.retain, algorithm.mix * plan.forget
@@ -220,13 +231,11 @@ class Steps:
             ahead = ahead if self._paces is None else ahead * self._paces
         lr = algorithm.lr * plan.lr
         change = -lr * ahead
-        drift = change.norm() / theta.norm()
         state.theta, state.moments, state.taken = theta + change, moments, state.taken + 1
-        # Under Poisson sampling a batch may be empty.
-        moves = plan.lr > 0 and any(w and b.numel() for w, b in zip(weights, (retain, forget), strict=True))
-        if self._rule.active and bool(self._rule.decide(drift, leakage, moves=moves)):
-            still = bool(self._rule.decide(drift, None, moves=moves))
-            state.stop_reason = "drift" if still else "leakage"
+        if self._rule.active:
+            # Under Poisson sampling a batch may be empty.
+            moves = plan.lr > 0 and any(w and b.numel() for w, b in zip(weights, (retain, forget), strict=True))
+            self._watch(state, before, change.norm() / theta.norm(), leakage, moves=moves, settled=settled)
         if not measured or norm is None:
             return None
         return StepRecord(
@@ -239,6 +248,41 @@ class Steps:
             retain_loss=losses.get(False),
             forget_loss=losses.get(True),
         )
+
+    def _watch(
+        self,
+        state: StepState,
+        before: StepState | None,
+        drift: Tensor,
+        leakage: Tensor | None,
+        *,
+        moves: bool,
+        settled: bool,
+    ) -> None:
+        """Ask the rule after a step; an accelerator is waited for only where the answer is to be settled."""
+        if before is None and (settled or not self._defers):
+            if bool(self._rule.decide(drift, leakage, moves=moves)):
+                still = bool(self._rule.decide(drift, None, moves=moves))
+                state.stop_reason = "drift" if still else "leakage"
+            return
+        stop, unmoved = (self._rule.decide(drift, seen, moves=moves) for seen in (leakage, None))
+        ended = torch.where(stop, torch.where(unmoved, state.taken, -state.taken), 0)
+        if before is not None and self._ended is not None:
+            # Once the run has ended, the steps up to the next look leave everything where it is.
+            over = self._ended != 0
+            ended = torch.where(over, self._ended, ended)
+            state.theta = torch.where(over, before.theta, state.theta)
+            state.moments = state.moments.kept(before.moments, over)
+            for name, tensor in state.statistics.items():
+                tensor.copy_(torch.where(over, before.statistics[name], tensor))
+        self._ended = ended
+        self._unread.append(state.gradients)
+        if settled:
+            step = int(ended)
+            if step:
+                state.gradients = self._unread[abs(step) - state.taken - 1]
+                state.taken, state.stop_reason = abs(step), "drift" if step > 0 else "leakage"
+            self._unread, self._ended = [], None
 
     def _norm(self, direction: Tensor) -> Tensor:
         """‖Pĝ‖ without the layers' step sizes, which SGD has in P."""

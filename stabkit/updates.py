@@ -40,6 +40,21 @@ class Moments:
         second = None if self.second is None else self.second[place]  # type: ignore[index]
         return Moments(first=self.first[place], second=second)  # type: ignore[index]
 
+    def kept(self, before: Moments, over: Tensor) -> Moments:
+        """These, or those of before.
+
+        Args:
+            before: Moments of the same shape.
+            over: Whether to keep those, as a tensor of no dimension on their device, which is not waited for.
+
+        Returns:
+            Either.
+        """
+        second = None
+        if self.second is not None and before.second is not None:
+            second = torch.where(over, before.second, self.second)
+        return Moments(first=torch.where(over, before.first, self.first), second=second)
+
 
 def updated(algorithm: Algorithm, moments: Moments, gradient: Tensor, step: int) -> tuple[Tensor, Moments]:
     """What the step size multiplies, and what is carried on.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import json
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -221,7 +222,8 @@ def outcomes(model, forget, retain, device) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def compared(found: Callable[..., dict[str, Any]]) -> None:
+    """Print what is found of a trained network, its forget and retain sets on the CPU and on the device."""
     import warnings
 
     import stabkit
@@ -238,11 +240,11 @@ def main() -> None:
     # In double precision: softmax rounds otherwise on the device, and rollouts near their boundary are chaotic.
     model, x = model.double(), x.double()
     sets = (x[:40], y[:40]), (x[40:], y[40:])
-    host = outcomes(model, *sets, "cpu")
+    host = found(model, *sets, "cpu")
     with Device():
-        there = outcomes(model, *sets, DEVICE)
+        there = found(model, *sets, DEVICE)
     print(json.dumps({"cpu": host, "device": there}))
 
 
 if __name__ == "__main__":
-    main()
+    compared(outcomes)

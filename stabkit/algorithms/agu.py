@@ -25,9 +25,10 @@ class AGU(Algorithm):
     the largest, taking them once, at θ*, and both tolerances.
 
     Attributes:
-        drift_tolerance: Stop once a step moves the parameters by less than this share of their norm; None: never. It is
-            read after every step, which an accelerator has to be waited for.
-        leakage_bound: Stop once predictions on the forget batch have moved this far, in nats of mean KL; None: never.
+        drift_tolerance: Stop once a step moves the parameters by less than this share of their norm; None: never.
+        leakage_bound: Stop once predictions on the forget batch have moved this far, in nats of mean KL; None: never. Either
+            ends a run at the step that it is met in. An accelerator is waited for at looks alone: from that step to the
+            next look a run stands still there.
     """
 
     name: ClassVar[str] = "agu"

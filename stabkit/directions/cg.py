@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabkit._memory import sent
 from stabkit._progress import progress_bar
 from stabkit._table import Shown, number
 from stabkit._validate import check_int, check_real
 from stabkit.curvature.operators import CurvatureOperator
 from stabkit.preconditioner import Diagonal
-from stabkit.spectrum._common import ROUNDING, product
+from stabkit.spectrum._common import ROUNDING, check_product
 
 OWNER = "damped_inverse"
 SLACK = 0.9  # of the tolerance is aimed at: the residual carried along and the true one differ by rounding
@@ -162,10 +163,14 @@ def damped_inverse(
     indefinite = torch.zeros(norms.numel(), dtype=torch.bool)
     left = (norms > 0).nonzero().flatten()
     while left.numel() and solve.steps_left:
-        found, met = solve.descend(residual[:, left], SLACK * accepted * norms[left])
-        x[:, left] += found
-        residual[:, left] = right[:, left] - solve.damped(x[:, left])
-        before, relative[left] = relative[left], residual[:, left].norm(dim=0, dtype=torch.float64).cpu() / norms[left]
+        columns = sent(left, right.device)
+        found, met = solve.descend(residual[:, columns], SLACK * accepted * norms[left])
+        x[:, columns] += found
+        image, finite = solve.damped(x[:, columns])
+        rest = right[:, columns] - image
+        residual[:, columns] = rest
+        before, sizes = relative[left], solve.read([rest.norm(dim=0, dtype=torch.float64)], image, finite)[0]
+        relative[left] = sizes / norms[left]
         indefinite[left[met]] = True
         left = left[~met & (relative[left] > accepted) & (relative[left] < IMPROVED * before)]
     missed = relative > accepted
@@ -202,34 +207,46 @@ class _Solve:
         """Steps that leave a product for the residual."""
         return max(0, self._room - 1)
 
-    def damped(self, block: Tensor) -> Tensor:
-        """(H + λI) X; one block product."""
+    def damped(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """(H + λI) X, one block product, and how many entries of HX are finite; `read` checks that all of them are."""
         next(self._bar, None)
         self._room -= 1
         self.products += block.shape[1]
-        return product(self._operator, block, owner=OWNER) + self._damping * block
+        image = self._operator @ block
+        return image + self._damping * block, torch.isfinite(image).sum()
+
+    def read(self, rows: list[Tensor], image: Tensor, finite: Tensor) -> Tensor:
+        """Numbers that came of a product, a row for each kind, on the host, which waits for them once."""
+        found = torch.cat([*rows, finite.double().reshape(1)]).cpu()
+        check_product(int(found[-1]), image.numel(), owner=OWNER)
+        return found[:-1].reshape(len(rows), -1)
 
     def descend(self, residual: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
         """Corrections to x from residuals (d, k), and which columns met curvature that is not positive."""
         x = torch.zeros_like(residual)
         met = torch.zeros(residual.shape[1], dtype=torch.bool)
         active = torch.arange(residual.shape[1])
+        columns = sent(active, residual.device)
         r, p = residual, self._precondition(residual)
         energy = _dot(r, p)  # rᵀMr
         while active.numel() and self.steps_left:
-            image = self.damped(p)
+            image, finite = self.damped(p)
             bent, length = _dot(p, image), _dot(p, p)  # pᵀ(H + λI)p
-            self.curvature = min(self.curvature, float((bent / length).min()) - self._damping)
             # Beside rounding; on a definite matrix of condition κ, pᵀAp is at least 2‖p‖‖Ap‖/√κ.
             sound = bent > self._floor * (length * _dot(image, image)).sqrt()
             step = torch.where(sound, energy / bent, 0.0).to(r)
-            x[:, active] += p * step
+            x[:, columns] += p * step
             r = r - image * step
-            met[active[~sound.cpu()]] = True
-            going = sound.cpu() & (r.norm(dim=0, dtype=torch.float64).cpu() > goals[active])
+            curvatures, even, sizes = self.read(
+                [bent / length, sound.double(), r.norm(dim=0, dtype=torch.float64)], image, finite
+            )
+            self.curvature = min(self.curvature, float(curvatures.min()) - self._damping)
+            met[active[even == 0]] = True
+            going = (even > 0) & (sizes > goals[active])
             if not bool(going.all()):
-                places = going.nonzero().flatten().to(r.device)
-                active, r, p, energy = active[going], r[:, places], p[:, places], energy[places]
+                places = sent(going.nonzero().flatten(), r.device)
+                active, columns = active[going], columns[places]
+                r, p, energy = r[:, places], p[:, places], energy[places]
             z = self._precondition(r)
             renewed = _dot(r, z)
             p = z + p * (renewed / energy).to(r)

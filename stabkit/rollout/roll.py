@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit._memory import pass_bytes
+from stabkit._memory import pass_bytes, sent
 from stabkit._progress import progress_bar
 from stabkit._validate import check_int, check_real
 from stabkit.algorithms.base import Algorithm
+from stabkit.algorithms.plan import StopRule
 from stabkit.curvature.coordinates import CoordinateNetwork
 from stabkit.curvature.linearised import LinearisedNetwork
 from stabkit.losses.custom import CustomLoss
@@ -180,8 +181,8 @@ def _roll_seeds(
     progress: bool,
 ) -> dict[str, Tensor]:
     """Some seeds' runs at all settings; settings that have ended for all of them leave the working set."""
-    # What decides which settings go on lies on the host, so that an accelerator is waited for at the looks alone, and in
-    # every step by a stop rule.
+    # What decides which settings go on lies on the host, so that an accelerator is waited for at the looks alone. There a
+    # run that its stop rule ends stands still up to the next look, but for `on_step`, which is told of each step.
     settings, count, rank, dtype, device = etas.numel(), len(seeds), network.rank, like.dtype, like.device
     sets = (network.retain, network.forget)
     streams = [
@@ -206,6 +207,7 @@ def _roll_seeds(
     per_parameter = PerParameter(network, algorithm, like) if isinstance(network, CoordinateNetwork) else None
     plans = algorithm.plan()
     rule = algorithm.stop_rule()
+    at_once = device.type == "cpu" or on_step is not None or type(rule) is not StopRule
     scale = loss_scale(network)
 
     score = torch.full((count, settings), -math.inf, dtype=torch.float64)
@@ -219,6 +221,7 @@ def _roll_seeds(
     running = torch.ones(count, settings, dtype=torch.bool)
     c = torch.zeros(count, settings, rank, dtype=dtype, device=device)
     moments = Moments.zero(algorithm, c)
+    ended_at = torch.zeros(count, settings, dtype=torch.int64, device=device)  # by the stop rule; 0: not yet
 
     def look(position: int, step: int, seen: Tensor) -> Tensor:
         """Record the losses of some runs of the working set, (S, G'), from this check on; which of them go on."""
@@ -227,7 +230,7 @@ def _roll_seeds(
             chosen = seen[i]
             if not bool(chosen.any()):
                 continue
-            rows, at = (alive, c[i]) if bool(chosen.all()) else (alive[chosen], c[i][chosen.to(device)])
+            rows, at = (alive, c[i]) if bool(chosen.all()) else (alive[chosen], c[i][places(chosen)])
             for place, part in enumerate((retain, forget)):
                 mean = part.mean_losses(network.loss, at)
                 losses[place, i, rows, position:] = mean.nan_to_num(nan=math.inf, posinf=math.inf).unsqueeze(1)
@@ -241,20 +244,26 @@ def _roll_seeds(
                 )
             before = divergence_step[i, rows].isnan()
             coordinates[i, rows[before]] = at.double().cpu()[before]
-            divergence_step[i, rows[before & (reached >= 0)]] = float(step)
+            crosses = before & (reached >= 0)
+            divergence_step[i, rows[crosses]] = stopped_step[i, rows[crosses]].clamp_max(step)
             goes_on[i, chosen] = reached < SCORE_CAP
         return goes_on
 
-    def driven() -> tuple[Tensor, tuple[Share, Share]]:
-        """Minus the step sizes of the working set, (G', 1), and what its settings take of either set."""
+    def places(chosen: Tensor) -> Tensor:
+        """Where a mask of the host holds, on the device, which a mask there would be waited for."""
+        return sent(chosen.nonzero().flatten(), device)
+
+    def driven() -> tuple[Tensor, tuple[Share, Share], Tensor]:
+        """Minus the step sizes of the working set, (G', 1), what its settings take of either set, and whether, (2, G')."""
         mixes, shares = alphas[alive], []
         for part, weights in ((retain, 1 - mixes), (forget, -mixes)):
             taken = weights != 0
             values = (weights / part.batch_size).to(like).unsqueeze(1)
             shares.append(Share(weights=values, any_taken=bool(taken.any()), all_taken=bool(taken.all())))
-        return -etas[alive].to(like).unsqueeze(1), (shares[0], shares[1])
+        takes = sent(torch.stack([mixes < 1, mixes > 0]), device)
+        return -etas[alive].to(like).unsqueeze(1), (shares[0], shares[1]), takes
 
-    descent, shares = driven()
+    descent, shares, takes = driven()
     if on_step is not None:
         on_step(0, c[0], moments[0])
     running &= look(0, 0, running)
@@ -265,29 +274,34 @@ def _roll_seeds(
             alive, running = alive[going], running[:, going]
             if alive.numel() == 0:
                 break
-            left = (slice(None), going.to(device))
-            c, moments = c[left], moments[left]
-            descent, shares = driven()
+            left = (slice(None), places(going))
+            c, moments, ended_at = c[left], moments[left], ended_at[left]
+            descent, shares, takes = driven()
         direction, leakage = field.at(c, shares, plans[step - 1], step, leakage=rule.leakage_bound is not None)
         if per_parameter is None:
             ahead, moments = updated(algorithm, moments, direction, step)
         else:
             ahead, moments = per_parameter.ahead(c, moments, direction, step)
         change = (descent * plans[step - 1].lr) * ahead
-        ended = torch.zeros_like(running)
+        due = step == checks[position]
+        ended, ahead = torch.zeros_like(running), c + change
         if rule.active:
             moved = ((change @ metric) * change).sum(-1).clamp_min(0)
             norm = network.anchor_norm**2 + 2 * c @ anchor + ((c @ metric) * c).sum(-1)
             # Under Poisson sampling a batch may be empty.
-            taken = ((alphas[alive] < 1) & (field.drawn[0] > 0)) | ((alphas[alive] > 0) & (field.drawn[1] > 0))
-            drift, leaked = (moved / norm).sqrt().cpu(), None if leakage is None else leakage.cpu()
-            ended = rule.decide(drift, leaked, moves=taken & (plans[step - 1].lr > 0)) & running
-            for i, column in ended.nonzero().tolist():
-                stopped_step[i, alive[column]] = float(step)
-        c = c + change
+            taken = (takes[0] & (field.drawn[0] > 0)) | (takes[1] & (field.drawn[1] > 0))
+            stops = rule.decide((moved / norm).sqrt(), leakage, moves=taken & (plans[step - 1].lr > 0))
+            if not at_once:
+                ahead = torch.where((ended_at > 0).unsqueeze(-1), c, ahead)
+            ended_at = torch.where(ended_at > 0, ended_at, stops * step)
+            if at_once or due:
+                found = ended_at.cpu()
+                ended = (found > 0) & running
+                for i, column in ended.nonzero().tolist():
+                    stopped_step[i, alive[column]] = float(found[i, column])
+        c = ahead
         if on_step is not None:
             on_step(step, c[0], moments[0])
-        due = step == checks[position]
         seen = running if due else ended  # a setting that ends is looked at when it does, the others not
         if bool(seen.any()):
             goes_on = look(position, step, seen)

@@ -59,13 +59,26 @@ def product(operator: CurvatureOperator, block: Tensor, *, owner: str) -> Tensor
         ValueError: If an entry is NaN or infinite.
     """
     image = operator @ block
-    wrong = image.numel() - int(torch.isfinite(image).sum())
-    if wrong:
-        raise ValueError(
-            f"`operator` of `{owner}` must have finite products; got {wrong} of {image.numel()} entries NaN or infinite. "
-            "Look for NaN in weights and data; where the numbers are only too large, compute in float64."
-        )
+    check_product(int(torch.isfinite(image).sum()), image.numel(), owner=owner)
     return image
+
+
+def check_product(finite: int, entries: int, *, owner: str) -> None:
+    """Refuse a product that is not finite.
+
+    Args:
+        finite: How many of its entries are.
+        entries: How many there are.
+        owner: The public function that asked for it, for the error.
+
+    Raises:
+        ValueError: If an entry is NaN or infinite.
+    """
+    if finite < entries:
+        raise ValueError(
+            f"`operator` of `{owner}` must have finite products; got {entries - finite} of {entries} entries NaN or "
+            "infinite. Look for NaN in weights and data; where the numbers are only too large, compute in float64."
+        )
 
 
 def rademacher(size: int, count: int, generator: torch.Generator) -> Tensor:
