@@ -777,7 +777,7 @@ def test_lower_precision_is_told_by_its_error(folder):
 
 def test_products_are_timed_in_gradients(folder):
     found = speed.products(Store(folder, "small", CPU), Task("resnet18", TINY, CPU))
-    for name in ("hvp", "hvp_of_8", "hvp_not_kept", "ggn", "ggn_of_8", "ggn_not_kept"):
+    for name in ("hvp", "hvp_of_8", "hvp_of_8_batched", "hvp_not_kept", "ggn", "ggn_of_8", "ggn_not_kept"):
         assert 0.2 < found[name] < 50, name
 
 
