@@ -29,7 +29,7 @@ lint: $(READY)  ## Lint and type-check
 	$(BIN)/mypy
 
 test: lint  ## Lint, type-check and run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 notebooks: $(READY)  ## Execute the notebooks in place, for their stored outputs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/test_notebooks.py

@@ -18,13 +18,10 @@ from stabkit.runner import check_steps
 PROGRAM = Path(__file__).with_name("pretend_gpu.py")
 STEPS = 120  # as there
 NAMES = ("graddiff", "sfr_on", "finetune", "salun", "agu")
-pytestmark = [
-    pytest.mark.skipif(
-        not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
-        reason="this PyTorch has no devices in Python",
-    ),
-    pytest.mark.xdist_group("device"),  # what the processes said is asked for by one worker alone
-]
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch has no devices in Python",
+)
 
 
 def said_by(program):
