@@ -185,9 +185,8 @@ class Steps:
         # A rule of another class may not be asked past its end.
         self._defers = problem.device.type != "cpu" and type(self._rule) is StopRule
         self._unread: list[float] = []  # gradients evaluated after each step since the rule was read
-        self._ended: Tensor | None = (
-            None  # step at which it ended the run since then, below zero for leakage; 0 for none
-        )
+        # The step at which it has ended the run since then, below zero for leakage; 0 for none.
+        self._ended: Tensor | None = None
         self._mask = preconditioner.forget_mask if isinstance(preconditioner, PlainSteps) else None
         self._paces, decays = algorithm.layer_factors(problem), algorithm.decay_factors(problem)
         self._decay: Tensor | float = algorithm.weight_decay

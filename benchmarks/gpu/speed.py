@@ -41,7 +41,7 @@ BLOCK, ENDS, TOLERANCE, MAP_POINTS = 8, 5, 1e-3, 20
 GRAM_SAMPLES = (4, 2)  # times the batch over 8: retain and forget samples of the Gram
 STEP_BATCHES = (32, 128)
 NOT_INSTALLED = "not installed"
-COMPILER = "inductor"
+COMPILER = "inductor"  # of torch.compile: PyTorch's own, which generates code; tests take one that needs no compiler
 
 
 def median(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
